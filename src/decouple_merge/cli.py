@@ -1,0 +1,211 @@
+"""The command ``deme``: each verb is one function of ``workflow``. Heavy imports stay inside the handlers."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .workflow import Row
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+console = Console(highlight=False, soft_wrap=True)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, see configs/")]
+Out = Annotated[Path | None, typer.Option(help="Run folder; runs/<config name> where not given")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a value of the config")]
+
+
+def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Path]:
+    from .config import load_config
+
+    return load_config(config, overrides), out or Path("runs") / config.stem
+
+
+def _show(events: Iterable[Any]) -> None:
+    """Print events as they come, and the rows of the result table together at the end."""
+    from .progress import show
+
+    rows = show(events, console)
+    if rows:
+        console.print(result_table(rows))
+
+
+def result_table(rows: "list[Row]") -> Table:
+    """Lay out the result table, with each mean's ratio to the pretrained model's."""
+    table = Table(title="distance to the reference (smaller is better)")
+    for column in ("model", "parameters", "metric", "mean", "spread over seed sets", "/ pretrained"):
+        table.add_column(column, justify="left" if column in ("model", "metric") else "right")
+    first = {r.metric: r.mean for r in rows if r.model == "pretrained"}
+    for row in rows:
+        ratio = f"{row.mean / first[row.metric]:.3f}" if first.get(row.metric) else ""
+        table.add_row(row.model, f"{row.num_parameters:,}", row.metric, f"{row.mean:.4g}", f"{row.spread:.2g}", ratio)
+    return table
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    out: Out = None,
+    overrides: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done")] = False,
+) -> None:
+    """Do the whole job: finetune the experts, search the weights, export the merged model, evaluate.
+
+    Run it again to resume: what is finished is not done twice.
+
+    Example: `deme run configs/fashion-quick.yaml`
+    """
+    from . import workflow
+
+    settings, folder = _load(config, out, overrides)
+    if dry_run:
+        _show(workflow.describe(settings, folder))
+        return
+    _show(workflow.run(settings, folder))
+    console.print(f"merged model: {folder / 'merged'}")
+
+
+@app.command()
+def finetune(
+    config: ConfigFile,
+    out: Out = None,
+    overrides: Set = None,
+    only: Annotated[int | None, typer.Option("--range", metavar="I", help="Only the expert of this range")] = None,
+) -> None:
+    """Finetune the experts, or one of them.
+
+    Example: `deme finetune configs/fashion-quick.yaml --range 2`
+    """
+    from . import workflow
+
+    settings, folder = _load(config, out, overrides)
+    _show(workflow.finetune(workflow.prepare(settings, folder), only))
+
+
+@app.command()
+def search(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with finished experts")]) -> None:
+    """Search the merging weights of a run's experts and export the best merge.
+
+    Example: `deme search runs/fashion-quick`
+    """
+    from . import workflow
+    from .config import load_config
+
+    settings = load_config(run_folder / "config.yaml")
+    _show(workflow.search_weights(workflow.prepare(settings, run_folder)))
+    console.print(f"merged model: {run_folder / 'merged'}")
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Pipeline folder, hub name or .safetensors file")],
+    experts: Annotated[list[Path], typer.Argument(metavar="EXPERT…", help="Expert folders, pipelines or .safetensors")],
+    weights: Annotated[str, typer.Option(help="One weight for each expert, separated by commas")],
+    out: Annotated[Path, typer.Option(help="Folder where BASE is a pipeline, .safetensors file where BASE is one")],
+) -> None:
+    """Merge experts into their base by task arithmetic.
+
+    Example: `deme merge models/fashion-ddpm runs/fashion-quick/experts/0 runs/fashion-quick/experts/1
+    --weights 0.5,0.5 --out merged`
+    """
+    from . import workflow
+
+    try:
+        numbers = [float(w) for w in weights.split(",")]
+    except ValueError:
+        raise ValueError(f"--weights is {weights!r}, expected numbers separated by commas, such as 0.5,1.2") from None
+    workflow.merge_models(base, experts, numbers, out)
+    console.print(f"merged model: {out}")
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Pipeline folder, hub name, or run folder (its ensemble)")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for <seed>.png")],
+    num_images: Annotated[int, typer.Option(min=1)],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image")] = 0,
+    num_steps: Annotated[int, typer.Option(min=1)] = 50,
+    sampler: Annotated[str, typer.Option(help="Any diffusers scheduler by name")] = "DDIM",
+) -> None:
+    """Draw images from a model, or from a run's ensemble of experts.
+
+    Example: `deme sample models/fashion-ddpm --out samples --num-images 16`
+    """
+    from . import workflow
+
+    workflow.sample_model(model, out, num_images, seed, num_steps, sampler)
+    console.print(f"images: {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_IMAGES", help="Pipeline, or images in any form data.source takes")
+    ],
+    reference: Annotated[str, typer.Option(metavar="REF", help="Images, or statistics from deme stats")],
+    metrics: Annotated[str, typer.Option(help="Separated by commas")] = "fd_effnetlite0",
+    num_images: Annotated[int, typer.Option(min=2, help="To draw, where MODEL is a model")] = 5000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="Records are appended here")] = Path("metrics.jsonl"),
+    inception_weights: Annotated[Path | None, typer.Option(help="For fid and kid")] = None,
+) -> None:
+    """Score a model or images against a reference; the records go to a metrics file.
+
+    Example: `deme evaluate models/fashion-ddpm --reference fashion-mnist --num-images 500`
+    """
+    from . import workflow
+
+    _show(workflow.evaluate_model(model, reference, metrics.split(","), num_images, seed, out, inception_weights))
+
+
+@app.command()
+def stats(
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="In any form data.source takes")],
+    out: Annotated[Path, typer.Option(metavar="REF.npz")],
+    metric: Annotated[str, typer.Option(help="The metric whose features are meant")] = "fd_effnetlite0",
+    inception_weights: Annotated[Path | None, typer.Option(help="For fid")] = None,
+) -> None:
+    """Write reference statistics (mu, sigma) that other FID tools read too.
+
+    Example: `deme stats fashion-mnist --out fashion.npz`
+    """
+    from . import workflow
+
+    workflow.write_reference(images, out, metric, inception_weights)
+    console.print(f"statistics: {out}")
+
+
+@app.command()
+def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None) -> None:
+    """Train a base model from nothing; run it again to resume.
+
+    Example: `deme pretrain configs/fashion-base.yaml`
+    """
+    from . import workflow
+
+    _show(workflow.pretrain(*_load(config, out, overrides)))
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on stderr and exit status 2."""
+    try:
+        app(standalone_mode=True)
+    except ValueError as error:
+        print(f"deme: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("deme: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

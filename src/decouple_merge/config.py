@@ -1,0 +1,301 @@
+"""The typed config of a run: load, override, validate, dump."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from .seeds import check_disjoint
+
+Precision = Literal["no", "fp16", "bf16"]
+Probability = Field(ge=0, le=1)
+
+
+class Section(BaseModel):
+    """A part of the config; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    """Where training and reference images come from.
+
+    Attributes:
+        source: ``fashion-mnist``, an image folder, an ``.npz``/``.npy`` array, or ``datasets:NAME``.
+        path: folder with the files of a known data set, where they are not in their usual place.
+        split, column: for ``datasets:`` sources.
+        fit: ``exact`` refuses images whose size or channels differ from the model's; ``resize`` crops them to a
+            square, resizes and converts them.
+        flip: mirror half of the training images.
+        num_held_out: images at the end of the data that are never trained on; the validation loss uses them.
+        skip_damaged: leave out images that can't be decoded; otherwise they end the run before it starts.
+        num_workers: data loader processes; 0 loads in the training process.
+    """
+
+    source: str = "fashion-mnist"
+    path: Path | None = None
+    split: str = "train"
+    column: str = "image"
+    fit: Literal["exact", "resize"] = "exact"
+    flip: bool = False
+    num_held_out: PositiveInt = 512
+    skip_damaged: bool = False
+    num_workers: NonNegativeInt = 0
+
+
+class Ema(Section):
+    """Exponential moving average of the weights, decay at update s: min(max_decay, 1 - (1 + s)^-power)."""
+
+    max_decay: float = Field(0.9999, ge=0, lt=1)
+    power: PositiveFloat = 0.75
+
+
+class Projection(Section):
+    """Channel-wise projections P(F) = W·F.
+
+    Attributes:
+        placement: ``folded`` multiplies the layer that writes a block's output and folds away on saving;
+            ``trunk`` is the paper's layout, whose layers stay in the merged model; ``none`` trains without.
+        learning_rate_scale: factor on the learning rate for W, which multiplies how fast its layer moves.
+    """
+
+    placement: Literal["folded", "trunk", "none"] = "folded"
+    learning_rate_scale: NonNegativeFloat = 0.1
+
+
+class Training(Section):
+    """One training run: an expert, the baseline or a base model. Updates are optimiser updates.
+
+    Attributes:
+        batch_size: images per process and micro-batch; an update sees batch_size × accumulation × processes.
+        schedule: the rate over the updates: ``constant``; ``cosine`` and ``linear`` fall to
+            learning_rate × floor, which they reach after ``decay_fraction`` of the updates.
+        tracker: any Accelerate tracker by name, or ``none``.
+    """
+
+    num_updates: PositiveInt = 20_000
+    batch_size: PositiveInt = 64
+    accumulation: PositiveInt = 1
+    learning_rate: PositiveFloat = 2e-4
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    num_warmup_updates: NonNegativeInt = 0
+    floor: float = Field(0.0, ge=0, le=1)
+    decay_fraction: float = Field(1.0, gt=0, le=1)
+    betas: tuple[float, float] = (0.95, 0.999)
+    weight_decay: NonNegativeFloat = 1e-6
+    eps: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat = 1.0
+    antithetic: bool = True
+    mixed_precision: Precision = "no"
+    compile: bool = False
+    ema: Ema = Ema()
+    validate_every: PositiveInt = 500
+    checkpoint_every: PositiveInt = 1000
+    tracker: str = "tensorboard"
+
+
+class Finetune(Training):
+    """Training of the experts.
+
+    Attributes:
+        num_ranges: N equal timestep ranges, unless ``ranges`` lists [low, high) pairs in timesteps.
+        global_prob: p of DeMe, Eq. 6.
+        consistency_weight: λ of Eq. 5; 0 trains without the teacher.
+        baseline: also finetune on all timesteps for the same total of updates, to compare with.
+    """
+
+    num_ranges: PositiveInt = 4
+    ranges: list[tuple[int, int]] | None = None
+    global_prob: float = Field(0.4, ge=0, le=1)
+    consistency_weight: NonNegativeFloat = 1.0
+    projection: Projection = Projection()
+    baseline: bool = True
+
+
+class Sample(Section):
+    """How images are drawn.
+
+    Attributes:
+        sampler: a diffusers scheduler by name, with or without ``Scheduler``; built from the base's own config.
+        timestep_spacing: leading, trailing or linspace; None keeps what the base's config says.
+        precision: of the network while sampling; noise and scheduler stay in float32.
+    """
+
+    sampler: str = "DDIM"
+    num_steps: PositiveInt = 50
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
+    batch_size: PositiveInt = 256
+    precision: Precision = "no"
+    compile: bool = False
+
+
+class Search(Section):
+    """The search for merging weights.
+
+    Attributes:
+        strategy: ``gp``, ``tpe``, ``cmaes`` or ``random`` (Optuna samplers), or ``grid``, coarse to fine.
+        low, high: bounds of every weight.
+        num_trials: candidates to evaluate, for the samplers.
+        grid_step: of the coarse grid; the fine grid around its best has half of it.
+        metric: minimised, on num_images images of num_steps steps (None: as ``sample``).
+    """
+
+    strategy: Literal["gp", "tpe", "cmaes", "random", "grid"] = "gp"
+    low: float = -0.2
+    high: float = 2.5
+    num_trials: PositiveInt = 40
+    grid_step: PositiveFloat = 0.4
+    metric: str = "fd_effnetlite0"
+    num_images: PositiveInt = 5000
+    num_steps: PositiveInt | None = None
+    first_seed: NonNegativeInt = 1_000_000
+
+    @model_validator(mode="after")
+    def _bounds(self) -> "Search":
+        if self.low > 0 or self.high < 1:
+            raise ValueError(
+                f"low is {self.low} and high is {self.high}, expected low <= 0 and high >= 1: the base (all 0) and the "
+                "sum of the experts (all 1) are always candidates"
+            )
+        return self
+
+
+class Evaluate(Section):
+    """What is reported.
+
+    Attributes:
+        metrics: of ``fd_effnetlite0``, ``kd_effnetlite0`` and, with ``inception_weights``, ``fid`` and ``kid``.
+        num_images: in each of num_seed_sets sets of consecutive seeds from first_seed on.
+        num_reference_images: of the data, from the start; None takes all.
+        num_sample_images: written as PNG for each model.
+        inception_weights: the file ``pt_inception-2015-12-05-6726825d.pth``.
+    """
+
+    metrics: list[str] = ["fd_effnetlite0", "kd_effnetlite0"]
+    num_images: PositiveInt = 5000
+    num_seed_sets: PositiveInt = 3
+    first_seed: NonNegativeInt = 0
+    num_reference_images: PositiveInt | None = None
+    num_sample_images: PositiveInt = 64
+    inception_weights: Path | None = None
+
+
+class Pretrain(Training):
+    """Training of a base model from nothing.
+
+    Attributes:
+        model: arguments of diffusers' UNet2DModel.
+        scheduler: arguments of diffusers' DDPMScheduler.
+        num_ranges: validation loss is logged for this many equal ranges.
+    """
+
+    model: dict[str, Any] = {}
+    scheduler: dict[str, Any] = {}
+    num_ranges: PositiveInt = 4
+
+
+class Config(Section):
+    """A whole run. ``base`` is a pipeline folder or a hub name; ``num_processes`` experts or shards run at once."""
+
+    seed: NonNegativeInt = 0
+    base: str = "models/fashion-ddpm"
+    num_processes: PositiveInt = 1
+    data: Data = Data()
+    finetune: Finetune = Finetune()
+    sample: Sample = Sample()
+    search: Search = Search()
+    evaluate: Evaluate = Evaluate()
+    pretrain: Pretrain | None = None
+
+    @property
+    def search_seeds(self) -> range:
+        return range(self.search.first_seed, self.search.first_seed + self.search.num_images)
+
+    @property
+    def report_seeds(self) -> range:
+        return range(
+            self.evaluate.first_seed,
+            self.evaluate.first_seed
+            + max(self.evaluate.num_images * self.evaluate.num_seed_sets, self.evaluate.num_sample_images),
+        )
+
+    @model_validator(mode="after")
+    def _seeds(self) -> "Config":
+        check_disjoint(self.search_seeds, self.report_seeds)
+        return self
+
+
+def _nearest_key(location: tuple[int | str, ...]) -> str:
+    """Name the valid key nearest to the unknown one at the end of a location."""
+    model: Any = Config
+    for part in location[:-1]:
+        annotation = model.model_fields[part].annotation
+        model = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
+    match = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1, cutoff=0.0)
+    return ".".join([*map(str, location[:-1]), *match])
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for e in error.errors():
+        key = ".".join(map(str, e["loc"]))
+        if e["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}; the nearest valid key is {_nearest_key(e['loc'])!r}")
+        else:
+            lines.append(f"{key}: {e['msg']}" + (f", found {e['input']!r}" if key else ""))
+    return f"{where}: " + "; ".join(lines)
+
+
+def _override(values: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {assignment!r}: expected key=value, for example finetune.num_updates=100")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.get(parent)
+        if child is None:
+            child = values[parent] = {}
+        if not isinstance(child, dict):
+            raise ValueError(f"--set {assignment!r}: {parent!r} holds a value, not a section")
+        values = child
+    values[last] = yaml.safe_load(text)
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config, apply ``a.b=c`` overrides, validate.
+
+    Raises:
+        ValueError: the file is missing or not YAML, a key is unknown (the nearest valid one is named), or a value
+            has the wrong type or range.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ValueError(f"config {path}: {error.strerror}; give the path of a YAML file, see configs/") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path}: found {type(values).__name__}, expected keys and values")
+    for assignment in overrides or []:
+        _override(values, assignment)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_explain(error, f"config {path}")) from error
+
+
+def dump_config(config: Config) -> str:
+    """Write a config as YAML that ``load_config`` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,336 @@
+"""Images from folders, arrays, ``datasets`` and known names to training batches."""
+
+import gzip
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pooch
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .config import Data
+from .seeds import generator
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
+
+# Debian's dataset-fashion-mnist puts its files here.
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+FASHION_FILES = {
+    "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
+}
+
+
+class Images(Dataset):
+    """Images of one size, as uint8 tensors of shape [C, H, W]; ``sha256`` identifies the content."""
+
+    sha256: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> UInt8[Tensor, "c h w"]:
+        raise NotImplementedError
+
+    def stack(self, indices: Sequence[int]) -> UInt8[Tensor, "n c h w"]:
+        """Load several images as one batch."""
+        return torch.stack([self[i] for i in indices])
+
+
+class ArrayImages(Images):
+    """Images held in memory."""
+
+    def __init__(self, pixels: UInt8[np.ndarray, "n c h w"]) -> None:
+        self.pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+        digest = hashlib.sha256(str(tuple(pixels.shape)).encode())
+        digest.update(self.pixels.numpy().data)
+        self.sha256 = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> UInt8[Tensor, "c h w"]:
+        return self.pixels[index]
+
+    def stack(self, indices: Sequence[int]) -> UInt8[Tensor, "n c h w"]:
+        return self.pixels[torch.as_tensor(indices)]
+
+
+class DecodedImages(Images):
+    """Images that are decoded when they are asked for: files, or rows of a ``datasets`` data set."""
+
+    def __init__(self, items: Sequence[Any], sha256: str, channels: int, size: int, fit: str) -> None:
+        self.items, self.sha256, self.channels, self.size, self.fit = items, sha256, channels, size, fit
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> UInt8[Tensor, "c h w"]:
+        return decode(self.items[index], self.channels, self.size, self.fit)
+
+
+def decode(item: Any, channels: int, size: int, fit: str) -> UInt8[Tensor, "c h w"]:
+    """Decode a path or a PIL image to uint8 [C, size, size].
+
+    Raises:
+        ValueError: the file is no image or is cut short, or (fit = exact) its size or channels are not the model's.
+    """
+    try:
+        image = item if isinstance(item, Image.Image) else Image.open(item)
+        image.load()
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise ValueError(f"{item}: can't be decoded ({error}); mend or remove it, or set data.skip_damaged") from error
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    name = item if isinstance(item, str | Path) else "an image of the data set"
+    if fit == "resize":
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.convert(mode).resize(
+            (size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
+        )
+    found = len(image.getbands()) if image.mode != "P" else 3
+    if image.size != (size, size) or found != channels:
+        raise ValueError(
+            f"{name}: found {image.width}×{image.height} with {found} channel(s), expected {size}×{size} with "
+            f"{channels}, as the base model has; set data.fit: resize to crop, resize and convert"
+        )
+    pixels = np.asarray(image.convert(mode))
+    return torch.from_numpy(pixels.reshape(size, size, channels).transpose(2, 0, 1).copy())
+
+
+def _read_idx(path: Path) -> UInt8[np.ndarray, "n 1 h w"]:
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
+    header = np.frombuffer(raw[:16], dtype=">u4")
+    if len(header) < 4 or header[0] != 0x803 or len(raw) != 16 + header[1:].prod():
+        raise ValueError(f"{path}: not a whole IDX image file; fetch it again")
+    return np.frombuffer(raw, np.uint8, offset=16).reshape(header[1], 1, header[2], header[3])
+
+
+def _fashion_mnist(folder: Path | None, split: str) -> UInt8[np.ndarray, "n 1 h w"]:
+    name = {"train": "train-images-idx3-ubyte.gz", "test": "t10k-images-idx3-ubyte.gz"}.get(split)
+    if name is None:
+        raise ValueError(f"data.split is {split!r}, expected 'train' or 'test' for fashion-mnist")
+    for place in [folder] if folder else [FASHION_FOLDER]:
+        if (place / name).is_file():
+            return _read_idx(place / name)
+    if folder:
+        raise ValueError(f"data.path is {folder}, which has no {name}; expected Fashion-MNIST's four .gz files there")
+    try:
+        return _read_idx(Path(pooch.retrieve(FASHION_URL + name, FASHION_FILES[name], path=pooch.os_cache("deme"))))
+    except OSError as error:
+        raise ValueError(
+            f"Fashion-MNIST is neither in {FASHION_FOLDER} nor can it be downloaded ({error}); "
+            "install Debian's dataset-fashion-mnist, or set data.path to a folder that has it"
+        ) from error
+
+
+def _array_file(path: Path) -> np.ndarray:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        pixels = loaded[loaded.files[0]] if path.suffix == ".npz" else loaded
+    except (OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{path}: can't be read as a plain array ({error})") from error
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
+        raise ValueError(
+            f"{path}: found {pixels.dtype} of shape {pixels.shape}, expected uint8 [N, H, W] or [N, H, W, C]"
+        )
+    return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+
+
+def _folder(path: Path, channels: int, size: int, data: Data) -> DecodedImages:
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"{path}: found no images, expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    good, digest = [], hashlib.sha256()
+    # Every file is decoded once before any training: a bad one found hours later loses those hours.
+    for file in files:
+        try:
+            digest.update(decode(file, channels, size, data.fit).numpy().data)
+            good.append(file)
+        except ValueError:
+            if not data.skip_damaged:
+                raise
+    if not good:
+        raise ValueError(f"{path}: none of the {len(files)} images can be used")
+    return DecodedImages(good, digest.hexdigest(), channels, size, data.fit)
+
+
+class _Column(Sequence):
+    def __init__(self, rows: Any, column: str) -> None:
+        self.rows, self.column = rows, column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index][self.column]
+
+
+def _datasets(name: str, channels: int, size: int, data: Data) -> DecodedImages:
+    import datasets
+
+    local = Path(name).is_dir() and (Path(name) / "dataset_info.json").is_file()
+    try:
+        rows = datasets.load_from_disk(name) if local else datasets.load_dataset(name, split=data.split)
+    except Exception as error:  # the library raises a dozen kinds, from its own and from the hub's
+        raise ValueError(f"data set {name!r}, split {data.split!r}: {error}") from error
+    if data.column not in rows.column_names:
+        raise ValueError(
+            f"data set {name!r} has columns {', '.join(rows.column_names)}, expected {data.column!r}: set data.column"
+        )
+    fingerprint = f"{name} {data.split} {data.column} {rows._fingerprint} {data.fit} {size}"
+    items = DecodedImages(
+        _Column(rows, data.column), hashlib.sha256(fingerprint.encode()).hexdigest(), channels, size, data.fit
+    )
+    if len(items) == 0:
+        raise ValueError(f"data set {name!r}, split {data.split!r}: has no rows")
+    items[0]
+    return items
+
+
+@lru_cache(maxsize=2)
+def load_images(data: Data, channels: int, size: int) -> Images:
+    """Open the images a config names, for a model of the given channels and size.
+
+    Raises:
+        ValueError: the source is unknown, missing, empty, damaged, or of another size or channel count.
+    """
+    source = data.source
+    if source.startswith("datasets:"):
+        return _datasets(source.removeprefix("datasets:"), channels, size, data)
+    if source == "fashion-mnist":
+        pixels = _fashion_mnist(data.path, data.split)
+    elif Path(source).is_dir():
+        return _folder(Path(source), channels, size, data)
+    elif Path(source).suffix in (".npz", ".npy") and Path(source).is_file():
+        pixels = _array_file(Path(source))
+    else:
+        raise ValueError(
+            f"data.source is {source!r}, expected fashion-mnist, a folder of images, an .npz or .npy file, or datasets:NAME"
+        )
+    if pixels.shape[1:] != (channels, size, size):
+        if data.fit == "exact":
+            raise ValueError(
+                f"{source}: found images {pixels.shape[3]}×{pixels.shape[2]} with {pixels.shape[1]} channel(s), expected "
+                f"{size}×{size} with {channels}, as the base model has; set data.fit: resize to crop, resize and convert"
+            )
+        images = (Image.fromarray(p.transpose(1, 2, 0).squeeze()) for p in pixels)
+        pixels = np.stack([decode(i, channels, size, "resize").numpy() for i in images])
+    if len(pixels) == 0:
+        raise ValueError(f"{source}: holds no images")
+    return ArrayImages(pixels)
+
+
+def open_images(source: str) -> Images:
+    """Open images whose size and channels are whatever the first of them has.
+
+    Raises:
+        ValueError: as ``load_images``; also where the images differ among themselves.
+    """
+    data = Data(source=source)
+    path = Path(source)
+    if source == "fashion-mnist":
+        return load_images(data, 1, 28)
+    if path.suffix in (".npz", ".npy") and path.is_file():
+        pixels = _array_file(path)
+        return load_images(data, pixels.shape[1], pixels.shape[2])
+    first = next((p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES), None)
+    if first is None:
+        raise ValueError(
+            f"{source} is no model and holds no images; expected a pipeline, a folder of images or an array"
+        )
+    with Image.open(first) as image:
+        return load_images(data, 1 if image.mode in ("L", "1", "I;16") else 3, image.width)
+
+
+def to_model(pixels: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    """Map uint8 [0, 255] to float32 [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_pixels(x: Float[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
+    """Map [-1, 1] to uint8 [0, 255], clamped and rounded as diffusers' pipelines do."""
+    return ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+class _Batches(Sequence):
+    """Indices of every micro-batch: slices of an endless chain of seeded permutations of the data."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int, world: int, first: int, last: int):
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.rank, self.world, self.first, self.last = rank, world, first, last
+
+    @lru_cache(maxsize=2)  # noqa: B019 - lives as long as the training does
+    def _permutation(self, epoch: int) -> Int[Tensor, " n"]:
+        return torch.randperm(self.num_images, generator=generator(self.seed, "order", epoch))
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: Any) -> list[int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = ((self.first + index) * self.world + self.rank) * self.batch_size
+        return [
+            int(self._permutation(p // self.num_images)[p % self.num_images])
+            for p in range(start, start + self.batch_size)
+        ]
+
+
+class _Indexed(Dataset):
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitems__(self, indices: list[int]) -> UInt8[Tensor, "n c h w"]:
+        return self.images.stack(indices)
+
+
+def _identity(batch: Tensor) -> Tensor:
+    return batch
+
+
+def training_batches(
+    images: Images,
+    data: Data,
+    batch_size: int,
+    seed: int,
+    first: int,
+    last: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[UInt8[Tensor, "n c h w"]]:
+    """Yield micro-batches ``first`` to ``last`` of a training run; batch s depends only on (seed, rank, s).
+
+    The last ``data.num_held_out`` images are left out. Flips are drawn per image from the batch's own stream.
+
+    Raises:
+        ValueError: nothing is left to train on.
+    """
+    num_images = len(images) - data.num_held_out
+    if num_images < 1:
+        raise ValueError(
+            f"the data has {len(images)} images and data.num_held_out is {data.num_held_out}: nothing is left to train on"
+        )
+    order = _Batches(num_images, batch_size, seed, rank, world, first, last)
+    loader = DataLoader(_Indexed(images), batch_sampler=order, num_workers=data.num_workers, collate_fn=_identity)
+    for step, batch in enumerate(loader, start=first):
+        if data.flip:
+            mirrored = torch.rand(len(batch), generator=generator(seed, "flip", rank, step)) < 0.5
+            batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
+        yield batch
+
+
+def held_out_images(images: Images, data: Data) -> UInt8[Tensor, "n c h w"]:
+    """Load the images at the end of the data that no training sees."""
+    return images.stack(range(len(images) - data.num_held_out, len(images)))

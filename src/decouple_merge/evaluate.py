@@ -1,0 +1,139 @@
+"""Score images against a reference, whose statistics are computed once and cached."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pooch
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from .data import Images
+from .features import METRICS, Extractor
+from .metrics import FeatureStats, frechet_distance, kernel_distance, matrix_root
+from .runs import read_tensors, write_tensors
+
+# The kernel distance needs features themselves; this many, evenly spaced, keep its cache small.
+NUM_KERNEL_FEATURES = 5000
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared with.
+
+    Attributes:
+        name: of the data, with its hash, as records carry it.
+        mean, covariance: float64 moments of the features; ``root`` is the covariance's square root.
+        features: float32 rows for the kernel distance; none where the reference is statistics only.
+    """
+
+    name: str
+    num_images: int
+    mean: Float[Tensor, " d"]
+    covariance: Float[Tensor, "d d"]
+    root: Float[Tensor, "d d"]
+    features: Float[Tensor, "n d"] | None
+
+
+def cache_folder() -> Path:
+    """Say where reference statistics are kept: $DEME_CACHE, or the system's cache folder."""
+    return Path(os.environ.get("DEME_CACHE") or pooch.os_cache("deme"))
+
+
+def make_reference(name: str, images: Images, extractor: Extractor, num_images: int | None = None) -> Reference:
+    """Compute the statistics of the first images of a data set, or read them from the cache.
+
+    The cache's key is the hash of the data, of the extractor and the number of images.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    num = min(num_images or len(images), len(images))
+    if num < 2:
+        raise ValueError(f"{name}: found {num} image(s), expected at least 2 to compare with")
+    key = hashlib.sha256(f"{images.sha256} {extractor.label} {num}".encode()).hexdigest()[:24]
+    path = cache_folder() / "reference" / f"{key}.safetensors"
+    if not path.exists():
+        stats = FeatureStats.empty(extractor.num_features)
+        wanted = set(np.linspace(0, num - 1, min(num, NUM_KERNEL_FEATURES)).astype(int).tolist())
+        kept = []
+        for batch in torch.arange(num).split(256):
+            features = extractor.extract(images.stack(batch.tolist()))
+            stats.add(features)
+            kept.append(features[[i for i, index in enumerate(batch.tolist()) if index in wanted]])
+        covariance = stats.covariance
+        tensors = {
+            "mean": stats.mean,
+            "covariance": covariance,
+            "root": matrix_root(covariance),
+            "features": torch.cat(kept),
+        }
+        write_tensors(path, tensors)
+    tensors, _ = read_tensors(path)
+    return Reference(f"{name}:{images.sha256[:16]}:{num}", num, **tensors)
+
+
+def write_statistics(reference: Reference, path: Path) -> None:
+    """Write mean and covariance as ``mu`` and ``sigma`` of an npz file, which pytorch-fid and others read."""
+    if path.suffix != ".npz":
+        raise ValueError(f"{path}: expected a name that ends in .npz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, mu=reference.mean.numpy(), sigma=reference.covariance.numpy())
+
+
+def read_statistics(path: Path, num_features: int) -> Reference:
+    """Read ``mu`` and ``sigma`` from an npz file as pytorch-fid and ADM write them.
+
+    Raises:
+        ValueError: the file is damaged, lacks the two arrays, or is of another extractor's size.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, covariance = torch.from_numpy(file["mu"]).double(), torch.from_numpy(file["sigma"]).double()
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: expected an npz file with arrays mu and sigma ({error})") from error
+    if mean.shape != (num_features,) or covariance.shape != (num_features, num_features):
+        raise ValueError(
+            f"{path}: found {tuple(mean.shape)} features, expected {num_features}: made by another extractor"
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Reference(f"{path.name}:{digest[:16]}", 0, mean, covariance, matrix_root(covariance), None)
+
+
+def score(
+    batches: Iterable[UInt8[Tensor, "batch c h w"]], metrics: list[str], extractor: Extractor, reference: Reference
+) -> dict[str, float]:
+    """Compute the metrics of one extractor in one pass over the images.
+
+    Args:
+        metrics: of ``METRICS``; those of other extractors are left out.
+
+    Raises:
+        ValueError: the kernel distance is asked of a reference that has only statistics, or there are under two images.
+    """
+    asked = [m for m in metrics if METRICS[m] == extractor.name]
+    kernel = [m for m in asked if m.startswith("k")]
+    if kernel and reference.features is None:
+        raise ValueError(f"{kernel[0]} needs the reference's images; {reference.name} holds only mean and covariance")
+    stats, rows = FeatureStats.empty(extractor.num_features), []
+    for batch in batches:
+        features = extractor.extract(batch)
+        stats.add(features)
+        if kernel:
+            rows.append(features)
+    if stats.num < 2:
+        raise ValueError(f"found {stats.num} image(s) to score, expected at least 2")
+    values = {}
+    for metric in asked:
+        if metric in kernel:
+            assert reference.features is not None
+            values[metric] = kernel_distance(torch.cat(rows), reference.features)
+        else:
+            values[metric] = frechet_distance(
+                stats.mean, stats.covariance, reference.mean, reference.covariance, reference.root
+            )
+    return values

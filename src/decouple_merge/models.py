@@ -1,0 +1,213 @@
+"""The one adapter to diffusers: load a base, run its network, build its sampler, export."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .losses import PREDICTION_TYPES
+from .projection import attach_projections
+from .runs import atomic_path, read_tensors
+
+SUPPORTED = "a diffusers pipeline of a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline, …) with a VP schedule"
+PROJECTIONS_FILE = "projections.safetensors"
+
+diffusers.logging.set_verbosity_error()
+diffusers.logging.disable_progress_bar()
+
+
+@dataclass
+class Base:
+    """A pretrained pipeline, taken apart.
+
+    Attributes:
+        pipeline: the diffusers pipeline; ``network`` is its denoiser.
+        network: UNet2DModel, float32.
+        alphas_cumprod: ᾱ_t of the base's own schedule, float32 [T].
+        prediction_type: epsilon, sample or v_prediction.
+        sha256: hash of the network's tensors.
+    """
+
+    pipeline: DiffusionPipeline
+    network: nn.Module
+    alphas_cumprod: Float[Tensor, " T"]
+    prediction_type: str
+    sha256: str
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @property
+    def image_size(self) -> int:
+        return self.network.config.sample_size
+
+    @property
+    def channels(self) -> int:
+        return self.network.config.in_channels
+
+
+def load_base(name: str) -> Base:
+    """Load a base model by folder or hub name; scheduler, prediction type and image size are its own.
+
+    Raises:
+        ValueError: there is no such model, a file is damaged, or it is not ``SUPPORTED``.
+    """
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, local_files_only=Path(name).exists())
+    except (SafetensorError, EOFError) as error:
+        raise ValueError(f"base {name!r}: its weights file is damaged ({error}); fetch or copy it again") from error
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"base {name!r} can't be loaded ({reason}); expected {SUPPORTED}, by folder or hub name"
+        ) from error
+    network, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+    if not isinstance(network, UNet2DModel) or hasattr(pipeline, "vqvae") or hasattr(pipeline, "vae"):
+        kind = type(network).__name__ if network is not None else "no unet"
+        raise ValueError(f"base {name!r} is a {type(pipeline).__name__} with {kind}; supported is {SUPPORTED}")
+    if network.config.in_channels != network.config.out_channels:
+        raise ValueError(
+            f"base {name!r} maps {network.config.in_channels} channels to {network.config.out_channels}; supported is {SUPPORTED} that predicts no variance"
+        )
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    if alphas_cumprod is None or prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"base {name!r} has a {type(scheduler).__name__} with prediction type {prediction_type!r}; supported is {SUPPORTED}"
+        )
+    size = network.config.sample_size
+    if not isinstance(size, int):
+        raise ValueError(f"base {name!r} has sample_size {size!r}, expected one integer: square images")
+    network.requires_grad_(False).eval()
+    return Base(pipeline, network, alphas_cumprod.float(), prediction_type, tensors_sha256(network.state_dict()))
+
+
+def create_base(model: dict[str, Any], scheduler: dict[str, Any], seed: int) -> Base:
+    """Make an untrained UNet2DModel in a DDPMPipeline from diffusers' own arguments.
+
+    Raises:
+        ValueError: diffusers doesn't accept the arguments.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            network = UNet2DModel(**model)
+            pipeline = DDPMPipeline(network, DDPMScheduler(**scheduler))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"pretrain.model or pretrain.scheduler: {error}") from error
+    config = pipeline.scheduler.config
+    return Base(
+        pipeline,
+        network,
+        pipeline.scheduler.alphas_cumprod.float(),
+        config["prediction_type"],
+        tensors_sha256(network.state_dict()),
+    )
+
+
+def predict(network: nn.Module, x: Float[Tensor, "batch c h w"], t: Any) -> Float[Tensor, "batch c h w"]:
+    """Run the denoiser once on noisy images at timesteps t (a number, or one for each image)."""
+    return network(x, t, return_dict=False)[0]
+
+
+def num_parameters(network: nn.Module) -> int:
+    """Count the elements of all parameters."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """Hash names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def make_scheduler(base: Base, sampler: str, num_steps: int, timestep_spacing: str | None) -> Any:
+    """Build any diffusers scheduler from the base's own config, with its timesteps set.
+
+    Raises:
+        ValueError: diffusers has no such scheduler, or it refuses the number of steps.
+    """
+    name = sampler if sampler.endswith("Scheduler") else sampler + "Scheduler"
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+        known = sorted(
+            n.removesuffix("Scheduler") for n in dir(diffusers) if n.endswith("Scheduler") and "Flax" not in n
+        )
+        raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(known)}")
+    changes = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
+    try:
+        scheduler = cls.from_config(base.pipeline.scheduler.config, **changes)
+        scheduler.set_timesteps(num_steps)
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"sampler {name} with {num_steps} steps: {error}") from error
+    return scheduler
+
+
+def export_pipeline(base: Base, weights: dict[str, Tensor], folder: Path, card: str, record: dict[str, Any]) -> None:
+    """Write the base's pipeline with other weights, a model card and merge.json.
+
+    The folder appears whole or not at all. Trunk projections among the weights go to ``projections.safetensors``
+    beside the network, which stock diffusers doesn't read.
+    """
+    stock = base.network.state_dict()
+    extra = {k: v for k, v in weights.items() if k not in stock}
+    # A copy: the caller's base stays what it was.
+    network = type(base.network).from_config(base.network.config).to(base.network.dtype)
+    network.load_state_dict({k: weights[k] for k in stock})
+    parts = {**base.pipeline.components, "unet": network}
+    with atomic_path(folder) as temporary:
+        type(base.pipeline)(**parts).save_pretrained(temporary)
+        if extra:
+            save_file(extra, temporary / PROJECTIONS_FILE)
+        (temporary / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
+        (temporary / "README.md").write_text(card)
+
+
+def new_network(base: Base, projection: str = "none") -> nn.Module:
+    """Copy the base's network, on the CPU, with projections at the identity where asked."""
+    with torch.random.fork_rng(devices=[]):
+        network = type(base.network).from_config(base.network.config)
+    network.load_state_dict(base.network.state_dict())
+    attach_projections(network, projection)
+    return network
+
+
+def load_network(path: Path) -> dict[str, Tensor]:
+    """Read a network's weights: a ``.safetensors`` file, an expert folder, or a pipeline folder with its projections.
+
+    Raises:
+        ValueError: there are no safetensors weights at the path, or they are damaged.
+    """
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise ValueError(f"{path} is a pickle, expected safetensors: convert it with diffusers' save_pretrained")
+    if path.is_file():
+        return read_tensors(path)[0]
+    for name in (
+        "model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.safetensors",
+    ):
+        if (path / name).is_file():
+            tensors, _ = read_tensors(path / name)
+            break
+    else:
+        raise ValueError(
+            f"{path} holds no weights, expected a .safetensors file, an expert folder or a pipeline folder"
+        )
+    if (path / PROJECTIONS_FILE).exists():
+        tensors |= read_tensors(path / PROJECTIONS_FILE)[0]
+    return tensors

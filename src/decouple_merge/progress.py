@@ -1,0 +1,53 @@
+"""Show a run's events: a live view on a terminal, plain lines elsewhere."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .finetune import StepRecord
+from .search import Trial
+from .workflow import Row
+
+
+def show(events: Iterable[Any], console: Console) -> list[Row]:
+    """Print events as they come; returns the rows of the result table."""
+    rows, bars = [], {}
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        for event in events:
+            if isinstance(event, Row):
+                rows.append(event)
+            elif isinstance(event, StepRecord):
+                if event.name not in bars:
+                    bars[event.name] = progress.add_task(event.name, total=event.num_updates, detail="")
+                progress.update(bars[event.name], completed=event.update, detail=training_line(event))
+                if not console.is_terminal:
+                    console.print(f"{event.name} {event.update}/{event.num_updates}: {training_line(event)}")
+            elif isinstance(event, Trial):
+                weights = ", ".join(f"{w:.3f}" for w in event.weights)
+                console.print(f"trial {event.number}: ({weights}) → {event.value:.4g}  {event.seconds:.0f} s")
+            else:
+                console.print(event.text)
+    return rows
+
+
+def training_line(record: StepRecord) -> str:
+    """Say in one line how a training goes: losses, speed, time left."""
+    remaining = record.seconds_left
+    validation = "" if record.validation is None else "  validation " + " ".join(f"{v:.4f}" for v in record.validation)
+    consistency = f"  consistency {record.consistency_loss:.5f}" if record.consistency_loss else ""
+    return (
+        f"loss {record.loss:.4f}{consistency}{validation}  {record.images_per_second:.0f} images/s  "
+        f"{remaining // 60:.0f}:{remaining % 60:02.0f} left"
+    )

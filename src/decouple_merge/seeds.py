@@ -1,0 +1,32 @@
+"""Random streams: every draw is a function of a key, so nothing random needs saving or restoring."""
+
+import hashlib
+
+import torch
+
+
+def stream_seed(*key: int | str) -> int:
+    """Hash a key such as ``(seed, "noise", rank, step)`` to a seed in [0, 2**63).
+
+    Hashing, and not adding, keeps (1, 2) and (2, 1) apart and makes neighbouring steps independent.
+    """
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """Make the CPU generator of a key. CPU, so that the numbers are the same on every device."""
+    return torch.Generator().manual_seed(stream_seed(*key))
+
+
+def check_disjoint(search: range, report: range) -> None:
+    """Refuse seeds that are used both to choose a model and to report on it.
+
+    Raises:
+        ValueError: the two half-open seed ranges overlap.
+    """
+    if max(search.start, report.start) < min(search.stop, report.stop):
+        raise ValueError(
+            f"search seeds [{search.start}, {search.stop}) overlap report seeds [{report.start}, {report.stop}); "
+            "a number must not be reported on the seeds that chose the model: move search.first_seed or "
+            "evaluate.first_seed"
+        )
