@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .workflow import Row
+    from .results import Row
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -39,9 +39,9 @@ def _show(events: Iterable[Any]) -> None:
 
 def result_table(rows: "list[Row]") -> Table:
     """Lay out the result table, with each mean's ratio to the pretrained model's."""
-    table = Table(title="distance to the reference (smaller is better)")
+    table = Table(title="distance to the reference (smaller is better)", min_width=100)
     for column in ("model", "parameters", "metric", "mean", "spread over seed sets", "/ pretrained"):
-        table.add_column(column, justify="left" if column in ("model", "metric") else "right")
+        table.add_column(column, justify="left" if column in ("model", "metric") else "right", no_wrap=True)
     first = {r.metric: r.mean for r in rows if r.model == "pretrained"}
     for row in rows:
         ratio = f"{row.mean / first[row.metric]:.3f}" if first.get(row.metric) else ""
@@ -62,11 +62,11 @@ def run(
 
     Example: `deme run configs/fashion-quick.yaml`
     """
-    from . import workflow
+    from . import plan, workflow
 
     settings, folder = _load(config, out, overrides)
     if dry_run:
-        _show(workflow.describe(settings, folder))
+        _show(plan.describe(settings, folder))
         return
     _show(workflow.run(settings, folder))
     console.print(f"merged model: {folder / 'merged'}")
@@ -83,10 +83,9 @@ def finetune(
 
     Example: `deme finetune configs/fashion-quick.yaml --range 2`
     """
-    from . import workflow
+    from . import plan, workflow
 
-    settings, folder = _load(config, out, overrides)
-    _show(workflow.finetune(workflow.prepare(settings, folder), only))
+    _show(workflow.finetune(plan.prepare(*_load(config, out, overrides)), only))
 
 
 @app.command()
@@ -95,11 +94,10 @@ def search(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run f
 
     Example: `deme search runs/fashion-quick`
     """
-    from . import workflow
+    from . import plan, workflow
     from .config import load_config
 
-    settings = load_config(run_folder / "config.yaml")
-    _show(workflow.search_weights(workflow.prepare(settings, run_folder)))
+    _show(workflow.search_weights(plan.prepare(load_config(run_folder / "config.yaml"), run_folder)))
     console.print(f"merged model: {run_folder / 'merged'}")
 
 
@@ -115,13 +113,13 @@ def merge(
     Example: `deme merge models/fashion-ddpm runs/fashion-quick/experts/0 runs/fashion-quick/experts/1
     --weights 0.5,0.5 --out merged`
     """
-    from . import workflow
+    from . import standalone
 
     try:
         numbers = [float(w) for w in weights.split(",")]
     except ValueError:
         raise ValueError(f"--weights is {weights!r}, expected numbers separated by commas, such as 0.5,1.2") from None
-    workflow.merge_models(base, experts, numbers, out)
+    standalone.merge_models(base, experts, numbers, out)
     console.print(f"merged model: {out}")
 
 
@@ -140,9 +138,9 @@ def sample(
 
     Example: `deme sample models/fashion-ddpm --out samples --num-images 16`
     """
-    from . import workflow
+    from . import standalone
 
-    workflow.sample_model(model, out, num_images, seed, num_steps, sampler)
+    standalone.sample_model(model, out, num_images, seed, num_steps, sampler)
     console.print(f"images: {out}")
 
 
@@ -162,9 +160,9 @@ def evaluate(
 
     Example: `deme evaluate models/fashion-ddpm --reference fashion-mnist --num-images 500`
     """
-    from . import workflow
+    from . import standalone
 
-    _show(workflow.evaluate_model(model, reference, metrics.split(","), num_images, seed, out, inception_weights))
+    _show(standalone.evaluate_model(model, reference, metrics.split(","), num_images, seed, out, inception_weights))
 
 
 @app.command()
@@ -178,9 +176,9 @@ def stats(
 
     Example: `deme stats fashion-mnist --out fashion.npz`
     """
-    from . import workflow
+    from . import standalone
 
-    workflow.write_reference(images, out, metric, inception_weights)
+    standalone.write_reference(images, out, metric, inception_weights)
     console.print(f"statistics: {out}")
 
 

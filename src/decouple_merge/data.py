@@ -217,13 +217,15 @@ def load_images(data: Data, channels: int, size: int) -> Images:
         pixels = _array_file(Path(source))
     else:
         raise ValueError(
-            f"data.source is {source!r}, expected fashion-mnist, a folder of images, an .npz or .npy file, or datasets:NAME"
+            f"data.source is {source!r}, expected fashion-mnist, a folder of images, an .npz or .npy file, or "
+            "datasets:NAME"
         )
     if pixels.shape[1:] != (channels, size, size):
         if data.fit == "exact":
             raise ValueError(
-                f"{source}: found images {pixels.shape[3]}×{pixels.shape[2]} with {pixels.shape[1]} channel(s), expected "
-                f"{size}×{size} with {channels}, as the base model has; set data.fit: resize to crop, resize and convert"
+                f"{source}: found images {pixels.shape[3]}×{pixels.shape[2]} with {pixels.shape[1]} channel(s), "
+                f"expected {size}×{size} with {channels}, as the base model has; set data.fit: resize to crop, "
+                "resize and convert"
             )
         images = (Image.fromarray(p.transpose(1, 2, 0).squeeze()) for p in pixels)
         pixels = np.stack([decode(i, channels, size, "resize").numpy() for i in images])
@@ -296,7 +298,7 @@ class _Indexed(Dataset):
         return self.images.stack(indices)
 
 
-def _identity(batch: Tensor) -> Tensor:
+def _identity(batch: Any) -> Any:
     return batch
 
 
@@ -317,11 +319,8 @@ def training_batches(
     Raises:
         ValueError: nothing is left to train on.
     """
+    check_held_out(images, data)
     num_images = len(images) - data.num_held_out
-    if num_images < 1:
-        raise ValueError(
-            f"the data has {len(images)} images and data.num_held_out is {data.num_held_out}: nothing is left to train on"
-        )
     order = _Batches(num_images, batch_size, seed, rank, world, first, last)
     loader = DataLoader(_Indexed(images), batch_sampler=order, num_workers=data.num_workers, collate_fn=_identity)
     for step, batch in enumerate(loader, start=first):
@@ -329,6 +328,19 @@ def training_batches(
             mirrored = torch.rand(len(batch), generator=generator(seed, "flip", rank, step)) < 0.5
             batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
         yield batch
+
+
+def check_held_out(images: Images, data: Data) -> None:
+    """Require that something is left to train on.
+
+    Raises:
+        ValueError: as said.
+    """
+    if len(images) <= data.num_held_out:
+        raise ValueError(
+            f"the data has {len(images)} images and data.num_held_out is {data.num_held_out}: nothing is left to train "
+            "on; give more images, or hold out fewer"
+        )
 
 
 def held_out_images(images: Images, data: Data) -> UInt8[Tensor, "n c h w"]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -60,6 +60,11 @@ class StepRecord:
     images_per_second: float
     seconds_left: float
     validation: list[float] | None = None
+
+
+def is_main_process() -> bool:
+    """Say whether this is the process that writes; under ``torchrun`` or ``accelerate launch`` there are several."""
+    return PartialState().is_main_process
 
 
 def learning_rate_at(update: int, settings: Training) -> float:
@@ -169,7 +174,7 @@ class Trainer:
         """Write weights, EMA and optimiser as one safetensors file, replaced atomically."""
         if not self.accelerator.is_main_process:
             return
-        tensors = {f"network.{i}": p for i, p in enumerate(self.parameters)}
+        tensors: dict[str, Tensor] = {f"network.{i}": p for i, p in enumerate(self.parameters)}
         tensors |= {f"ema.{i}": p for i, p in enumerate(self.ema)}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
@@ -199,8 +204,8 @@ class Trainer:
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
-                _, i, name = key.split(".")
-                state.setdefault(int(i), {})[name] = value
+                _, index, name = key.split(".")
+                state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(json.loads(metadata["scaler"]))

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,8 +22,8 @@ from .runs import atomic_path, read_tensors
 SUPPORTED = "a diffusers pipeline of a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline, …) with a VP schedule"
 PROJECTIONS_FILE = "projections.safetensors"
 
-diffusers.logging.set_verbosity_error()
-diffusers.logging.disable_progress_bar()
+diffusers_logging.set_verbosity_error()
+diffusers_logging.disable_progress_bar()
 
 
 @dataclass
@@ -37,8 +38,8 @@ class Base:
         sha256: hash of the network's tensors.
     """
 
-    pipeline: DiffusionPipeline
-    network: nn.Module
+    pipeline: Any
+    network: Any
     alphas_cumprod: Float[Tensor, " T"]
     prediction_type: str
     sha256: str
@@ -71,19 +72,23 @@ def load_base(name: str) -> Base:
         raise ValueError(
             f"base {name!r} can't be loaded ({reason}); expected {SUPPORTED}, by folder or hub name"
         ) from error
-    network, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
-    if not isinstance(network, UNet2DModel) or hasattr(pipeline, "vqvae") or hasattr(pipeline, "vae"):
+    network: Any = getattr(pipeline, "unet", None)
+    scheduler: Any = getattr(pipeline, "scheduler", None)
+    is_unet = type(network) is UNet2DModel
+    if not is_unet or hasattr(pipeline, "vqvae") or hasattr(pipeline, "vae"):
         kind = type(network).__name__ if network is not None else "no unet"
         raise ValueError(f"base {name!r} is a {type(pipeline).__name__} with {kind}; supported is {SUPPORTED}")
     if network.config.in_channels != network.config.out_channels:
         raise ValueError(
-            f"base {name!r} maps {network.config.in_channels} channels to {network.config.out_channels}; supported is {SUPPORTED} that predicts no variance"
+            f"base {name!r} maps {network.config.in_channels} channels to {network.config.out_channels}, expected as "
+            "many out as in: models that predict a variance are not supported"
         )
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
     if alphas_cumprod is None or prediction_type not in PREDICTION_TYPES:
         raise ValueError(
-            f"base {name!r} has a {type(scheduler).__name__} with prediction type {prediction_type!r}; supported is {SUPPORTED}"
+            f"base {name!r} has a {type(scheduler).__name__} with prediction type {prediction_type!r}; "
+            f"supported is {SUPPORTED}"
         )
     size = network.config.sample_size
     if not isinstance(size, int):
@@ -101,8 +106,8 @@ def create_base(model: dict[str, Any], scheduler: dict[str, Any], seed: int) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            network = UNet2DModel(**model)
-            pipeline = DDPMPipeline(network, DDPMScheduler(**scheduler))
+            network: Any = UNet2DModel(**model)
+            pipeline: Any = DDPMPipeline(network, DDPMScheduler(**scheduler))
         except (TypeError, ValueError) as error:
             raise ValueError(f"pretrain.model or pretrain.scheduler: {error}") from error
     config = pipeline.scheduler.config
@@ -157,8 +162,10 @@ def make_scheduler(base: Base, sampler: str, num_steps: int, timestep_spacing: s
     return scheduler
 
 
-def export_pipeline(base: Base, weights: dict[str, Tensor], folder: Path, card: str, record: dict[str, Any]) -> None:
-    """Write the base's pipeline with other weights, a model card and merge.json.
+def export_pipeline(
+    base: Base, weights: dict[str, Tensor], folder: Path, card: str | None, record: dict[str, Any] | None
+) -> None:
+    """Write the base's pipeline with other weights, and where given a model card and merge.json.
 
     The folder appears whole or not at all. Trunk projections among the weights go to ``projections.safetensors``
     beside the network, which stock diffusers doesn't read.
@@ -166,15 +173,16 @@ def export_pipeline(base: Base, weights: dict[str, Tensor], folder: Path, card: 
     stock = base.network.state_dict()
     extra = {k: v for k, v in weights.items() if k not in stock}
     # A copy: the caller's base stays what it was.
-    network = type(base.network).from_config(base.network.config).to(base.network.dtype)
+    network = new_network(base)
     network.load_state_dict({k: weights[k] for k in stock})
-    parts = {**base.pipeline.components, "unet": network}
     with atomic_path(folder) as temporary:
-        type(base.pipeline)(**parts).save_pretrained(temporary)
+        type(base.pipeline)(**{**base.pipeline.components, "unet": network}).save_pretrained(temporary)
         if extra:
             save_file(extra, temporary / PROJECTIONS_FILE)
-        (temporary / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
-        (temporary / "README.md").write_text(card)
+        if record is not None:
+            (temporary / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
+        if card is not None:
+            (temporary / "README.md").write_text(card)
 
 
 def new_network(base: Base, projection: str = "none") -> nn.Module:

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .finetune import StepRecord
+from .results import Row
 from .search import Trial
-from .workflow import Row
 
 
 def show(events: Iterable[Any], console: Console) -> list[Row]:
@@ -32,13 +32,15 @@ def show(events: Iterable[Any], console: Console) -> list[Row]:
                 if event.name not in bars:
                     bars[event.name] = progress.add_task(event.name, total=event.num_updates, detail="")
                 progress.update(bars[event.name], completed=event.update, detail=training_line(event))
-                if not console.is_terminal:
+                if not console.is_terminal and event.validation is not None:
                     console.print(f"{event.name} {event.update}/{event.num_updates}: {training_line(event)}")
             elif isinstance(event, Trial):
                 weights = ", ".join(f"{w:.3f}" for w in event.weights)
                 console.print(f"trial {event.number}: ({weights}) → {event.value:.4g}  {event.seconds:.0f} s")
+            elif isinstance(event, dict):
+                console.print(metrics_line(event))
             else:
-                console.print(event.text)
+                console.print(event)
     return rows
 
 
@@ -51,3 +53,9 @@ def training_line(record: StepRecord) -> str:
         f"loss {record.loss:.4f}{consistency}{validation}  {record.images_per_second:.0f} images/s  "
         f"{remaining // 60:.0f}:{remaining % 60:02.0f} left"
     )
+
+
+def metrics_line(record: dict[str, Any]) -> str:
+    """Say a metrics record in one line."""
+    seeds = f" on seeds {record['seeds'][0]} to {record['seeds'][1]}" if record["seeds"] else ""
+    return f"{record['model']}: {record['metric']} {record['value']:.5g}, {record['num_images']} images{seeds}"

@@ -34,7 +34,7 @@ class _LeftMultiply(nn.Module):
         )
 
 
-def _blocks(network: nn.Module) -> dict[str, nn.Module]:
+def _blocks(network: Any) -> dict[str, Any]:
     """List down, mid and up blocks by name, in the order of the forward pass."""
     blocks = {f"down_blocks.{i}": b for i, b in enumerate(network.down_blocks)}
     if getattr(network, "mid_block", None) is not None:
@@ -42,7 +42,7 @@ def _blocks(network: nn.Module) -> dict[str, nn.Module]:
     return blocks | {f"up_blocks.{i}": b for i, b in enumerate(network.up_blocks)}
 
 
-def output_layer(block: nn.Module) -> nn.Module:
+def output_layer(block: Any) -> Any:
     """Find the layer that writes a block's output.
 
     That is the resampler's layer where there is one; else the output projection of the last attention where
@@ -90,14 +90,14 @@ def attach_projections(network: nn.Module, placement: str) -> None:
             parametrize.register_parametrization(layer, "bias", _LeftMultiply(projection))
 
 
-def _block_channels(network: nn.Module) -> dict[str, int]:
+def _block_channels(network: Any) -> dict[str, int]:
     widths = list(network.config.block_out_channels)
     channels = {f"down_blocks.{i}": w for i, w in enumerate(widths)}
     channels["mid_block"] = widths[-1]
     return channels | {f"up_blocks.{i}": w for i, w in enumerate(reversed(widths))}
 
 
-def _project_trunk(block: nn.Module, _: Any, output: Any) -> Any:
+def _project_trunk(block: Any, _: Any, output: Any) -> Any:
     if isinstance(output, tuple):
         return (block.projection(output[0]), *output[1:])
     return block.projection(output)

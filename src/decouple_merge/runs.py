@@ -42,6 +42,10 @@ class Run:
         return self.folder / "search" / "trials.jsonl"
 
     @property
+    def candidates(self) -> Path:
+        return self.folder / "search" / "candidates.json"
+
+    @property
     def merged(self) -> Path:
         return self.folder / "merged"
 

@@ -1,6 +1,7 @@
 """Timestep ranges: split [0, T), and draw training timesteps from one range or from all of it."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int
@@ -33,7 +34,7 @@ def split_timesteps(num_train_timesteps: int, num_ranges: int) -> list[TimestepR
             "base's schedule"
         )
     edges = [i * num_train_timesteps // num_ranges for i in range(num_ranges + 1)]
-    return [TimestepRange(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+    return [TimestepRange(low, high) for low, high in pairwise(edges)]
 
 
 def check_ranges(ranges: list[TimestepRange], num_train_timesteps: int) -> None:

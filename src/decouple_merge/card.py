@@ -1,0 +1,71 @@
+"""The record and the model card of a merged model."""
+
+from typing import Any
+
+from . import __version__
+from .models import tensors_sha256
+from .plan import Plan
+from .search import Trial
+from .weights import Tensors
+
+
+def merge_record(plan: Plan, experts: list[Tensors], winner: Trial) -> dict[str, Any]:
+    """Say how a run's merged model was made. Nothing in it depends on when: equal runs write equal bytes."""
+    return {
+        "method": "linear",
+        "weights": list(winner.weights),
+        "ranges": [[r.low, r.high] for r in plan.ranges],
+        "base": {"name": plan.config.base, "sha256": plan.base.sha256},
+        "experts_sha256": [tensors_sha256(e) for e in experts],
+        "merged_sha256": winner.merged_sha256,
+        "search": {
+            "strategy": plan.config.search.strategy,
+            "metric": plan.config.search.metric,
+            "value": winner.value,
+            "seeds": [plan.config.search_seeds.start, plan.config.search_seeds.stop - 1],
+        },
+        "projection": plan.config.finetune.projection.placement,
+        "decouple_merge": __version__,
+    }
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """Write the README.md of a merged pipeline from its merge.json."""
+    ranges = record.get("ranges") or [""] * len(record["weights"])
+    rows = "".join(f"| {i} | {r} | {w:.4f} |\n" for i, (r, w) in enumerate(zip(ranges, record["weights"], strict=True)))
+    found = record.get("search")
+    chosen = (
+        f"The weights were chosen by {found['strategy']} search for the smallest {found['metric']} on seeds "
+        f"{found['seeds'][0]} to {found['seeds'][1]}. "
+        if found
+        else ""
+    )
+    trunk = (
+        "It keeps its channel-wise projections (placement: trunk) in `projections.safetensors`, which stock diffusers "
+        "ignores: load it with decouple_merge.\n\n"
+        if record.get("projection") == "trunk"
+        else ""
+    )
+    return f"""---
+library_name: diffusers
+tags: [unconditional-image-generation, decouple-then-merge]
+---
+
+# Merged from {len(record["weights"])} timestep experts
+
+Made with decouple-merge {record["decouple_merge"]} by Decouple-then-Merge (CVPR 2025, arXiv 2410.06664): copies of
+`{record["base"]["name"]}` (sha256 {record["base"]["sha256"][:16]}) were finetuned on one timestep range each and merged
+by task arithmetic, θ + Σ w_i (θ_i - θ). It has the base's architecture and sampling cost.
+
+| expert | timesteps | weight |
+|---|---|---|
+{rows}
+{chosen}`merge.json` has every hash.
+
+{trunk}```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("path/of/this/folder")
+pipeline(num_inference_steps=50).images[0].save("image.png")
+```
+"""

@@ -1,0 +1,74 @@
+"""The objective of the search: the distance between a merge's images and the reference."""
+
+import time
+
+import torch
+
+from .evaluate import Reference, make_reference, score
+from .features import METRICS, load_extractor
+from .models import tensors_sha256
+from .plan import Plan, build_network, default_device
+from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
+from .search import Score, Weights
+from .weights import Tensors, merge
+
+
+def load_reference(plan: Plan, extractor: str, device: torch.device) -> Reference:
+    """Compute or read from the cache what a run's images are compared with."""
+    loaded = load_extractor(extractor, device, plan.config.evaluate.inception_weights)
+    return make_reference(plan.config.data.source, plan.images, loaded, plan.config.evaluate.num_reference_images)
+
+
+class Objective:
+    """The distance between the images of a merge and the reference, always from the same initial noise."""
+
+    def __init__(self, plan: Plan, experts: list[Tensors]) -> None:
+        self.plan, self.experts = plan, experts
+        self.device = default_device()
+        self.extractor = load_extractor(
+            METRICS[plan.config.search.metric], self.device, plan.config.evaluate.inception_weights
+        )
+        self.reference = load_reference(plan, self.extractor.name, self.device)
+        self.start = plan.base.network.state_dict()
+        self.network = sampling_copy(
+            build_network(plan, merge(self.start, experts, [0.0] * len(experts))), plan.config.sample, self.device
+        )
+
+    def load(self, weights: Weights) -> str:
+        """Put a merge into the network's own storage; returns the hash of its tensors."""
+        merged = merge(self.start, self.experts, list(weights))
+        with torch.no_grad():
+            for key, value in self.network.state_dict().items():
+                value.copy_(merged[key])
+        return tensors_sha256(merged)
+
+    def score(self, model: Denoiser) -> float:
+        settings = self.plan.config
+        batches = sample_images(
+            model, self.plan.base, settings.search_seeds, settings.sample, self.device, settings.search.num_steps
+        )
+        return score(batches, [settings.search.metric], self.extractor, self.reference)[settings.search.metric]
+
+    def __call__(self, weights: Weights) -> Score:
+        sha256 = self.load(weights)
+        return Score(self.score(denoiser(self.network)), sha256)
+
+    def score_ensemble(self) -> float:
+        """Score the ensemble of experts as if it were a candidate."""
+        settings = self.plan.config.sample
+        networks = [sampling_copy(build_network(self.plan, e), settings, self.device) for e in self.experts]
+        return self.score(ensemble(networks, self.plan.ranges, self.plan.base.num_train_timesteps))
+
+    def seconds_per_candidate(self) -> float:
+        """Estimate the cost of a candidate from one batch of two steps, after one to warm up."""
+        settings = self.plan.config
+        num_steps = settings.search.num_steps or settings.sample.num_steps
+        size = min(settings.sample.batch_size, settings.search.num_images)
+        x = torch.randn(size, self.plan.base.channels, self.plan.base.image_size, self.plan.base.image_size)
+        model = denoiser(self.network)
+        with torch.no_grad():
+            model(x.to(self.device), 0)
+            started = time.monotonic()
+            for _ in range(2):
+                model(x.to(self.device), 0)
+        return (time.monotonic() - started) / 2 * num_steps * settings.search.num_images / size

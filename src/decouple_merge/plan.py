@@ -1,0 +1,186 @@
+"""A run with everything its config names opened and checked, before any compute is spent."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from . import __version__
+from .config import Config, dump_config, load_config
+from .data import Images, check_held_out, load_images
+from .features import check_metrics
+from .models import Base, load_base, make_scheduler, new_network, num_parameters
+from .runs import Run, read_tensors, write_json, write_text
+from .search import num_candidates
+from .timesteps import TimestepRange, check_ranges, split_timesteps
+from .weights import Tensors, check_same_keys
+
+BASELINE = "baseline-finetuned"
+
+
+@dataclass
+class Plan:
+    """A config with everything it names opened and checked."""
+
+    config: Config
+    run: Run
+    base: Base
+    images: Images
+    ranges: tuple[TimestepRange, ...]
+
+
+def default_device() -> torch.device:
+    """Pick the accelerator of this machine, or its CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check(config: Config, out: Path) -> Plan:
+    """Open and check everything a run needs; computes and writes nothing.
+
+    Raises:
+        ValueError: base, data, ranges, sampler, metrics or seeds are wrong, or ``out`` belongs to another config.
+    """
+    base = load_base(config.base)
+    if config.finetune.ranges is None:
+        ranges = split_timesteps(base.num_train_timesteps, config.finetune.num_ranges)
+    else:
+        ranges = [TimestepRange(low, high) for low, high in config.finetune.ranges]
+    check_ranges(ranges, base.num_train_timesteps)
+    for num_steps in {config.sample.num_steps, config.search.num_steps or config.sample.num_steps}:
+        make_scheduler(base, config.sample.sampler, num_steps, config.sample.timestep_spacing)
+    check_metrics([*config.evaluate.metrics, config.search.metric], config.evaluate.inception_weights)
+    check_owner(Run(out), config)
+    images = load_images(config.data, base.channels, base.image_size)
+    check_held_out(images, config.data)
+    return Plan(config, Run(out), base, images, tuple(ranges))
+
+
+def prepare(config: Config, out: Path) -> Plan:
+    """Check everything, then make the run folder with its config and manifest.
+
+    Raises:
+        ValueError: as ``check``.
+    """
+    plan = check(config, out)
+    claim(plan.run, config, manifest(config, plan.base, plan.images))
+    return plan
+
+
+def check_owner(run: Run, config: Config) -> None:
+    """Require that a run folder is new, or holds the same config."""
+    if run.config.exists():
+        old = load_config(run.config).model_dump(mode="json")
+        differing = sorted(_differing_keys(old, config.model_dump(mode="json")))
+        if differing:
+            raise ValueError(
+                f"{run.folder} belongs to another config, which differs in {', '.join(differing)}; "
+                "give another --out, or remove the folder"
+            )
+    elif run.folder.exists() and any(p for p in run.folder.iterdir() if not p.name.startswith(".")):
+        raise ValueError(f"{run.folder} is not empty and not a run folder (no config.yaml); give another --out")
+
+
+def claim(run: Run, config: Config, record: dict[str, Any]) -> None:
+    """Make the run folder, with config and manifest; an older run of the same config keeps its own."""
+    if not run.config.exists():
+        write_text(run.config, dump_config(config))
+    if not run.manifest.exists():
+        write_json(run.manifest, record)
+
+
+def _differing_keys(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differing_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif old != new:
+        yield prefix
+
+
+def git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def manifest(config: Config, base: Base, images: Images) -> dict[str, Any]:
+    return {
+        "versions": {
+            "decouple_merge": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+        "git": git_commit(),
+        "device": str(default_device()),
+        "base": {"name": config.base, "sha256": base.sha256},
+        "data": {"source": config.data.source, "num_images": len(images), "sha256": images.sha256},
+        "seeds": {
+            "training": config.seed,
+            "search": [config.search_seeds.start, config.search_seeds.stop - 1],
+            "report": [config.report_seeds.start, config.report_seeds.stop - 1],
+        },
+    }
+
+
+def load_experts(plan: Plan) -> list[Tensors]:
+    """Read a run's experts.
+
+    Raises:
+        ValueError: one is missing, damaged, or was finetuned from another base.
+    """
+    experts = []
+    for index in range(len(plan.ranges)):
+        folder = plan.run.expert(index)
+        if not (folder / "model.safetensors").exists():
+            raise ValueError(f"{folder} has no finished expert; run deme finetune first")
+        record = json.loads((folder / "expert.json").read_text())
+        if record["base_sha256"] != plan.base.sha256:
+            raise ValueError(
+                f"{folder} was finetuned from another base: found {record['base_sha256'][:16]}, expected "
+                f"{plan.base.sha256[:16]}; finetune again from this one, into another --out"
+            )
+        tensors, _ = read_tensors(folder / "model.safetensors")
+        check_same_keys(plan.base.network.state_dict(), tensors, str(folder))
+        experts.append(tensors)
+    return experts
+
+
+def build_network(plan: Plan, weights: Tensors) -> nn.Module:
+    """Build the network that holds some weights, trunk projections included."""
+    network = new_network(plan.base, "trunk" if any(k.endswith("projection.weight") for k in weights) else "none")
+    network.load_state_dict(weights)
+    return network
+
+
+def describe(config: Config, out: Path) -> Iterator[str]:
+    """Check a config as ``run`` would and say what it will do; computes and writes nothing."""
+    plan = check(config, out)
+    finetune, evaluate, num = config.finetune, config.evaluate, len(plan.ranges)
+    base, size = plan.base, plan.base.image_size
+    yield f"base {config.base}: {num_parameters(base.network):,} parameters, {size} x {size}"
+    yield f"data {config.data.source}: {len(plan.images):,} images"
+    yield (
+        f"experts: {num} x {finetune.num_updates} updates of {finetune.batch_size * finetune.accumulation} images on "
+        + ", ".join(map(str, plan.ranges))
+        + (f"; baseline: {num * finetune.num_updates} updates" if finetune.baseline else "")
+    )
+    yield (
+        f"search: {config.search.strategy}, up to {num_candidates(config.search, num)} candidates of "
+        f"{config.search.num_images} images, {config.search.num_steps or config.sample.num_steps} steps"
+    )
+    yield (
+        f"evaluation: {evaluate.num_seed_sets} x {evaluate.num_images} images a model, {config.sample.sampler} "
+        f"{config.sample.num_steps}, {', '.join(evaluate.metrics)}"
+    )
+    yield f"run folder: {out}"

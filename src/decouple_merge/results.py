@@ -1,0 +1,159 @@
+"""The numbers of a run: every model of the table on every set of report seeds."""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .config import Config
+from .evaluate import score
+from .executors import run_all
+from .features import METRICS, load_extractor
+from .models import load_network, make_scheduler, num_parameters
+from .objective import load_reference
+from .plan import BASELINE, Plan, build_network, default_device, git_commit, load_experts
+from .runs import append_record, read_records, read_tensors
+from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
+from .weights import Tensors
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the result table: values of one metric over the sets of report seeds."""
+
+    model: str
+    num_parameters: int
+    metric: str
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float:
+        return max(self.values) - min(self.values)
+
+
+def report_models(plan: Plan) -> list[str]:
+    """List the models of the result table."""
+    return ["pretrained", *([BASELINE] if plan.config.finetune.baseline else []), "ensemble", "merged"]
+
+
+def _weights_of(plan: Plan, model: str) -> list[Tensors]:
+    if model == "pretrained":
+        return [plan.base.network.state_dict()]
+    if model == "ensemble":
+        return load_experts(plan)
+    if model == BASELINE:
+        return [read_tensors(plan.run.baseline(BASELINE) / "model.safetensors")[0]]
+    return [load_network(plan.run.merged)]
+
+
+def denoiser_of(plan: Plan, model: str, device: torch.device) -> Denoiser:
+    networks = [sampling_copy(build_network(plan, w), plan.config.sample, device) for w in _weights_of(plan, model)]
+    return (
+        ensemble(networks, plan.ranges, plan.base.num_train_timesteps) if model == "ensemble" else denoiser(networks[0])
+    )
+
+
+def _seed_set(config: Config, index: int) -> range:
+    first = config.evaluate.first_seed + index * config.evaluate.num_images
+    return range(first, first + config.evaluate.num_images)
+
+
+def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) -> Iterator[dict[str, Any]]:
+    """Score one model on one set of seeds; the images are drawn once for all metrics."""
+    config, device = plan.config, default_device()
+    pixels = torch.cat(list(sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device)))
+    for name in dict.fromkeys(METRICS[m] for m in metrics):
+        extractor = load_extractor(name, device, config.evaluate.inception_weights)
+        reference = load_reference(plan, name, device)
+        for metric, value in score(pixels.split(256), metrics, extractor, reference).items():
+            yield {
+                "model": model,
+                "metric": metric,
+                "value": value,
+                "num_images": len(seeds),
+                "seeds": [seeds.start, seeds.stop - 1],
+                "extractor": extractor.label,
+                "reference": reference.name,
+                "sampler": config.sample.sampler,
+                "num_steps": config.sample.num_steps,
+                "timestep_spacing": _spacing(plan),
+                "precision": config.sample.precision,
+                "git": git_commit(),
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+
+
+def _spacing(plan: Plan) -> str:
+    settings = plan.config.sample
+    scheduler = make_scheduler(plan.base, settings.sampler, settings.num_steps, settings.timestep_spacing)
+    return str(scheduler.config.get("timestep_spacing"))
+
+
+def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
+    """Score every model of the result table on every set of report seeds; yields the table's rows."""
+    config, device = plan.config, default_device()
+    for extractor in dict.fromkeys(METRICS[m] for m in config.evaluate.metrics):
+        load_reference(plan, extractor, device)
+    done = {(r["model"], r["metric"], r["seeds"][0]) for r in read_records(plan.run.metrics)}
+    calls: list[tuple[Any, ...]] = []
+    for index in range(config.evaluate.num_seed_sets):
+        seeds = _seed_set(config, index)
+        for model in report_models(plan):
+            missing = [m for m in config.evaluate.metrics if (model, m, seeds.start) not in done]
+            if missing:
+                calls.append((plan, model, seeds, missing))
+    for record in run_all(_evaluate_model, calls, config.num_processes):
+        append_record(plan.run.metrics, record)
+        yield record
+    for model in report_models(plan):
+        _write_samples(plan, model, device)
+    yield from result_table(plan)
+
+
+def _write_samples(plan: Plan, model: str, device: torch.device) -> None:
+    first = plan.config.evaluate.first_seed
+    seeds = [
+        s
+        for s in range(first, first + plan.config.evaluate.num_sample_images)
+        if not (plan.run.samples(model) / f"{s}.png").exists()
+    ]
+    if seeds:
+        write_images(
+            sample_images(denoiser_of(plan, model, device), plan.base, seeds, plan.config.sample, device),
+            seeds,
+            plan.run.samples(model),
+        )
+
+
+def write_images(batches: Iterator[torch.Tensor], seeds: list[int], folder: Path) -> None:
+    """Write uint8 batches [n, C, H, W] as ``<seed>.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = iter(seeds)
+    for batch in batches:
+        for pixels in batch:
+            Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(folder / f"{next(names)}.png")
+
+
+def result_table(plan: Plan) -> Iterator[Row]:
+    """Yield a row for each metric and model, from the run's records."""
+    records = read_records(plan.run.metrics)
+    size = num_parameters(plan.base.network)
+    if plan.config.finetune.projection.placement == "trunk" and plan.run.merged.exists():
+        merged_size = sum(v.numel() for v in load_network(plan.run.merged).values())
+    else:
+        merged_size = size
+    sizes = {"ensemble": merged_size * len(plan.ranges), "merged": merged_size}
+    for metric in plan.config.evaluate.metrics:
+        for model in report_models(plan):
+            values = [r["value"] for r in records if (r["model"], r["metric"]) == (model, metric)]
+            if values:
+                yield Row(model, sizes.get(model, size), metric, values)
