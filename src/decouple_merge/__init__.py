@@ -1,3 +1,31 @@
 """Decouple-then-Merge for diffusers models: finetune timestep experts, merge them into one better model."""
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Names are imported when they are asked for: the command's --help needs no torch.
+_PUBLIC = {
+    "load_config": "config",
+    "run": "workflow",
+    "finetune_experts": "workflow",
+    "search_weights": "workflow",
+    "pretrain": "workflow",
+    "prepare": "plan",
+    "merge": "weights",
+    "merge_models": "standalone",
+    "sample_images": "sample",
+    "sample_model": "standalone",
+    "evaluate_model": "standalone",
+    "frechet_distance": "metrics",
+    "kernel_distance": "metrics",
+    "split_timesteps": "timesteps",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)

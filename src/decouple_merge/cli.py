@@ -85,7 +85,7 @@ def finetune(
     """
     from . import plan, workflow
 
-    _show(workflow.finetune(plan.prepare(*_load(config, out, overrides)), only))
+    _show(workflow.finetune_experts(plan.prepare(*_load(config, out, overrides)), only))
 
 
 @app.command()

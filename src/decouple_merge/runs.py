@@ -49,6 +49,10 @@ class Run:
     def merged(self) -> Path:
         return self.folder / "merged"
 
+    @property
+    def sample_figure(self) -> Path:
+        return self.folder / "figures" / "samples.png"
+
     def expert(self, index: int) -> Path:
         return self.folder / "experts" / str(index)
 

@@ -10,12 +10,13 @@ from .card import merge_record, model_card
 from .config import Config, Training
 from .data import check_held_out, load_images
 from .executors import run_all
+from .figures import sample_grid, training_curve
 from .finetune import StepRecord, Task, is_main_process, train
 from .models import create_base, export_pipeline
 from .objective import Objective
 from .plan import BASELINE, Plan, check_owner, claim, load_experts, manifest, prepare
-from .results import Row, evaluate_run
-from .runs import Run, read_tensors, write_json, write_records
+from .results import Row, evaluate_run, report_models
+from .runs import Run, read_records, read_tensors, write_json, write_records
 from .search import Trial, best, fixed_candidates, num_candidates, open_study, search, trials
 from .timesteps import TimestepRange, split_timesteps
 from .weights import merge, task_vector_norms
@@ -45,7 +46,7 @@ def _train(plan: Plan, task: Task, settings: Training, folder: Path) -> Iterator
     yield from train(plan.base, plan.images, plan.config.data, task, settings, plan.config.seed, folder)
 
 
-def finetune(plan: Plan, only: int | None = None) -> Iterator[StepRecord]:
+def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[StepRecord]:
     """Finetune the experts, or one of them, and the baseline where the config asks for it.
 
     Raises:
@@ -112,11 +113,21 @@ def _write_trials(plan: Plan, done: list[Trial]) -> None:
 def run(config: Config, out: Path) -> Iterator[Event]:
     """Do the whole job: finetune, search, export, evaluate. What is finished already is not done again."""
     plan = prepare(config, out)
-    yield from finetune(plan)
+    yield from finetune_experts(plan)
     norms = task_vector_norms(plan.base.network.state_dict(), load_experts(plan))
     yield "task vector norms: " + ", ".join(f"{n:.3f}" for n in norms)
     yield from search_weights(plan)
     yield from evaluate_run(plan)
+    sample_grid({m: plan.run.samples(m) for m in report_models(plan)}, plan.run.sample_figure)
+
+
+def convergence(log: list[dict[str, Any]]) -> str:
+    """Say by how much the mean validation loss fell in the last fifth of a training's updates."""
+    mean = {r["update"]: sum(r["validation"]) / len(r["validation"]) for r in log}
+    last = max(mean)
+    start = max(u for u in mean if u <= last * 0.8 or u == min(mean))
+    fall = 100 * (1 - mean[last] / mean[start])
+    return f"validation loss {mean[start]:.6f} at update {start}, {mean[last]:.6f} at {last}: {fall:.2f} % lower"
 
 
 def pretrain(config: Config, out: Path) -> Iterator[Event]:
@@ -134,5 +145,9 @@ def pretrain(config: Config, out: Path) -> Iterator[Event]:
     yield from train(base, images, config.data, task, settings, config.seed, out / "training")
     if is_main_process():
         weights, _ = read_tensors(out / "training" / "model.safetensors")
-        export_pipeline(base, weights, out / "pipeline", None, None)
+        pipeline, log = out / "pipeline", read_records(out / "training" / "log.jsonl")
+        export_pipeline(base, weights, pipeline, None, None)
+        write_records(pipeline / "training-curve.jsonl", log)
+        training_curve(log, ranges, pipeline / "training-curve.png")
+        yield convergence(log)
         yield f"pipeline: {out / 'pipeline'}"
