@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from .config import Data, Training
@@ -129,58 +129,114 @@ def validation_losses(
 
 
 class Trainer:
-    """The state of a training run: network, EMA, optimiser, and the number of updates done."""
+    """A training run in memory: network, teacher, EMA, optimiser, and the number of updates done."""
 
-    def __init__(self, base: Base, task: Task, settings: Training, accelerator: Accelerator) -> None:
-        self.network = new_network(base, task.projection)
-        self.network.train()
-        scaled = {id(p) for p in projection_parameters(self.network)}
-        parameters = list(self.network.parameters())
-        groups = [
-            {"params": [p for p in parameters if id(p) not in scaled], "scale": 1.0},
-            {"params": [p for p in parameters if id(p) in scaled], "scale": task.projection_rate_scale},
-        ]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            eps=settings.eps,
-            fused=True,
+    def __init__(self, base: Base, task: Task, settings: Training, seed: int, folder: Path) -> None:
+        self.base, self.task, self.settings, self.seed = base, task, settings, seed
+        self.accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            log_with=None if settings.tracker == "none" else settings.tracker,
+            project_dir=folder / "tracker",
         )
+        if settings.tracker != "none":
+            self.accelerator.init_trackers(task.name)
+        self.device = self.accelerator.device
+        self.alphas_cumprod = base.alphas_cumprod.to(self.device)
+        self.network = new_network(base, task.projection).train()
+        self.teacher = None
+        if task.consistency_weight:
+            self.teacher = new_network(base).to(self.device).requires_grad_(False).eval()
         if settings.compile:
-            self.network.compile()
-        self.wrapped, self.optimizer = accelerator.prepare(self.network, optimizer)
+            for network in filter(None, (self.network, self.teacher)):
+                network.compile()
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.network, self._optimizer())
         self.parameters = list(self.network.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
-        self.accelerator = accelerator
         self.num_done = 0
+        # Loss and consistency loss, summed over the micro-batches since the last validation.
+        self.sums = torch.zeros(2, device=self.device)
+        self.num_summed = 0
 
-    def ema_parameters(self) -> dict[str, Tensor]:
-        names = [name for name, _ in self.network.named_parameters()]
-        return dict(zip(names, self.ema, strict=True))
+    def _optimizer(self) -> torch.optim.Optimizer:
+        scaled = {id(p): p for p in projection_parameters(self.network)}
+        others = [p for p in self.network.parameters() if id(p) not in scaled]
+        groups = [
+            {"params": others, "scale": 1.0},
+            {"params": list(scaled.values()), "scale": self.task.projection_rate_scale},
+        ]
+        s = self.settings
+        return torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=s.learning_rate,
+            betas=s.betas,
+            weight_decay=s.weight_decay,
+            eps=s.eps,
+            fused=True,
+        )
 
-    def validate(
-        self, held_out: UInt8[Tensor, "n c h w"], base: Base, ranges: tuple[TimestepRange, ...]
-    ) -> list[float]:
+    def update(self, batches: Iterator[UInt8[Tensor, "batch c h w"]]) -> None:
+        """Do one optimiser update, on as many batches as are accumulated, and follow it with the EMA."""
+        settings, rank = self.settings, self.accelerator.process_index
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.num_done, settings) * group["scale"]
+        for micro in range(settings.accumulation):
+            step = self.num_done * settings.accumulation + micro
+            # Dropout draws from the global stream, which only a seed of its own makes a function of the step.
+            torch.manual_seed(stream_seed(self.seed, self.task.name, "dropout", rank, step))
+            draws = generator(self.seed, self.task.name, "noise", rank, step)
+            is_last = micro == settings.accumulation - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+                loss, denoising, consistency = self._losses(next(batches), draws)
+                self.accelerator.backward(loss / settings.accumulation)
+            self.sums += torch.stack([denoising.detach(), consistency.detach()])
+            self.num_summed += 1
+        self.accelerator.clip_grad_norm_(self.parameters, settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        decay = ema_decay(self.num_done, settings.ema.max_decay, settings.ema.power)
+        torch._foreach_lerp_(self.ema, [p.data for p in self.parameters], 1 - decay)
+        self.num_done += 1
+
+    def _losses(self, pixels: UInt8[Tensor, "batch c h w"], draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        task, base = self.task, self.base
+        x0 = to_model(pixels.to(self.device))
+        num_timesteps = base.num_train_timesteps
+        t = draw_timesteps(len(x0), task.own, num_timesteps, task.global_prob, draws, self.settings.antithetic)
+        t = t.to(self.device)
+        noise = torch.randn(x0.shape, generator=draws).to(self.device)
+        x_t = add_noise(x0, noise, t, self.alphas_cumprod)
+        target = prediction_target(x0, noise, t, self.alphas_cumprod, base.prediction_type)
+        with self.accelerator.autocast():
+            teacher_output = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    teacher_output = predict(self.teacher, x_t, t)
+            output = predict(self.wrapped, x_t, t)
+        return finetune_loss(output, target, teacher_output, task.consistency_weight)
+
+    def validate(self, held_out: UInt8[Tensor, "n c h w"]) -> list[float]:
         """Compute the validation losses of the averaged weights; the network's own are untouched."""
         self.network.eval()
         with swapped(self.network, self.ema), self.accelerator.autocast():
-            losses = validation_losses(self.network, held_out, base, ranges, self.accelerator.device)
+            losses = validation_losses(self.network, held_out, self.base, self.task.ranges, self.device)
         self.network.train()
         return losses
 
-    def save(self, folder: Path, task: Task) -> None:
+    def ema_parameters(self) -> dict[str, Tensor]:
+        """Name the averaged parameters."""
+        names = [name for name, _ in self.network.named_parameters()]
+        return dict(zip(names, self.ema, strict=True))
+
+    def save(self, folder: Path) -> None:
         """Write weights, EMA and optimiser as one safetensors file, replaced atomically."""
-        if not self.accelerator.is_main_process:
-            return
         tensors: dict[str, Tensor] = {f"network.{i}": p for i, p in enumerate(self.parameters)}
         tensors |= {f"ema.{i}": p for i, p in enumerate(self.ema)}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+        tensors["sums"] = self.sums
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-        metadata = {"num_done": str(self.num_done), "task": json.dumps(asdict(task)), "scaler": json.dumps(scaler)}
-        write_tensors(folder / "state" / "state.safetensors", tensors, metadata)
+        counts = {"num_done": self.num_done, "num_summed": self.num_summed, "scaler": scaler}
+        write_tensors(folder / "state" / "state.safetensors", tensors, {"training": json.dumps(counts)})
 
     def load(self, folder: Path) -> None:
         """Continue from a saved state, if there is one.
@@ -192,15 +248,14 @@ class Trainer:
         if not path.exists():
             return
         tensors, metadata = read_tensors(path)
+        counts = json.loads(metadata["training"])
         try:
             with torch.no_grad():
                 for i, (p, e) in enumerate(zip(self.parameters, self.ema, strict=True)):
                     p.copy_(tensors[f"network.{i}"])
                     e.copy_(tensors[f"ema.{i}"])
         except (KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} is the state of another network ({error}); remove the folder to start over"
-            ) from error
+            raise ValueError(f"{path} is of another network ({error}); remove the folder to start over") from error
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
@@ -208,48 +263,29 @@ class Trainer:
                 state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(json.loads(metadata["scaler"]))
-        self.num_done = int(metadata["num_done"])
+            self.accelerator.scaler.load_state_dict(counts["scaler"])
+        self.sums = tensors["sums"].to(self.device)
+        self.num_done, self.num_summed = counts["num_done"], counts["num_summed"]
 
 
 def train(
-    base: Base,
-    images: Images,
-    data: Data,
-    task: Task,
-    settings: Training,
-    seed: int,
-    folder: Path,
+    base: Base, images: Images, data: Data, task: Task, settings: Training, seed: int, folder: Path
 ) -> Iterator[StepRecord]:
     """Train a copy of the base on one task; yields progress, leaves the folded EMA weights in ``folder``.
 
     Update s depends only on (seed, task.name, rank, s): a run that was killed goes on bitwise as if it had not
-    been. Records go to ``folder/log.jsonl``, the state to ``folder/state/`` until the training is finished.
+    been. Records go to ``folder/log.jsonl``, the state to ``folder/state/`` until the training is finished. The
+    result is ``folder/model.safetensors`` (EMA weights, stock keys) with ``expert.json``.
 
-    Returns:
-        Nothing; the result is ``folder/model.safetensors`` (EMA weights, stock keys) and ``expert.json``.
+    Raises:
+        ValueError: the loss is no longer finite, or a saved state is damaged or of another network.
     """
     if (folder / "model.safetensors").exists():
         shutil.rmtree(folder / "state", ignore_errors=True)
         return
-    accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision,
-        log_with=None if settings.tracker == "none" else settings.tracker,
-        project_dir=folder / "tracker",
-    )
-    if settings.tracker != "none":
-        accelerator.init_trackers(task.name)
-    trainer = Trainer(base, task, settings, accelerator)
+    trainer = Trainer(base, task, settings, seed, folder)
     trainer.load(folder)
-    device = accelerator.device
-    teacher = None
-    if task.consistency_weight:
-        teacher = new_network(base).to(device).requires_grad_(False).eval()
-        if settings.compile:
-            teacher.compile()
-    held_out = held_out_images(images, data)
-    alphas_cumprod = base.alphas_cumprod.to(device)
-    rank, world = accelerator.process_index, accelerator.num_processes
+    accelerator = trainer.accelerator
     batches = training_batches(
         images,
         data,
@@ -257,114 +293,71 @@ def train(
         stream_seed(seed, task.name),
         trainer.num_done * settings.accumulation,
         settings.num_updates * settings.accumulation,
-        rank,
-        world,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
+    held_out = held_out_images(images, data)
     log = [r for r in read_records(folder / "log.jsonl") if r["update"] <= trainer.num_done]
-    sums = torch.zeros(2, device=device)
-    num_summed, started = 0, time.monotonic()
-    shown = started
+    shown = started = time.monotonic()
+    first = trainer.num_done
 
-    for update in range(trainer.num_done, settings.num_updates):
-        rate = learning_rate_at(update, settings)
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        for micro in range(settings.accumulation):
-            step = update * settings.accumulation + micro
-            last = micro == settings.accumulation - 1
-            # Dropout draws from the global stream, which only a seed of its own makes a function of the step.
-            torch.manual_seed(stream_seed(seed, task.name, "dropout", rank, step))
-            with nullcontext() if last else accelerator.no_sync(trainer.wrapped):
-                loss, denoising, consistency = _micro_step(
-                    trainer.wrapped, teacher, next(batches), alphas_cumprod, base, task, settings,
-                    generator(seed, task.name, "noise", rank, step), accelerator,
-                )  # fmt: skip
-                accelerator.backward(loss / settings.accumulation)
-            sums += torch.stack([denoising.detach(), consistency.detach()])
-        accelerator.clip_grad_norm_(trainer.parameters, settings.max_grad_norm)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        decay = ema_decay(update, settings.ema.max_decay, settings.ema.power)
-        with torch.no_grad():
-            torch._foreach_lerp_(trainer.ema, [p.data for p in trainer.parameters], 1 - decay)
-        trainer.num_done = update + 1
-        num_summed += settings.accumulation
-
+    while trainer.num_done < settings.num_updates:
+        trainer.update(batches)
         finished = trainer.num_done == settings.num_updates
-        if trainer.num_done % settings.checkpoint_every == 0 and not finished:
-            trainer.save(folder, task)
         validates = trainer.num_done % settings.validate_every == 0 or finished
-        if not validates and time.monotonic() - shown < SECONDS_BETWEEN_RECORDS:
-            continue
-        shown = time.monotonic()
-        seconds = shown - started
-        loss, consistency_loss = (sums / num_summed).tolist()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"{task.name}: the loss is {loss} at update {trainer.num_done}; lower the learning rate "
-                f"({settings.learning_rate:g}) or raise the precision ({settings.mixed_precision})"
-            )
-        record = StepRecord(
-            task.name,
-            trainer.num_done,
-            settings.num_updates,
-            loss,
-            consistency_loss,
-            rate,
-            num_summed * settings.batch_size * world / seconds,
-            (settings.num_updates - trainer.num_done) * settings.accumulation * seconds / num_summed,
-        )
-        if validates:
-            validation = trainer.validate(held_out, base, task.ranges)
-            record = replace(record, validation=validation)
-            log.append(
-                {
-                    "update": trainer.num_done,
-                    "loss": loss,
-                    "consistency_loss": consistency_loss,
-                    "validation": validation,
-                }
-            )
-            if accelerator.is_main_process:
-                write_records(folder / "log.jsonl", log)
-            by_range = {f"validation_loss/{r.low}-{r.high}": v for r, v in zip(task.ranges, validation, strict=True)}
-            accelerator.log({"loss": loss, "consistency_loss": consistency_loss} | by_range, trainer.num_done)
-            sums.zero_()
-            num_summed, started = 0, time.monotonic()
-        yield record
+        if validates or time.monotonic() - shown >= SECONDS_BETWEEN_RECORDS:
+            shown = time.monotonic()
+            seconds_per_update = (shown - started) / (trainer.num_done - first)
+            record = _record(trainer, seconds_per_update)
+            if validates:
+                record = replace(record, validation=trainer.validate(held_out))
+                _log(trainer, record, log, folder)
+                first, started = trainer.num_done, time.monotonic()
+            yield record
+        if trainer.num_done % settings.checkpoint_every == 0 and not finished and accelerator.is_main_process:
+            trainer.save(folder)
 
     if accelerator.is_main_process:
-        weights = folded_state_dict(trainer.network, trainer.ema_parameters())
         write_json(folder / "expert.json", _expert_record(base, task, settings, seed))
-        write_tensors(folder / "model.safetensors", weights)
+        write_tensors(folder / "model.safetensors", folded_state_dict(trainer.network, trainer.ema_parameters()))
     accelerator.end_training()
     shutil.rmtree(folder / "state", ignore_errors=True)
 
 
-def _micro_step(
-    network: nn.Module,
-    teacher: nn.Module | None,
-    pixels: UInt8[Tensor, "batch c h w"],
-    alphas_cumprod: Float[Tensor, " T"],
-    base: Base,
-    task: Task,
-    settings: Training,
-    draws: torch.Generator,
-    accelerator: Accelerator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    device = accelerator.device
-    x0 = to_model(pixels.to(device))
-    t = draw_timesteps(len(x0), task.own, len(alphas_cumprod), task.global_prob, draws, settings.antithetic).to(device)
-    noise = torch.randn(x0.shape, generator=draws).to(device)
-    x_t = add_noise(x0, noise, t, alphas_cumprod)
-    target = prediction_target(x0, noise, t, alphas_cumprod, base.prediction_type)
-    with accelerator.autocast():
-        teacher_output = None
-        if teacher is not None:
-            with torch.no_grad():
-                teacher_output = predict(teacher, x_t, t)
-        output = predict(network, x_t, t)
-    return finetune_loss(output, target, teacher_output, task.consistency_weight)
+def _record(trainer: Trainer, seconds_per_update: float) -> StepRecord:
+    settings = trainer.settings
+    loss, consistency_loss = (trainer.sums / trainer.num_summed).tolist()
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"{trainer.task.name}: the loss is {loss} at update {trainer.num_done}; lower the learning rate "
+            f"({settings.learning_rate:g}) or raise the precision ({settings.mixed_precision})"
+        )
+    num_images = settings.batch_size * settings.accumulation * trainer.accelerator.num_processes
+    return StepRecord(
+        trainer.task.name,
+        trainer.num_done,
+        settings.num_updates,
+        loss,
+        consistency_loss,
+        learning_rate_at(trainer.num_done - 1, settings),
+        num_images / seconds_per_update,
+        (settings.num_updates - trainer.num_done) * seconds_per_update,
+    )
+
+
+def _log(trainer: Trainer, record: StepRecord, log: list[dict[str, Any]], folder: Path) -> None:
+    """Write a validation's record to log.jsonl and the tracker, and start the next mean."""
+    assert record.validation is not None
+    losses = {"loss": record.loss, "consistency_loss": record.consistency_loss}
+    log.append({"update": record.update, **losses, "validation": record.validation})
+    if trainer.accelerator.is_main_process:
+        write_records(folder / "log.jsonl", log)
+    by_range = {
+        f"validation_loss/{r.low}-{r.high}": v for r, v in zip(trainer.task.ranges, record.validation, strict=True)
+    }
+    trainer.accelerator.log(losses | by_range, trainer.num_done)
+    trainer.sums.zero_()
+    trainer.num_summed = 0
 
 
 def _expert_record(base: Base, task: Task, settings: Training, seed: int) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def best(study: optuna.Study) -> Trial:
 def num_candidates(settings: Search, num_experts: int) -> int:
     """Count the trials a search will need; the grid's is an upper bound, since its two levels share points."""
     if settings.strategy != "grid":
-        return max(settings.num_trials, len(fixed_candidates(num_experts)))
+        return max(settings.num_trials, len(first_candidates(settings, num_experts)))
     return len(fixed_candidates(num_experts)) + len(_axis(settings)) ** num_experts + 3**num_experts
 
 
@@ -63,6 +63,16 @@ def fixed_candidates(num_experts: int) -> list[Weights]:
     """List the merges every search reports: the base itself, uniform (1/N each) and the sum of all (1 each)."""
     candidates = [(0.0,) * num_experts, (1.0 / num_experts,) * num_experts, (1.0,) * num_experts]
     return list(dict.fromkeys(candidates))
+
+
+def first_candidates(settings: Search, num_experts: int) -> list[Weights]:
+    """List what is evaluated before a strategy chooses: the fixed candidates, and for samplers more of the diagonal.
+
+    On the line of equal weights lies most of what there is to gain, and a sampler in N dimensions would hardly meet it.
+    """
+    diagonal = [] if settings.strategy == "grid" else [(0.5,) * num_experts, (1.5,) * num_experts]
+    inside = [w for w in diagonal if settings.low <= w[0] <= settings.high]
+    return list(dict.fromkeys([*fixed_candidates(num_experts), *inside]))
 
 
 def search(
@@ -79,7 +89,7 @@ def search(
     done = trials(study)
     known = {t.weights: Score(t.value, t.merged_sha256) for t in done}
     grid = _grid(settings, num_experts, known) if settings.strategy == "grid" else None
-    fixed = fixed_candidates(num_experts)
+    fixed = first_candidates(settings, num_experts)
     for k in itertools.count(len(done)):
         weights: Weights | None
         if k < len(fixed):
@@ -113,7 +123,7 @@ def _ask(study: optuna.Study, weights: Weights | None, settings: Search, num_exp
 
 def _sampler(settings: Search, seed: int) -> BaseSampler:
     if settings.strategy == "gp":
-        return GPSampler(seed=seed, n_startup_trials=8, deterministic_objective=True)
+        return GPSampler(seed=seed, n_startup_trials=8)
     if settings.strategy == "tpe":
         return TPESampler(seed=seed, n_startup_trials=8, multivariate=True)
     if settings.strategy == "cmaes":

@@ -107,7 +107,7 @@ def evaluate_model(
     """
     check_metrics(metrics, inception_weights)
     device, seeds, settings = default_device(), range(seed, seed + num_images), Sample()
-    is_model = (Path(model) / "model_index.json").exists() or (Path(model) / "config.yaml").exists()
+    is_model = _is_model(model)
     for name in dict.fromkeys(METRICS[m] for m in metrics):
         extractor = load_extractor(name, device, inception_weights)
         if is_model:
@@ -136,6 +136,12 @@ def evaluate_model(
             }
             append_record(out, record)
             yield record
+
+
+def _is_model(name: str) -> bool:
+    path = Path(name)
+    is_hub_name = not path.exists() and "/" in name and ":" not in name
+    return is_hub_name or (path / "model_index.json").exists() or (path / "config.yaml").exists()
 
 
 def _any_reference(reference: str, extractor: Extractor, channels: int, size: int) -> Reference:

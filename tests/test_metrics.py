@@ -1,0 +1,159 @@
+"""Feature statistics and distances against closed forms, numpy, scipy, torchmetrics and a double loop."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+from torchmetrics.image.kid import poly_mmd
+
+from decouple_merge.metrics import FeatureStats, frechet_distance, kernel_distance, matrix_root
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_covariance(num_features: int, rank: int, seed: int = 0) -> Tensor:
+    factor = draw(num_features, rank, seed=seed)
+    return factor @ factor.T / rank
+
+
+def stats_of(features: Tensor, batch_size: int) -> FeatureStats:
+    stats = FeatureStats.empty(features.shape[1])
+    for batch in features.split(batch_size):
+        stats.add(batch)
+    return stats
+
+
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form() -> None:
+    a, b = torch.tensor([1.0, 4.0, 9.0, 0.25]).double(), torch.tensor([4.0, 1.0, 16.0, 0.0]).double()
+    mean_a, mean_b = torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), torch.tensor([0.0, 2.0, 5.0, 4.0]).double()
+    expected = 5 + (a.sqrt() - b.sqrt()).square().sum()
+    assert frechet_distance(mean_a, a.diag(), mean_b, b.diag()) == pytest.approx(float(expected), abs=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_frechet_distance_agrees_with_scipys_matrix_root(seed: int) -> None:
+    a, b = random_covariance(12, 40, seed), random_covariance(12, 40, seed + 10)
+    mean_a, mean_b = draw(12, seed=seed + 20), draw(12, seed=seed + 30)
+    root = scipy.linalg.sqrtm(a.numpy() @ b.numpy()).real
+    expected = float((mean_a - mean_b).square().sum() + a.trace() + b.trace()) - 2 * np.trace(root)
+    assert frechet_distance(mean_a, a, mean_b, b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [3, 12, 40])
+def test_frechet_distance_of_a_distribution_from_itself_is_zero(rank: int) -> None:
+    mean, covariance = draw(12), random_covariance(12, rank)
+    # Roots of eigenvalues that rounding made about 1e-16 instead of 0 cost 1e-8 each.
+    assert frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+def test_frechet_distance_is_symmetric(rank: int) -> None:
+    a, b, mean_a, mean_b = random_covariance(12, rank), random_covariance(12, 40, 1), draw(12), draw(12, seed=1)
+    there, back = frechet_distance(mean_a, a, mean_b, b), frechet_distance(mean_b, b, mean_a, a)
+    assert there == pytest.approx(back, abs=1e-6)
+
+
+def test_frechet_distance_of_rank_deficient_covariances_is_finite_and_right() -> None:
+    # Two planes that share one axis of the basis: tr of the root is that of the shared axis alone.
+    basis = torch.linalg.qr(draw(6, 6))[0]
+    a = basis[:, :2] @ torch.tensor([4.0, 9.0]).double().diag() @ basis[:, :2].T
+    b = basis[:, 1:3] @ torch.tensor([1.0, 16.0]).double().diag() @ basis[:, 1:3].T
+    zero = torch.zeros(6).double()
+    assert frechet_distance(zero, a, zero, b) == pytest.approx(4 + 9 + 1 + 16 - 2 * 3, abs=1e-6)
+
+
+def test_a_shift_of_the_mean_adds_its_squared_length() -> None:
+    a, b, mean_a, mean_b = random_covariance(8, 30), random_covariance(8, 30, 1), draw(8), draw(8, seed=1)
+    shift = draw(8, seed=2)
+    centred, shifted = frechet_distance(mean_a, a, mean_a, b), frechet_distance(mean_a + shift, a, mean_a, b)
+    assert shifted - centred == pytest.approx(float(shift.square().sum()), rel=1e-10)
+    assert frechet_distance(mean_a + shift, a, mean_b + shift, b) == pytest.approx(
+        frechet_distance(mean_a, a, mean_b, b), rel=1e-10
+    )
+
+
+def test_a_stored_root_gives_the_same_distance() -> None:
+    a, b, mean = random_covariance(8, 30), random_covariance(8, 5, 1), draw(8)
+    assert frechet_distance(mean, a, mean, b, matrix_root(b)) == frechet_distance(mean, a, mean, b)
+
+
+@pytest.mark.parametrize("rank", [2, 20])
+def test_matrix_root_squares_to_the_matrix(rank: int) -> None:
+    covariance = random_covariance(8, rank)
+    root = matrix_root(covariance)
+    torch.testing.assert_close(root @ root, covariance, rtol=0, atol=1e-12)
+    torch.testing.assert_close(root, root.T, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_streamed_statistics_are_numpys(batch_size: int) -> None:
+    features = draw(100, 5).float()
+    stats = stats_of(features, batch_size)
+    assert stats.num == 100
+    np.testing.assert_allclose(stats.mean, features.double().numpy().mean(0), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(stats.covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-10)
+
+
+def test_statistics_are_accumulated_in_float64() -> None:
+    # Features around 1000: outer products of 1e6, whose float32 sums are off by 0.1 an entry or more.
+    features = (draw(4000, 4) + 1000).float()
+    stats = stats_of(features, 250)
+    assert stats.mean.dtype == stats.covariance.dtype == torch.float64
+    np.testing.assert_allclose(stats.covariance, np.cov(features.double().numpy(), rowvar=False), rtol=0, atol=1e-7)
+
+
+def test_statistics_do_not_depend_on_the_split_into_batches() -> None:
+    features = draw(96, 5).float()
+    a, b = stats_of(features, 96), stats_of(features, 5)
+    torch.testing.assert_close(a.covariance, b.covariance, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(a.mean, b.mean, rtol=1e-12, atol=1e-14)
+
+
+def naive_kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return float((x @ y / len(x) + 1) ** 3)
+
+    n, m = len(a), len(b)
+    inner_a = sum(kernel(a[i], a[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    inner_b = sum(kernel(b[i], b[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return inner_a + inner_b - 2 * sum(kernel(x, y) for x in a for y in b) / (n * m)
+
+
+def test_kernel_distance_is_the_unbiased_estimate_of_a_double_loop() -> None:
+    a, b = draw(13, 6), draw(9, 6, seed=1) * 1.5 + 0.3
+    expected = naive_kernel_distance(a.numpy(), b.numpy())
+    assert kernel_distance(a.float(), b.float()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_kernel_distance_is_that_of_torchmetrics() -> None:
+    a, b = draw(50, 16), draw(50, 16, seed=1) + 0.5
+    assert kernel_distance(a.float(), b.float()) == pytest.approx(float(poly_mmd(a, b)), rel=1e-4)
+
+
+def test_kernel_distance_does_not_depend_on_its_blocks() -> None:
+    # 1,500 rows are two blocks, of which the second is not full.
+    a, b = draw(1500, 4), draw(1100, 4, seed=1) + 0.2
+    reversed_ = kernel_distance(a.flip(0).float(), b.flip(0).float())
+    assert kernel_distance(a.float(), b.float()) == pytest.approx(reversed_, rel=1e-6)
+    gram = {(x, y): ((p @ q.T / 4 + 1) ** 3) for x, p in (("a", a), ("b", b)) for y, q in (("a", a), ("b", b))}
+    expected = (gram["a", "a"].sum() - gram["a", "a"].trace()) / (1500 * 1499)
+    expected = expected + (gram["b", "b"].sum() - gram["b", "b"].trace()) / (1100 * 1099) - 2 * gram["a", "b"].mean()
+    assert kernel_distance(a.float(), b.float()) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_kernel_distance_of_equal_distributions_is_zero_on_average() -> None:
+    values = torch.tensor(
+        [kernel_distance(draw(40, 4, seed=2 * i).float(), draw(40, 4, seed=2 * i + 1).float()) for i in range(200)]
+    ).double()
+    # A biased estimate, with the diagonal, would be off by about (E k(x, x) - E k(x, y))/n·2, twenty times this bound.
+    assert abs(values.mean()) < 4 * values.std() / 200**0.5
+    assert (values < 0).any()
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 5), (5, 0)])
+def test_kernel_distance_refuses_fewer_than_two_samples(n: int, m: int) -> None:
+    with pytest.raises(ValueError, match=f"{n} and {m} samples, expected at least 2 each"):
+        kernel_distance(draw(n, 3), draw(m, 3))

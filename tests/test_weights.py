@@ -1,0 +1,179 @@
+"""Task arithmetic: exact at its corners, linear between them, and pure."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from decouple_merge.weights import Tensors, check_same_keys, merge, task_vector_norms
+
+FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def random_tensors(seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "conv.weight": torch.randn(3, 2, 2, generator=generator).to(dtype),
+        "conv.bias": torch.randn(3, generator=generator).to(dtype),
+    }
+
+
+def same_bits(a: Tensors, b: Tensors) -> bool:
+    return list(a) == list(b) and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].numpy().tobytes() == b[k].numpy().tobytes()
+        for k in a
+    )
+
+
+@st.composite
+def state_dicts(draw: st.DrawFn, num: int) -> list[Tensors]:
+    """State dicts of equal keys and shapes, with any finite float32 values."""
+    shapes = draw(st.lists(hnp.array_shapes(max_dims=3, max_side=3), min_size=1, max_size=3))
+    values = st.floats(-1000, 1000, width=32)
+    return [
+        {f"layer.{i}": torch.from_numpy(draw(hnp.arrays("float32", s, elements=values))) for i, s in enumerate(shapes)}
+        for _ in range(num)
+    ]
+
+
+@settings(deadline=None, max_examples=50)
+@given(state_dicts(3))
+def test_weights_of_zero_give_the_base_bit_for_bit(tensors: list[Tensors]) -> None:
+    assert same_bits(merge(tensors[0], tensors[1:], [0.0, 0.0]), tensors[0])
+
+
+@settings(deadline=None, max_examples=100)
+@given(state_dicts(4), st.integers(0, 2))
+def test_a_single_one_gives_that_expert_bit_for_bit(tensors: list[Tensors], index: int) -> None:
+    base, *experts = tensors
+    assert same_bits(merge(base, experts, [float(i == index) for i in range(3)]), experts[index])
+
+
+def test_a_single_one_gives_an_expert_far_smaller_than_the_base_bit_for_bit() -> None:
+    # (θ_i - θ) + θ loses an expert's low bits, in float64 too, where θ is 2**29 times larger.
+    base, expert = {"w": torch.tensor([1.0, 1.0, 1.0])}, {"w": torch.tensor([1.2345678e-10, 1e-30, -0.0])}
+    assert same_bits(merge(base, [expert], [1.0]), expert)
+
+
+@settings(deadline=None, max_examples=50)
+@given(state_dicts(3), st.lists(st.floats(-2, 2), min_size=4, max_size=4))
+def test_merging_is_linear_in_the_weights(tensors: list[Tensors], w: list[float]) -> None:
+    base, *experts = [{k: v.double() for k, v in t.items()} for t in tensors]
+    a, b, both = (merge(base, experts, ws) for ws in (w[:2], w[2:], [w[0] + w[2], w[1] + w[3]]))
+    for k in base:
+        torch.testing.assert_close(both[k] - base[k], (a[k] - base[k]) + (b[k] - base[k]), rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=50)
+@given(state_dicts(4), st.permutations(range(3)), st.lists(st.floats(-2, 2), min_size=3, max_size=3))
+def test_the_order_of_experts_does_not_matter(tensors: list[Tensors], order: list[int], w: list[float]) -> None:
+    base, *experts = tensors
+    straight, permuted = merge(base, experts, w), merge(base, [experts[i] for i in order], [w[i] for i in order])
+    for k in base:
+        torch.testing.assert_close(straight[k], permuted[k], rtol=1e-6, atol=1e-9)
+
+
+def test_merging_is_eq_8() -> None:
+    base, experts = {"w": torch.tensor([1.0, 2.0])}, [{"w": torch.tensor([3.0, 2.0])}, {"w": torch.tensor([1.0, 6.0])}]
+    assert torch.equal(merge(base, experts, [0.5, -0.25])["w"], torch.tensor([2.0, 1.0]))
+
+
+def test_sums_are_rounded_once() -> None:
+    # 1 + 2**-24 is halfway between float32 numbers: rounded after each expert it would stay at 1.
+    step = 2.0**-24
+    base, expert = {"w": torch.tensor([1.0])}, {"w": torch.tensor([1.0 + 2 * step])}
+    assert merge(base, [expert] * 4, [0.25] * 4)["w"].item() == 1.0 + 2 * step
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_the_dtype_of_the_base_is_kept(name: str) -> None:
+    base, experts = random_tensors(0, FLOATS[name]), [random_tensors(1), random_tensors(2)]
+    merged = merge(base, experts, [0.5, 0.25])
+    for k, v in merged.items():
+        assert v.dtype == FLOATS[name]
+        expected = base[k].double() + sum(
+            w * (e[k].double() - base[k].double()) for w, e in zip([0.5, 0.25], experts, strict=True)
+        )
+        assert torch.equal(v, expected.to(v.dtype))
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_half_precision_corners_are_exact(name: str) -> None:
+    base, experts = random_tensors(0, FLOATS[name]), [random_tensors(i, FLOATS[name]) for i in (1, 2)]
+    for weights, expected in (([0.0, 0.0], base), ([0.0, 1.0], experts[1])):
+        merged = merge(base, experts, weights)
+        assert all(torch.equal(merged[k], expected[k]) and merged[k].dtype == FLOATS[name] for k in base)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(7), torch.tensor([True, False]), torch.tensor([1, 2], dtype=torch.int8)])
+def test_integer_tensors_are_the_bases(value: torch.Tensor) -> None:
+    base, expert = {"num_batches": value}, {"num_batches": torch.zeros_like(value)}
+    merged = merge(base, [expert], [1.0])["num_batches"]
+    assert torch.equal(merged, value)
+    assert merged.dtype == value.dtype
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, 0.0], [0.5, 0.7]], ids=str)
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_inputs_are_not_modified_nor_shared_with_the_result(name: str, weights: list[float]) -> None:
+    inputs = [random_tensors(i, FLOATS[name]) | {"step": torch.tensor([i])} for i in range(3)]
+    before = [{k: v.clone() for k, v in t.items()} for t in inputs]
+    merged = merge(inputs[0], inputs[1:], list(weights))
+    assert all(same_bits(a, b) for a, b in zip(inputs, before, strict=True))
+    for value in merged.values():
+        value.zero_()
+    assert all(same_bits(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("weights", [[], [1.0], [1.0, 2.0, 3.0]], ids=str)
+def test_another_number_of_weights_than_experts_is_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match=f"{len(weights)} weights for 2 experts, expected one each"):
+        merge(random_tensors(0), [random_tensors(1), random_tensors(2)], weights)
+
+
+def test_a_projection_is_a_task_vector_around_the_identity() -> None:
+    base = random_tensors(0)
+    projections = [torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [4.0, 3.0]])]
+    experts = [random_tensors(i + 1) | {"projection.weight": p} for i, p in enumerate(projections)]
+    merged = merge(base, experts, [0.5, 0.25])["projection.weight"]
+    assert torch.equal(merged, torch.tensor([[1.5, 0.5], [1.0, 1.5]]))
+    assert torch.equal(merge(base, experts, [0.0, 0.0])["projection.weight"], torch.eye(2))
+
+
+@pytest.mark.parametrize("with_projection", [0, 1])
+def test_an_expert_without_a_projection_counts_as_one_at_the_identity(with_projection: int) -> None:
+    experts = [random_tensors(1), random_tensors(2)]
+    experts[with_projection]["projection.weight"] = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    merged = merge(random_tensors(0), experts, [0.5, 0.5])["projection.weight"]
+    assert torch.equal(merged, torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+
+
+def test_experts_with_the_bases_keys_fit() -> None:
+    check_same_keys(random_tensors(0), random_tensors(1), "expert")
+    check_same_keys(random_tensors(0), random_tensors(1) | {"mid.projection.weight": torch.eye(2)}, "expert")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conv.bias": None}, "missing: conv.bias"),
+        ({"extra.weight": torch.zeros(1)}, "unknown: extra.weight"),
+        ({"conv.bias": torch.zeros(4)}, "of another shape: conv.bias"),
+        (
+            {"conv.weight": None, "extra.weight": torch.zeros(1), "conv.bias": torch.zeros(4)},
+            "missing: conv.weight; unknown: extra.weight; of another shape: conv.bias",
+        ),
+    ],
+    ids=["missing", "unknown", "shape", "all"],
+)
+def test_keys_that_do_not_fit_are_named(change: dict[str, torch.Tensor | None], message: str) -> None:
+    expert = {k: v for k, v in (random_tensors(1) | change).items() if v is not None}
+    with pytest.raises(ValueError, match=f"experts/3 doesn't fit the base: {message}; expected an expert"):
+        check_same_keys(random_tensors(0), expert, "experts/3")
+
+
+def test_task_vector_norm_is_the_euclidean_length_of_the_difference() -> None:
+    base = {"a": torch.zeros(2), "b": torch.ones(1), "step": torch.tensor(5)}
+    expert = {"a": torch.tensor([2.0, 3.0]), "b": torch.tensor([7.0]), "step": torch.tensor(9)}
+    assert task_vector_norms(base, [expert, base]) == [7.0, 0.0]
