@@ -207,7 +207,9 @@ def test_output_layer_of_an_identity_shortcut_resnet_is_on_the_residual_branch()
 
 
 def test_output_layer_is_the_last_convolution_of_a_resampling_resnet() -> None:
-    network = make_unet(downsample_type="resnet", upsample_type="resnet")
+    network = make_unet(
+        down_block_types=("ResnetDownsampleBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D")
+    )
     block = network.down_blocks[0]
     assert output_layer(block) is block.downsamplers[0].conv2
     x, t = noisy()

@@ -200,6 +200,13 @@ def main() -> None:
     except ValueError as error:
         print(f"deme: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        from .runs import is_disk_full
+
+        if not is_disk_full(error):
+            raise
+        print("deme: the disk is full; make room and run the same command again to go on", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("deme: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

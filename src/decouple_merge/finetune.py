@@ -49,7 +49,13 @@ class Task:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Progress of a training: means over the updates since the last record, validation losses where just taken."""
+    """Progress of a training.
+
+    Attributes:
+        loss, consistency_loss: means over the updates since the last validation.
+        own_range: the index of the range that is trained, where it is one of the task's ranges.
+        validation: losses of the averaged weights on each range, where they were just taken.
+    """
 
     name: str
     update: int
@@ -59,6 +65,7 @@ class StepRecord:
     learning_rate: float
     images_per_second: float
     seconds_left: float
+    own_range: int | None = None
     validation: list[float] | None = None
 
 
@@ -342,6 +349,7 @@ def _record(trainer: Trainer, seconds_per_update: float) -> StepRecord:
         learning_rate_at(trainer.num_done - 1, settings),
         num_images / seconds_per_update,
         (settings.num_updates - trainer.num_done) * seconds_per_update,
+        trainer.task.ranges.index(trainer.task.own) if trainer.task.own in trainer.task.ranges else None,
     )
 
 

@@ -4,7 +4,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .finetune import StepRecord
 from .results import Row
@@ -13,7 +21,9 @@ from .search import Trial
 
 def show(events: Iterable[Any], console: Console) -> list[Row]:
     """Print events as they come; returns the rows of the result table."""
-    rows, bars = [], {}
+    rows: list[Row] = []
+    bars: dict[str, TaskID] = {}
+    validations: dict[str, str] = {}
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -31,9 +41,12 @@ def show(events: Iterable[Any], console: Console) -> list[Row]:
             elif isinstance(event, StepRecord):
                 if event.name not in bars:
                     bars[event.name] = progress.add_task(event.name, total=event.num_updates, detail="")
-                progress.update(bars[event.name], completed=event.update, detail=training_line(event))
+                if event.validation is not None:
+                    validations[event.name] = validation_line(event)
+                line = training_line(event) + validations.get(event.name, "")
+                progress.update(bars[event.name], completed=event.update, detail=line)
                 if not console.is_terminal and event.validation is not None:
-                    console.print(f"{event.name} {event.update}/{event.num_updates}: {training_line(event)}")
+                    console.print(f"{event.name} {event.update}/{event.num_updates}: {line}")
             elif isinstance(event, Trial):
                 weights = ", ".join(f"{w:.3f}" for w in event.weights)
                 console.print(f"trial {event.number}: ({weights}) → {event.value:.4g}  {event.seconds:.0f} s")
@@ -46,13 +59,18 @@ def show(events: Iterable[Any], console: Console) -> list[Row]:
 
 def training_line(record: StepRecord) -> str:
     """Say in one line how a training goes: losses, speed, time left."""
-    remaining = record.seconds_left
-    validation = "" if record.validation is None else "  validation " + " ".join(f"{v:.4f}" for v in record.validation)
     consistency = f"  consistency {record.consistency_loss:.5f}" if record.consistency_loss else ""
     return (
-        f"loss {record.loss:.4f}{consistency}{validation}  {record.images_per_second:.0f} images/s  "
-        f"{remaining // 60:.0f}:{remaining % 60:02.0f} left"
+        f"loss {record.loss:.4f}{consistency}  {record.images_per_second:.0f} images/s  "
+        f"{record.seconds_left // 60:.0f}:{record.seconds_left % 60:02.0f} left"
     )
+
+
+def validation_line(record: StepRecord) -> str:
+    """Say the validation losses, the own range's first."""
+    losses = list(record.validation or [])
+    own = "" if record.own_range is None else f"own {losses.pop(record.own_range):.5f} others "
+    return f"  validation {own}" + " ".join(f"{v:.5f}" for v in losses)
 
 
 def metrics_line(record: dict[str, Any]) -> str:

@@ -63,17 +63,11 @@ class Run:
         return self.folder / "samples" / model
 
 
-@contextmanager
-def _no_space_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if not full:
-            raise
-        raise ValueError(
-            f"{path}: the disk is full; what was finished is safe: make room and run the same command again"
-        ) from error
+def is_disk_full(error: BaseException) -> bool:
+    """Say whether an error, from Python, safetensors or SQLite, means that the disk is full."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        text in str(error) for text in ("No space left", "disk is full")
+    )
 
 
 @contextmanager
@@ -84,14 +78,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         ValueError: the disk is full; nothing that was there before is lost.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with _no_space_named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
-        try:
-            yield temporary
-        except BaseException:
-            _remove(temporary)
-            raise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(temporary)
+    try:
+        yield temporary
         if path.is_dir():
             # A folder can't be replaced in one step: the old one is moved aside, then removed.
             old = path.with_name(f".{path.name}.old")
@@ -101,6 +91,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
             _remove(old)
         else:
             os.replace(temporary, path)
+    except BaseException as error:
+        _remove(temporary)
+        if is_disk_full(error):
+            raise ValueError(
+                f"{path}: the disk is full; what was finished is safe: make room and run the same command again"
+            ) from error
+        raise
 
 
 def _remove(path: Path) -> None:
