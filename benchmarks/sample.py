@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import DDIMPipeline
@@ -25,7 +26,7 @@ from decouple_merge.sample import denoiser, sample_images, sampling_copy
 
 Draw = Callable[[int, int], Tensor]
 PIPELINE = "DDIMPipeline"
-NAMES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def our_draw(base: Base, settings: Sample) -> Draw:
@@ -38,7 +39,8 @@ def our_draw(base: Base, settings: Sample) -> Draw:
 def pipeline_draw(base: Base, settings: Sample) -> Draw:
     """Make the same function from diffusers' pipeline, with the network in the same precision."""
     device = default_device()
-    pipeline = DDIMPipeline(sampling_copy(base.network, settings, device), base.pipeline.scheduler).to(device)
+    pipeline: Any = DDIMPipeline(sampling_copy(base.network, settings, device), base.pipeline.scheduler)
+    pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(num: int, steps: int) -> Tensor:
@@ -60,14 +62,16 @@ def rate(draw: Draw, num_images: int, num_steps: int) -> float:
 
 
 def quartiles(rates: list[float], reference: list[float]) -> str:
-    low, median, high = statistics.quantiles([a / b for a, b in zip(rates, reference, strict=True)], n=4)
+    low, median, high = statistics.quantiles(
+        [a / b for a, b in zip(rates, reference, strict=True)], n=4, method="inclusive"
+    )
     return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="models/fashion-ddpm", help="pipeline folder or hub name")
-    parser.add_argument("--precisions", nargs="+", choices=["no", "bf16", "fp16"], default=["no", "bf16"])
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16", "fp16"], default=["fp32", "bf16"])
     parser.add_argument("--compile", action="store_true", help="also with compiled networks")
     parser.add_argument("--batch-size", type=int, default=Sample().batch_size)
     parser.add_argument("--num-steps", type=int, default=50)

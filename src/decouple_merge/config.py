@@ -19,7 +19,7 @@ from pydantic import (
 
 from .seeds import check_disjoint
 
-Precision = Literal["no", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16"]
 Probability = Field(ge=0, le=1)
 
 
@@ -98,7 +98,7 @@ class Training(Section):
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     antithetic: bool = True
-    mixed_precision: Precision = "no"
+    mixed_precision: Precision = "fp32"
     compile: bool = False
     ema: Ema = Ema()
     validate_every: PositiveInt = 500
@@ -137,7 +137,7 @@ class Sample(Section):
     num_steps: PositiveInt = 50
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
     batch_size: PositiveInt = 256
-    precision: Precision = "no"
+    precision: Precision = "fp32"
     compile: bool = False
 
 

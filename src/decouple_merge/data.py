@@ -2,7 +2,9 @@
 
 import gzip
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .config import Data
+from .runs import cache_folder, write_json
 from .seeds import generator
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -127,7 +130,7 @@ def _fashion_mnist(folder: Path | None, split: str) -> UInt8[np.ndarray, "n 1 h 
     if folder:
         raise ValueError(f"data.path is {folder}, which has no {name}; expected Fashion-MNIST's four .gz files there")
     try:
-        return _read_idx(Path(pooch.retrieve(FASHION_URL + name, FASHION_FILES[name], path=pooch.os_cache("deme"))))
+        return _read_idx(Path(pooch.retrieve(FASHION_URL + name, FASHION_FILES[name], path=cache_folder())))
     except OSError as error:
         raise ValueError(
             f"Fashion-MNIST is neither in {FASHION_FOLDER} nor can it be downloaded ({error}); "
@@ -152,18 +155,34 @@ def _folder(path: Path, channels: int, size: int, data: Data) -> DecodedImages:
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"{path}: found no images, expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    # Every file is decoded once before any training: a bad one found hours later loses those hours. What was found is
+    # kept, so that the next start costs a look at names, sizes and times.
+    stamps = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(repr((stamps, channels, size, data.fit, data.skip_damaged)).encode()).hexdigest()[:24]
+    known = cache_folder() / "folders" / f"{key}.json"
+    if known.exists():
+        found = json.loads(known.read_text())
+        return DecodedImages([path / name for name in found["good"]], found["sha256"], channels, size, data.fit)
     good, digest = [], hashlib.sha256()
-    # Every file is decoded once before any training: a bad one found hours later loses those hours.
-    for file in files:
-        try:
-            digest.update(decode(file, channels, size, data.fit).numpy().data)
-            good.append(file)
-        except ValueError:
-            if not data.skip_damaged:
-                raise
+    with ThreadPoolExecutor() as pool:
+        decoded = pool.map(lambda file: _try_decode(file, channels, size, data), files)
+        for file, pixels in zip(files, decoded, strict=True):
+            if pixels is not None:
+                digest.update(pixels.numpy().data)
+                good.append(file)
     if not good:
         raise ValueError(f"{path}: none of the {len(files)} images can be used")
+    write_json(known, {"good": [str(p.relative_to(path)) for p in good], "sha256": digest.hexdigest()})
     return DecodedImages(good, digest.hexdigest(), channels, size, data.fit)
+
+
+def _try_decode(file: Path, channels: int, size: int, data: Data) -> Tensor | None:
+    try:
+        return decode(file, channels, size, data.fit)
+    except ValueError:
+        if data.skip_damaged:
+            return None
+        raise
 
 
 class _Column(Sequence):

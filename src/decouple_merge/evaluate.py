@@ -1,13 +1,11 @@
 """Score images against a reference, whose statistics are computed once and cached."""
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pooch
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -15,7 +13,7 @@ from torch import Tensor
 from .data import Images
 from .features import METRICS, Extractor
 from .metrics import FeatureStats, frechet_distance, kernel_distance, matrix_root
-from .runs import read_tensors, write_tensors
+from .runs import cache_folder, read_tensors, write_tensors
 
 # The kernel distance needs features themselves; this many, evenly spaced, keep its cache small.
 NUM_KERNEL_FEATURES = 5000
@@ -37,11 +35,6 @@ class Reference:
     covariance: Float[Tensor, "d d"]
     root: Float[Tensor, "d d"]
     features: Float[Tensor, "n d"] | None
-
-
-def cache_folder() -> Path:
-    """Say where reference statistics are kept: $DEME_CACHE, or the system's cache folder."""
-    return Path(os.environ.get("DEME_CACHE") or pooch.os_cache("deme"))
 
 
 def make_reference(name: str, images: Images, extractor: Extractor, num_images: int | None = None) -> Reference:
@@ -105,35 +98,45 @@ def read_statistics(path: Path, num_features: int) -> Reference:
 
 
 def score(
-    batches: Iterable[UInt8[Tensor, "batch c h w"]], metrics: list[str], extractor: Extractor, reference: Reference
+    batches: Iterable[UInt8[Tensor, "batch c h w"]], metrics: list[str], compared: list[tuple[Extractor, Reference]]
 ) -> dict[str, float]:
-    """Compute the metrics of one extractor in one pass over the images.
+    """Compute metrics in one pass over the images, which feeds every extractor.
 
     Args:
-        metrics: of ``METRICS``; those of other extractors are left out.
+        metrics: of ``METRICS``.
+        compared: the extractors that the metrics need, each with its reference.
 
     Raises:
         ValueError: the kernel distance is asked of a reference that has only statistics, or there are under two images.
     """
-    asked = [m for m in metrics if METRICS[m] == extractor.name]
-    kernel = [m for m in asked if m.startswith("k")]
-    if kernel and reference.features is None:
-        raise ValueError(f"{kernel[0]} needs the reference's images; {reference.name} holds only mean and covariance")
-    stats, rows = FeatureStats.empty(extractor.num_features), []
+    by_name = {extractor.name: (extractor, reference) for extractor, reference in compared}
+    kernel = [m for m in metrics if m.startswith("k")]
+    for metric in kernel:
+        reference = by_name[METRICS[metric]][1]
+        if reference.features is None:
+            raise ValueError(f"{metric} needs the reference's images; {reference.name} holds only mean and covariance")
+    keeps_rows = {METRICS[m] for m in kernel}
+    stats = {e.name: FeatureStats.empty(e.num_features) for e, _ in compared}
+    rows: dict[str, list[Tensor]] = {e.name: [] for e, _ in compared}
     for batch in batches:
-        features = extractor.extract(batch)
-        stats.add(features)
-        if kernel:
-            rows.append(features)
-    if stats.num < 2:
-        raise ValueError(f"found {stats.num} image(s) to score, expected at least 2")
+        for extractor, _ in compared:
+            features = extractor.extract(batch)
+            stats[extractor.name].add(features)
+            if extractor.name in keeps_rows:
+                rows[extractor.name].append(features)
+    num = max(s.num for s in stats.values())
+    if num < 2:
+        raise ValueError(f"found {num} image(s) to score, expected at least 2")
     values = {}
-    for metric in asked:
+    for metric in metrics:
+        name = METRICS[metric]
+        reference = by_name[name][1]
         if metric in kernel:
             assert reference.features is not None
-            values[metric] = kernel_distance(torch.cat(rows), reference.features)
+            values[metric] = kernel_distance(torch.cat(rows[name]), reference.features)
         else:
+            found = stats[name]
             values[metric] = frechet_distance(
-                stats.mean, stats.covariance, reference.mean, reference.covariance, reference.root
+                found.mean, found.covariance, reference.mean, reference.covariance, reference.root
             )
     return values

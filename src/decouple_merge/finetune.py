@@ -141,7 +141,7 @@ class Trainer:
     def __init__(self, base: Base, task: Task, settings: Training, seed: int, folder: Path) -> None:
         self.base, self.task, self.settings, self.seed = base, task, settings, seed
         self.accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
+            mixed_precision="no" if settings.mixed_precision == "fp32" else settings.mixed_precision,
             log_with=None if settings.tracker == "none" else settings.tracker,
             project_dir=folder / "tracker",
         )

@@ -47,7 +47,7 @@ class Objective:
         batches = sample_images(
             model, self.plan.base, settings.search_seeds, settings.sample, self.device, settings.search.num_steps
         )
-        return score(batches, [settings.search.metric], self.extractor, self.reference)[settings.search.metric]
+        return score(batches, [settings.search.metric], [(self.extractor, self.reference)])[settings.search.metric]
 
     def __call__(self, weights: Weights) -> Score:
         sha256 = self.load(weights)

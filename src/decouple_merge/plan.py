@@ -5,15 +5,15 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
 from . import __version__
-from .config import Config, dump_config, load_config
+from .config import Config, Training, dump_config, load_config
 from .data import Images, check_held_out, load_images
 from .features import check_metrics
 from .models import Base, load_base, make_scheduler, new_network, num_parameters
@@ -58,6 +58,7 @@ def check(config: Config, out: Path) -> Plan:
     for num_steps in {config.sample.num_steps, config.search.num_steps or config.sample.num_steps}:
         make_scheduler(base, config.sample.sampler, num_steps, config.sample.timestep_spacing)
     check_metrics([*config.evaluate.metrics, config.search.metric], config.evaluate.inception_weights)
+    check_precision(config.finetune)
     check_owner(Run(out), config)
     images = load_images(config.data, base.channels, base.image_size)
     check_held_out(images, config.data)
@@ -73,6 +74,14 @@ def prepare(config: Config, out: Path) -> Plan:
     plan = check(config, out)
     claim(plan.run, config, manifest(config, plan.base, plan.images))
     return plan
+
+
+def check_precision(settings: Training) -> None:
+    """Refuse fp16 training on a CPU, where Accelerate would silently train in float32."""
+    if settings.mixed_precision == "fp16" and default_device().type == "cpu":
+        raise ValueError(
+            "mixed_precision is fp16, which needs a GPU, and this machine has none: set it to bf16 or fp32"
+        )
 
 
 def check_owner(run: Run, config: Config) -> None:
@@ -118,7 +127,7 @@ def manifest(config: Config, base: Base, images: Images) -> dict[str, Any]:
         "versions": {
             "decouple_merge": __version__,
             "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
+            "diffusers": version("diffusers"),
             "python": platform.python_version(),
         },
         "git": git_commit(),

@@ -70,26 +70,29 @@ def _seed_set(config: Config, index: int) -> range:
 def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) -> Iterator[dict[str, Any]]:
     """Score one model on one set of seeds; the images are drawn once for all metrics."""
     config, device = plan.config, default_device()
-    pixels = torch.cat(list(sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device)))
-    for name in dict.fromkeys(METRICS[m] for m in metrics):
-        extractor = load_extractor(name, device, config.evaluate.inception_weights)
-        reference = load_reference(plan, name, device)
-        for metric, value in score(pixels.split(256), metrics, extractor, reference).items():
-            yield {
-                "model": model,
-                "metric": metric,
-                "value": value,
-                "num_images": len(seeds),
-                "seeds": [seeds.start, seeds.stop - 1],
-                "extractor": extractor.label,
-                "reference": reference.name,
-                "sampler": config.sample.sampler,
-                "num_steps": config.sample.num_steps,
-                "timestep_spacing": _spacing(plan),
-                "precision": config.sample.precision,
-                "git": git_commit(),
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
+    extractors = [
+        load_extractor(name, device, config.evaluate.inception_weights)
+        for name in dict.fromkeys(METRICS[m] for m in metrics)
+    ]
+    compared = {e.name: (e, load_reference(plan, e.name, device)) for e in extractors}
+    batches = sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device)
+    for metric, value in score(batches, metrics, list(compared.values())).items():
+        extractor, reference = compared[METRICS[metric]]
+        yield {
+            "model": model,
+            "metric": metric,
+            "value": value,
+            "num_images": len(seeds),
+            "seeds": [seeds.start, seeds.stop - 1],
+            "extractor": extractor.label,
+            "reference": reference.name,
+            "sampler": config.sample.sampler,
+            "num_steps": config.sample.num_steps,
+            "timestep_spacing": _spacing(plan),
+            "precision": config.sample.precision,
+            "git": git_commit(),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
 
 
 def _spacing(plan: Plan) -> str:

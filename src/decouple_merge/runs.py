@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pooch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -61,6 +62,11 @@ class Run:
 
     def samples(self, model: str) -> Path:
         return self.folder / "samples" / model
+
+
+def cache_folder() -> Path:
+    """Say where downloads and reference statistics are kept: $DEME_CACHE, or the system's cache folder."""
+    return Path(os.environ.get("DEME_CACHE") or pooch.os_cache("deme"))
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from .models import Base, make_scheduler, predict
 from .timesteps import TimestepRange, check_ranges, range_index
 
 Denoiser = Callable[[Tensor, Any], Tensor]
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def sampling_copy(network: nn.Module, settings: Sample, device: torch.device) -> nn.Module:

@@ -143,7 +143,9 @@ def _grid(settings: Search, num_experts: int, known: dict[Weights, Score]) -> It
     centre = min(coarse, key=lambda w: known[w].value)
     half = settings.grid_step / 2
     for offsets in itertools.product((-half, 0.0, half), repeat=num_experts):
-        yield tuple(round(c + o, 6) for c, o in zip(centre, offsets, strict=True))
+        point = tuple(round(c + o, 6) for c, o in zip(centre, offsets, strict=True))
+        if all(settings.low <= w <= settings.high for w in point):
+            yield point
 
 
 def _trial(number: int, frozen: FrozenTrial) -> Trial:

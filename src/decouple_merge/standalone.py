@@ -108,34 +108,37 @@ def evaluate_model(
     check_metrics(metrics, inception_weights)
     device, seeds, settings = default_device(), range(seed, seed + num_images), Sample()
     is_model = _is_model(model)
+    batches: Iterator[torch.Tensor]
+    if is_model:
+        base, network = _open_model(model, device)
+        batches = sample_images(network, base, seeds, settings, device)
+        channels, size = base.channels, base.image_size
+    else:
+        images = open_images(model)
+        channels, size = images[0].shape[0], images[0].shape[1]
+        batches = (images.stack(b.tolist()) for b in torch.arange(len(images)).split(256))
+        num_images = len(images)
+    compared = {}
     for name in dict.fromkeys(METRICS[m] for m in metrics):
         extractor = load_extractor(name, device, inception_weights)
-        if is_model:
-            base, network = _open_model(model, device)
-            batches = sample_images(network, base, seeds, settings, device)
-            channels, size = base.channels, base.image_size
-        else:
-            images = open_images(model)
-            channels, size = images[0].shape[0], images[0].shape[1]
-            batches = (images.stack(b.tolist()) for b in torch.arange(len(images)).split(256))
-            num_images = len(images)
-        compared = _any_reference(reference, extractor, channels, size)
-        for metric, value in score(batches, metrics, extractor, compared).items():
-            record = {
-                "model": model,
-                "metric": metric,
-                "value": value,
-                "num_images": num_images,
-                "seeds": [seed, seed + num_images - 1] if is_model else None,
-                "extractor": extractor.label,
-                "reference": compared.name,
-                "sampler": settings.sampler if is_model else None,
-                "num_steps": settings.num_steps if is_model else None,
-                "git": git_commit(),
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-            append_record(out, record)
-            yield record
+        compared[name] = (extractor, _any_reference(reference, extractor, channels, size))
+    for metric, value in score(batches, metrics, list(compared.values())).items():
+        extractor, found = compared[METRICS[metric]]
+        record = {
+            "model": model,
+            "metric": metric,
+            "value": value,
+            "num_images": num_images,
+            "seeds": [seed, seed + num_images - 1] if is_model else None,
+            "extractor": extractor.label,
+            "reference": found.name,
+            "sampler": settings.sampler if is_model else None,
+            "num_steps": settings.num_steps if is_model else None,
+            "git": git_commit(),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        append_record(out, record)
+        yield record
 
 
 def _is_model(name: str) -> bool:

@@ -14,7 +14,7 @@ from .figures import sample_grid, training_curve
 from .finetune import StepRecord, Task, is_main_process, train
 from .models import create_base, export_pipeline
 from .objective import Objective
-from .plan import BASELINE, Plan, check_owner, claim, load_experts, manifest, prepare
+from .plan import BASELINE, Plan, check_owner, check_precision, claim, load_experts, manifest, prepare
 from .results import Row, evaluate_run, report_models
 from .runs import Run, read_records, read_tensors, write_json, write_records
 from .search import Trial, best, fixed_candidates, num_candidates, open_study, search, trials
@@ -136,6 +136,7 @@ def pretrain(config: Config, out: Path) -> Iterator[Event]:
     if settings is None:
         raise ValueError("the config has no section pretrain, which holds the model's and the training's settings")
     base = create_base(settings.model, settings.scheduler, config.seed)
+    check_precision(settings)
     check_owner(Run(out), config)
     images = load_images(config.data, base.channels, base.image_size)
     check_held_out(images, config.data)
