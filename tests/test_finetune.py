@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_unet
 from diffusers import DDPMPipeline, DDPMScheduler
 from torch import Tensor, nn
 
+from conftest import make_unet
 from decouple_merge import finetune
 from decouple_merge.config import Config, Training
 from decouple_merge.data import load_images
@@ -136,8 +136,11 @@ def test_dropout_draws_matter_and_projections_train(
     """Guard of the test above: its variants really differ from the plain training."""
     for name in ("plain", "dropout", "accumulation", "flips and workers", "folded projections"):
         finish(variant(name, tiny_config, tmp_path), tmp_path / name)
-    hashes = {tensors_sha256(read_tensors(tmp_path / name / "model.safetensors")[0]) for name in VARIANTS if (
-        tmp_path / name / "model.safetensors").exists()}
+    hashes = {
+        tensors_sha256(read_tensors(tmp_path / name / "model.safetensors")[0])
+        for name in VARIANTS
+        if (tmp_path / name / "model.safetensors").exists()
+    }
     assert len(hashes) == 5
 
 
@@ -155,9 +158,7 @@ def test_resumed_training_writes_the_same_log(
     assert read_records(tmp_path / "cut/log.jsonl") == whole
 
 
-def test_training_that_dies_in_its_consumer_resumes_bitwise(
-    tmp_path: Path, tiny_config: Callable[..., Config]
-) -> None:
+def test_training_that_dies_in_its_consumer_resumes_bitwise(tmp_path: Path, tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
     finish(config, tmp_path / "whole")
 

@@ -50,9 +50,7 @@ def test_noise_is_recovered_from_the_velocity() -> None:
 def test_each_image_gets_the_noise_of_its_own_timestep() -> None:
     whole = add_noise(X0, NOISE, TIMESTEPS, ALPHAS)
     for i in range(len(X0)):
-        assert torch.equal(
-            whole[i : i + 1], add_noise(X0[i : i + 1], NOISE[i : i + 1], TIMESTEPS[i : i + 1], ALPHAS)
-        )
+        assert torch.equal(whole[i : i + 1], add_noise(X0[i : i + 1], NOISE[i : i + 1], TIMESTEPS[i : i + 1], ALPHAS))
 
 
 def test_unknown_prediction_type_is_refused() -> None:

@@ -1,15 +1,16 @@
 """Projections change nothing at the identity, fold away exactly, and sit where DeMe's section 3.2 puts them."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_unet
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from conftest import make_unet
 from decouple_merge import finetune
 from decouple_merge.config import Config
 from decouple_merge.data import load_images
@@ -156,7 +157,7 @@ def test_trunk_projects_every_block_once_and_leaves_skips_unprojected() -> None:
         return args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
 
     order = [*inner, "end"]
-    for name, following in zip(order, order[1:], strict=False):
+    for name, following in itertools.pairwise(order):
         matrix = network.get_submodule(name).projection.weight
         expected = torch.einsum("dc,nchw->ndhw", matrix, written[name])
         torch.testing.assert_close(trunk_input(following), expected, rtol=1e-4, atol=1e-5)

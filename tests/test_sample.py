@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import Tensor, nn
 
-from decouple_merge.config import Sample
+from conftest import make_unet
+from decouple_merge.config import Config, Sample
 from decouple_merge.data import to_model
 from decouple_merge.models import Base, load_base
 from decouple_merge.sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
 from decouple_merge.timesteps import TimestepRange, range_index
 
 CPU = torch.device("cpu")
-SEEDS = [5, 2**40, 0, 17, 3, 99, 1]
+SEEDS = [5, 2**31, 0, 17, 3, 99, 1]
 SAMPLERS = ["DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "PNDM", "HeunDiscrete",
             "UniPCMultistep"]  # fmt: skip
 
@@ -48,7 +48,7 @@ def test_images_come_in_the_order_of_their_seeds_whatever_that_is(base: Base, sa
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 64])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_batch_size_moves_no_value_by_more_than_rounding(base: Base, sampler: str, batch_size: int) -> None:
     expected = draw(base, SEEDS, sampler=sampler)
     found = draw(base, SEEDS, sampler=sampler, batch_size=batch_size)
@@ -108,9 +108,7 @@ def test_few_images_make_no_larger_batch_than_needed(base: Base) -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("sampler", ["DDIM", "DDPM"])
-def test_an_oracle_of_any_prediction_type_yields_its_image(
-    tmp_path: Path, prediction_type: str, sampler: str
-) -> None:
+def test_an_oracle_of_any_prediction_type_yields_its_image(tmp_path: Path, prediction_type: str, sampler: str) -> None:
     base = with_scheduler(tmp_path / "oracle", prediction_type=prediction_type)
     pixels = torch.randint(0, 256, (1, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     x0 = to_model(pixels)
@@ -168,7 +166,7 @@ RANGES = [TimestepRange(0, 3), TimestepRange(3, 25), TimestepRange(25, 40)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("num_steps", [3, 7])
+@pytest.mark.parametrize("num_steps", [4, 7])
 def test_the_ensemble_runs_the_expert_whose_range_holds_t(base: Base, sampler: str, num_steps: int) -> None:
     single = Recorder(base.network)
     draw(base, [0], denoiser(single), sampler=sampler, num_steps=num_steps)
@@ -257,3 +255,11 @@ def test_an_unknown_sampler_is_refused_with_the_known_ones(base: Base) -> None:
 def test_more_steps_than_timesteps_are_refused(base: Base) -> None:
     with pytest.raises(ValueError, match="sampler DDIMScheduler with 41 steps"):
         draw(base, [0], num_steps=41)
+
+
+def test_search_seeds_that_alias_report_seeds_are_refused() -> None:
+    """Torch's CPU generator keeps 32 bits of a seed, so 2³² draws the noise of 0 again."""
+    first, second = (torch.randn(4, generator=torch.Generator().manual_seed(s)) for s in (0, 2**32))
+    assert torch.equal(first, second)
+    with pytest.raises(ValueError, match="seed"):
+        Config.model_validate({"search": {"first_seed": 2**32}})

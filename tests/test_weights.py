@@ -95,7 +95,7 @@ def test_the_dtype_of_the_base_is_kept(name: str) -> None:
         expected = base[k].double() + sum(
             w * (e[k].double() - base[k].double()) for w, e in zip([0.5, 0.25], experts, strict=True)
         )
-        assert torch.equal(v, expected.to(v.dtype))
+        torch.testing.assert_close(v, expected.to(v.dtype))
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
@@ -106,7 +106,9 @@ def test_half_precision_corners_are_exact(name: str) -> None:
         assert all(torch.equal(merged[k], expected[k]) and merged[k].dtype == FLOATS[name] for k in base)
 
 
-@pytest.mark.parametrize("value", [torch.tensor(7), torch.tensor([True, False]), torch.tensor([1, 2], dtype=torch.int8)])
+@pytest.mark.parametrize(
+    "value", [torch.tensor(7), torch.tensor([True, False]), torch.tensor([1, 2], dtype=torch.int8)]
+)
 def test_integer_tensors_are_the_bases(value: torch.Tensor) -> None:
     base, expert = {"num_batches": value}, {"num_batches": torch.zeros_like(value)}
     merged = merge(base, [expert], [1.0])["num_batches"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from .data import Images
 from .features import METRICS, Extractor
 from .metrics import FeatureStats, frechet_distance, kernel_distance, matrix_root
-from .runs import cache_folder, read_tensors, write_tensors
+from .runs import atomic_path, cache_folder, read_tensors, write_tensors
 
 # The kernel distance needs features themselves; this many, evenly spaced, keep its cache small.
 NUM_KERNEL_FEATURES = 5000
@@ -74,8 +74,8 @@ def write_statistics(reference: Reference, path: Path) -> None:
     """Write mean and covariance as ``mu`` and ``sigma`` of an npz file, which pytorch-fid and others read."""
     if path.suffix != ".npz":
         raise ValueError(f"{path}: expected a name that ends in .npz")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, mu=reference.mean.numpy(), sigma=reference.covariance.numpy())
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, mu=reference.mean.numpy(), sigma=reference.covariance.numpy())
 
 
 def read_statistics(path: Path, num_features: int) -> Reference:

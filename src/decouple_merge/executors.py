@@ -32,9 +32,8 @@ def run_all(function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...]]
         while waiting or running:
             while waiting and len(running) < num_processes:
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=_work, args=(sender, function, waiting.pop(), num_threads), daemon=True
-                )
+                # Not daemonic, since a worker may have data loader workers; it dies with its parent all the same.
+                process = context.Process(target=_work, args=(sender, function, waiting.pop(), num_threads))
                 process.start()
                 sender.close()
                 running[receiver] = process

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
@@ -140,6 +141,8 @@ class Trainer:
 
     def __init__(self, base: Base, task: Task, settings: Training, seed: int, folder: Path) -> None:
         self.base, self.task, self.settings, self.seed = base, task, settings, seed
+        # Accelerate's precision is the process's; an earlier training may have had another.
+        AcceleratorState._reset_state(reset_partial_state=False)
         self.accelerator = Accelerator(
             mixed_precision="no" if settings.mixed_precision == "fp32" else settings.mixed_precision,
             log_with=None if settings.tracker == "none" else settings.tracker,
@@ -188,12 +191,13 @@ class Trainer:
             group["lr"] = learning_rate_at(self.num_done, settings) * group["scale"]
         for micro in range(settings.accumulation):
             step = self.num_done * settings.accumulation + micro
+            pixels = next(batches)
             # Dropout draws from the global stream, which only a seed of its own makes a function of the step.
             torch.manual_seed(stream_seed(self.seed, self.task.name, "dropout", rank, step))
             draws = generator(self.seed, self.task.name, "noise", rank, step)
             is_last = micro == settings.accumulation - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                loss, denoising, consistency = self._losses(next(batches), draws)
+                loss, denoising, consistency = self._losses(pixels, draws)
                 self.accelerator.backward(loss / settings.accumulation)
             self.sums += torch.stack([denoising.detach(), consistency.detach()])
             self.num_summed += 1

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -36,6 +36,7 @@ class Base:
         alphas_cumprod: ᾱ_t of the base's own schedule, float32 [T].
         prediction_type: epsilon, sample or v_prediction.
         sha256: hash of the network's tensors.
+        dtype: of the stored weights, in which merged models are written.
     """
 
     pipeline: Any
@@ -43,6 +44,7 @@ class Base:
     alphas_cumprod: Float[Tensor, " T"]
     prediction_type: str
     sha256: str
+    dtype: torch.dtype = torch.float32
 
     @property
     def num_train_timesteps(self) -> int:
@@ -64,7 +66,8 @@ def load_base(name: str) -> Base:
         ValueError: there is no such model, a file is damaged, or it is not ``SUPPORTED``.
     """
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name, local_files_only=Path(name).exists())
+        folder = name if Path(name).exists() else DiffusionPipeline.download(name)
+        pipeline = DiffusionPipeline.from_pretrained(folder)
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"base {name!r}: its weights file is damaged ({error}); fetch or copy it again") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
@@ -94,7 +97,19 @@ def load_base(name: str) -> Base:
     if not isinstance(size, int):
         raise ValueError(f"base {name!r} has sample_size {size!r}, expected one integer: square images")
     network.requires_grad_(False).eval()
-    return Base(pipeline, network, alphas_cumprod.float(), prediction_type, tensors_sha256(network.state_dict()))
+    sha256 = tensors_sha256(network.state_dict())
+    return Base(pipeline, network, alphas_cumprod.float(), prediction_type, sha256, _stored_dtype(Path(folder)))
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Read from the file in which dtype a network is stored; diffusers loads every one as float32."""
+    for file in sorted([*folder.glob("unet/*.safetensors"), *folder.glob("*.safetensors")]):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_tensor(key)
+                if tensor.is_floating_point():
+                    return tensor.dtype
+    return torch.float32
 
 
 def create_base(model: dict[str, Any], scheduler: dict[str, Any], seed: int) -> Base:
@@ -175,6 +190,7 @@ def export_pipeline(
     # A copy: the caller's base stays what it was.
     network = new_network(base)
     network.load_state_dict({k: weights[k] for k in stock})
+    network.to(base.dtype)
     with atomic_path(folder) as temporary:
         type(base.pipeline)(**{**base.pipeline.components, "unet": network}).save_pretrained(temporary)
         if extra:

@@ -10,7 +10,7 @@ from .models import tensors_sha256
 from .plan import Plan, build_network, default_device
 from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
 from .search import Score, Weights
-from .weights import Tensors, merge
+from .weights import Tensors, cast, merge
 
 
 def load_reference(plan: Plan, extractor: str, device: torch.device) -> Reference:
@@ -36,7 +36,7 @@ class Objective:
 
     def load(self, weights: Weights) -> str:
         """Put a merge into the network's own storage; returns the hash of its tensors."""
-        merged = merge(self.start, self.experts, list(weights))
+        merged = cast(merge(self.start, self.experts, list(weights)), self.plan.base.dtype)
         with torch.no_grad():
             for key, value in self.network.state_dict().items():
                 value.copy_(merged[key])

@@ -17,7 +17,7 @@ from .features import METRICS, load_extractor
 from .models import load_network, make_scheduler, num_parameters
 from .objective import load_reference
 from .plan import BASELINE, Plan, build_network, default_device, git_commit, load_experts
-from .runs import append_record, read_records, read_tensors
+from .runs import append_record, atomic_path, read_records, read_tensors
 from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
 from .weights import Tensors
 
@@ -143,7 +143,8 @@ def write_images(batches: Iterator[torch.Tensor], seeds: list[int], folder: Path
     names = iter(seeds)
     for batch in batches:
         for pixels in batch:
-            Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(folder / f"{next(names)}.png")
+            with atomic_path(folder / f"{next(names)}.png") as temporary:
+                Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary, format="PNG")
 
 
 def result_table(plan: Plan) -> Iterator[Row]:

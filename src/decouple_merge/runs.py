@@ -106,6 +106,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what a kill in the middle of ``atomic_path`` left beside a path that is whole."""
+    if path.exists():
+        for kind in ("tmp", "old"):
+            _remove(path.with_name(f".{path.name}.{kind}"))
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

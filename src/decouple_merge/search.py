@@ -103,7 +103,7 @@ def search(
         else:
             return
         # Optuna keeps no sampler state in the storage; a fresh one for each trial needs none.
-        study.sampler = _sampler(settings, stream_seed(seed, "search", k) % 2**32)
+        study.sampler = _sampler(settings, stream_seed(seed, "search", k))
         trial = _ask(study, weights, settings, num_experts)
         candidate = tuple(trial.params[f"w{i}"] for i in range(num_experts))
         started = time.monotonic()

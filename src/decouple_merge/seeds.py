@@ -4,13 +4,15 @@ import hashlib
 
 import torch
 
+NUM_SEEDS = 2**32
+
 
 def stream_seed(*key: int | str) -> int:
-    """Hash a key such as ``(seed, "noise", rank, step)`` to a seed in [0, 2**63).
+    """Hash a key such as ``(seed, "noise", rank, step)`` to a seed in [0, 2**32), all that torch's CPU generator keeps.
 
     Hashing, and not adding, keeps (1, 2) and (2, 1) apart and makes neighbouring steps independent.
     """
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1 & 0xFFFFFFFF
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -22,8 +24,13 @@ def check_disjoint(search: range, report: range) -> None:
     """Refuse seeds that are used both to choose a model and to report on it.
 
     Raises:
-        ValueError: the two half-open seed ranges overlap.
+        ValueError: the two half-open seed ranges overlap, or go beyond 2**32, where torch's seeds start again from 0.
     """
+    if max(search.stop, report.stop) > NUM_SEEDS:
+        raise ValueError(
+            f"search seeds end at {search.stop} and report seeds at {report.stop}, expected at most 2**32: beyond, "
+            "the same noise comes again; lower search.first_seed or evaluate.first_seed"
+        )
     if max(search.start, report.start) < min(search.stop, report.stop):
         raise ValueError(
             f"search seeds [{search.start}, {search.stop}) overlap report seeds [{report.start}, {report.stop}); "

@@ -27,7 +27,7 @@ from .plan import check, default_device, git_commit
 from .results import denoiser_of, write_images
 from .runs import append_record, read_tensors, write_tensors
 from .sample import Denoiser, denoiser, sample_images, sampling_copy
-from .weights import check_same_keys, merge
+from .weights import cast, check_same_keys, merge
 
 
 def merge_models(base: str, experts: list[Path], weights: list[float], out: Path) -> None:
@@ -56,6 +56,7 @@ def merge_models(base: str, experts: list[Path], weights: list[float], out: Path
     if opened is None:
         write_tensors(out, merged)
         return
+    merged = cast(merged, opened.dtype)
     record = {
         "method": "linear",
         "weights": weights,

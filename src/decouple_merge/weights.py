@@ -49,6 +49,11 @@ def merge(base: Tensors, experts: list[Tensors], weights: list[float]) -> Tensor
     return merged
 
 
+def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """Convert the floating tensors to a dtype."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+
+
 def task_vector_norms(base: Tensors, experts: list[Tensors]) -> list[float]:
     """Compute ‖θ_i - θ‖ of each expert over the base's floating tensors."""
     return [

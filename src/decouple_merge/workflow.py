@@ -1,6 +1,7 @@
 """The one place where the stages meet: the whole job, its parts, and pretraining."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +17,10 @@ from .models import create_base, export_pipeline
 from .objective import Objective
 from .plan import BASELINE, Plan, check_owner, check_precision, claim, load_experts, manifest, prepare
 from .results import Row, evaluate_run, report_models
-from .runs import Run, read_records, read_tensors, write_json, write_records
+from .runs import Run, read_records, read_tensors, remove_leftovers, write_json, write_records
 from .search import Trial, best, fixed_candidates, num_candidates, open_study, search, trials
 from .timesteps import TimestepRange, split_timesteps
-from .weights import merge, task_vector_norms
+from .weights import cast, merge, task_vector_norms
 
 # What the verbs yield: a line for the user, progress, a metrics record, a row of the result table.
 Event = str | StepRecord | Trial | dict[str, Any] | Row
@@ -62,8 +63,13 @@ def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[StepRecord
         # Equal compute: as many updates as all experts together. It is the longest, so it starts first.
         longer = settings.model_copy(update={"num_updates": settings.num_updates * num})
         calls.insert(0, (plan, _baseline_task(plan), longer, plan.run.baseline(BASELINE)))
-    calls = [c for c in calls if not (c[3] / "model.safetensors").exists()]
-    yield from run_all(_train, calls, plan.config.num_processes)
+    unfinished = []
+    for call in calls:
+        if (call[3] / "model.safetensors").exists():
+            shutil.rmtree(call[3] / "state", ignore_errors=True)
+        else:
+            unfinished.append(call)
+    yield from run_all(_train, unfinished, plan.config.num_processes)
 
 
 def search_weights(plan: Plan) -> Iterator[Event]:
@@ -84,11 +90,12 @@ def search_weights(plan: Plan) -> Iterator[Event]:
         yield trial
     _write_trials(plan, trials(study))
     winner = best(study)
+    remove_leftovers(plan.run.merged)
     record = merge_record(plan, experts, winner)
     written = plan.run.merged / "merge.json"
     if not written.exists() or json.loads(written.read_text()) != record:
-        merged = merge(objective.start, experts, list(winner.weights))
-        export_pipeline(plan.base, merged, plan.run.merged, model_card(record), record)
+        merged = merge(plan.base.network.state_dict(), experts, list(winner.weights))
+        export_pipeline(plan.base, cast(merged, plan.base.dtype), plan.run.merged, model_card(record), record)
     yield from _write_candidates(plan, objective, trials(study))
 
 

@@ -1,0 +1,93 @@
+"""Work in one process or several: results, errors, and no process left behind."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from decouple_merge.executors import run_all
+
+
+def count_up(first: int, num: int) -> Iterator[tuple[int, int]]:
+    for i in range(num):
+        yield first + i, os.getpid()
+
+
+def fail(message: str) -> Iterator[int]:
+    yield 1
+    raise ValueError(message)
+
+
+def die() -> Iterator[int]:
+    yield 1
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_or_wait(folder: Path, waits: bool) -> Iterator[int]:
+    """Wait for ever, having said so in a file, or fail as soon as the other waits."""
+    if waits:
+        (folder / "waiting").write_text(str(os.getpid()))
+        time.sleep(600)
+    while not (folder / "waiting").exists():
+        time.sleep(0.01)
+    yield 1
+    raise ValueError("this one failed")
+
+
+def start_loader(path: str) -> Iterator[int]:
+    """Start a process of its own, as a data loader's workers are."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=Path(path).touch, daemon=True)
+    process.start()
+    process.join()
+    yield 1
+
+
+def test_one_process_runs_the_calls_here_and_in_order() -> None:
+    assert list(run_all(count_up, [(0, 3), (10, 2)], 1)) == [(i, os.getpid()) for i in (0, 1, 2, 10, 11)]
+
+
+def test_one_process_is_lazy() -> None:
+    events = run_all(fail, [("first",), ("second",)], 1)
+    assert next(events) == 1
+    with pytest.raises(ValueError, match="first"):
+        next(events)
+
+
+def test_a_single_call_needs_no_second_process() -> None:
+    assert {pid for _, pid in run_all(count_up, [(0, 3)], 8)} == {os.getpid()}
+
+
+def test_no_calls_yield_nothing() -> None:
+    assert list(run_all(count_up, [], 2)) == []
+
+
+def test_several_processes_yield_all_of_every_call_each_in_order() -> None:
+    found = list(run_all(count_up, [(0, 3), (10, 2)], 2))
+    assert [i for i, _ in found if i < 10] == [0, 1, 2]
+    assert [i for i, _ in found if i >= 10] == [10, 11]
+    pids = {pid for _, pid in found}
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+
+
+def test_an_error_in_a_worker_is_raised_here_and_stops_the_others(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="this one failed"):
+        list(run_all(fail_or_wait, [(tmp_path, True), (tmp_path, False)], 2))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "waiting").read_text()), 0)
+
+
+def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match="worker process died; run the same command again"):
+        list(run_all(die, [(), ()], 2))
+
+
+def test_a_worker_may_start_processes_of_its_own(tmp_path: Path) -> None:
+    """Data loader workers (data.num_workers) are children of the process that trains."""
+    assert list(run_all(start_loader, [(str(tmp_path / "a"),), (str(tmp_path / "b"),)], 2)) == [1, 1]
