@@ -198,7 +198,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ValueError as error:
-        print(f"deme: {error}", file=sys.stderr)
+        print("deme: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         from .runs import is_disk_full

@@ -152,7 +152,7 @@ class Search(Section):
         metric: minimised, on num_images images of num_steps steps (None: as ``sample``).
     """
 
-    strategy: Literal["gp", "tpe", "cmaes", "random", "grid"] = "gp"
+    strategy: Literal["gp", "tpe", "random", "grid"] = "gp"
     low: float = -0.2
     high: float = 2.5
     num_trials: PositiveInt = 40
@@ -254,7 +254,8 @@ def _explain(error: ValidationError, where: str) -> str:
         if e["type"] == "extra_forbidden":
             lines.append(f"unknown key {key!r}; the nearest valid key is {_nearest_key(e['loc'])!r}")
         else:
-            lines.append(f"{key}: {e['msg']}" + (f", found {e['input']!r}" if key else ""))
+            message = e["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {message}, found {e['input']!r}" if key else message)
     return f"{where}: " + "; ".join(lines)
 
 
@@ -270,7 +271,10 @@ def _override(values: dict[str, Any], assignment: str) -> None:
         if not isinstance(child, dict):
             raise ValueError(f"--set {assignment!r}: {parent!r} holds a value, not a section")
         values = child
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {assignment!r}: {text!r} is not valid YAML ({error})") from error
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:

@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -80,25 +82,35 @@ class DecodedImages(Images):
         return decode(self.items[index], self.channels, self.size, self.fit)
 
 
+class DamagedError(ValueError):
+    """An image that can't be decoded."""
+
+
+def _open(item: Any) -> Image.Image:
+    try:
+        image = item if isinstance(item, Image.Image) else Image.open(item)
+        image.load()
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise DamagedError(
+            f"{item}: can't be decoded ({error}); mend or remove it, or set data.skip_damaged"
+        ) from error
+    return image
+
+
 def decode(item: Any, channels: int, size: int, fit: str) -> UInt8[Tensor, "c h w"]:
     """Decode a path or a PIL image to uint8 [C, size, size].
 
     Raises:
         ValueError: the file is no image or is cut short, or (fit = exact) its size or channels are not the model's.
     """
-    try:
-        image = item if isinstance(item, Image.Image) else Image.open(item)
-        image.load()
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f"{item}: can't be decoded ({error}); mend or remove it, or set data.skip_damaged") from error
+    image = _open(item)
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     name = item if isinstance(item, str | Path) else "an image of the data set"
     if fit == "resize":
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.convert(mode).resize(
-            (size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
-        )
+        square = image.crop((left, top, left + side, top + side))
+        image = square.convert(mode).resize((size, size), Image.Resampling.LANCZOS)
     found = len(image.getbands()) if image.mode != "P" else 3
     if image.size != (size, size) or found != channels:
         raise ValueError(
@@ -112,12 +124,12 @@ def decode(item: Any, channels: int, size: int, fit: str) -> UInt8[Tensor, "c h 
 def _read_idx(path: Path) -> UInt8[np.ndarray, "n 1 h w"]:
     try:
         raw = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
     header = np.frombuffer(raw[:16], dtype=">u4")
     if len(header) < 4 or header[0] != 0x803 or len(raw) != 16 + header[1:].prod():
         raise ValueError(f"{path}: not a whole IDX image file; fetch it again")
-    return np.frombuffer(raw, np.uint8, offset=16).reshape(header[1], 1, header[2], header[3])
+    return np.frombuffer(raw, np.uint8, offset=16).reshape(header[1], 1, header[2], header[3]).copy()
 
 
 def _fashion_mnist(folder: Path | None, split: str) -> UInt8[np.ndarray, "n 1 h w"]:
@@ -142,7 +154,7 @@ def _array_file(path: Path) -> np.ndarray:
     try:
         loaded = np.load(path, allow_pickle=False)
         pixels = loaded[loaded.files[0]] if path.suffix == ".npz" else loaded
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: can't be read as a plain array ({error})") from error
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
         raise ValueError(
@@ -158,7 +170,9 @@ def _folder(path: Path, channels: int, size: int, data: Data) -> DecodedImages:
     # Every file is decoded once before any training: a bad one found hours later loses those hours. What was found is
     # kept, so that the next start costs a look at names, sizes and times.
     stamps = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(repr((stamps, channels, size, data.fit, data.skip_damaged)).encode()).hexdigest()[:24]
+    key = hashlib.sha256(
+        repr((str(path.resolve()), stamps, channels, size, data.fit, data.skip_damaged)).encode()
+    ).hexdigest()[:24]
     known = cache_folder() / "folders" / f"{key}.json"
     if known.exists():
         found = json.loads(known.read_text())
@@ -179,7 +193,7 @@ def _folder(path: Path, channels: int, size: int, data: Data) -> DecodedImages:
 def _try_decode(file: Path, channels: int, size: int, data: Data) -> Tensor | None:
     try:
         return decode(file, channels, size, data.fit)
-    except ValueError:
+    except DamagedError:
         if data.skip_damaged:
             return None
         raise
@@ -193,7 +207,10 @@ class _Column(Sequence):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.rows[index][self.column]
+        try:
+            return self.rows[index][self.column]
+        except (OSError, SyntaxError) as error:
+            raise DamagedError(f"row {index} of the data set: can't be decoded ({error}); mend or remove it") from error
 
 
 def _datasets(name: str, channels: int, size: int, data: Data) -> DecodedImages:
@@ -271,8 +288,8 @@ def open_images(source: str) -> Images:
         raise ValueError(
             f"{source} is no model and holds no images; expected a pipeline, a folder of images or an array"
         )
-    with Image.open(first) as image:
-        return load_images(data, 1 if image.mode in ("L", "1", "I;16") else 3, image.width)
+    image = _open(first)
+    return load_images(data, 1 if image.mode in ("L", "1", "I;16") else 3, image.width)
 
 
 def to_model(pixels: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:

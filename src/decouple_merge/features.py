@@ -46,6 +46,8 @@ def check_metrics(metrics: list[str], inception_weights: Path | None) -> None:
                 f"metric {metric!r} needs the TensorFlow Inception weights: set evaluate.inception_weights to the file "
                 "pt_inception-2015-12-05-6726825d.pth"
             )
+    if inception_weights is not None and any(METRICS[m] == "inception" for m in metrics):
+        InceptionFeatures(inception_weights)
 
 
 def load_extractor(name: str, device: torch.device, inception_weights: Path | None = None) -> Extractor:

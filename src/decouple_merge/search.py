@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import optuna
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from .config import Search
@@ -84,7 +84,9 @@ def search(
     trials: what was running is evaluated again, and the sampler of trial k is seeded by (seed, k) and sees only
     finished trials. A candidate that was evaluated before takes its value from then.
     """
-    for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+    for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        study.ask()
+    for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(running.number, state=TrialState.FAIL)
     done = trials(study)
     known = {t.weights: Score(t.value, t.merged_sha256) for t in done}
@@ -126,8 +128,6 @@ def _sampler(settings: Search, seed: int) -> BaseSampler:
         return GPSampler(seed=seed, n_startup_trials=8)
     if settings.strategy == "tpe":
         return TPESampler(seed=seed, n_startup_trials=8, multivariate=True)
-    if settings.strategy == "cmaes":
-        return CmaEsSampler(seed=seed)
     return RandomSampler(seed=seed)
 
 

@@ -1,5 +1,8 @@
 """Merge experts by task arithmetic; pure functions of tensors."""
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,17 +38,17 @@ def merge(base: Tensors, experts: list[Tensors], weights: list[float]) -> Tensor
     """
     if len(weights) != len(experts):
         raise ValueError(f"{len(weights)} weights for {len(experts)} experts, expected one each")
+    # Eq. 8 as (1 - Σ w_i)·θ + Σ w_i·θ_i: exact at its corners, whatever the magnitudes.
+    remainder = 1.0 - math.fsum(weights)
     merged = {}
     for key in [*base, *sorted({k for e in experts for k in e} - base.keys())]:
-        start = base[key] if key in base else torch.eye(len(experts[0][key]))
+        start = base[key] if key in base else torch.eye(len(next(e[key] for e in experts if key in e)))
         if not start.is_floating_point():
             merged[key] = start.clone()
             continue
-        total = start.double()
-        for expert, weight in zip(experts, weights, strict=True):
-            if weight:
-                total = total + weight * (expert[key].double() - start.double())
-        merged[key] = total.to(start.dtype)
+        values = [e[key] if key in base else e.get(key, start) for e in experts]
+        terms = [c * v.double() for c, v in zip([remainder, *weights], [start, *values], strict=True) if c]
+        merged[key] = functools.reduce(torch.add, terms).to(start.dtype)
     return merged
 
 
