@@ -159,7 +159,7 @@ def test_images_of_another_size_or_channel_count_are_refused(
     tiny_config: MakeConfig, tmp_path: Path, kind: str, size: int, channels: int, found: str
 ) -> None:
     folder = write_pngs(tmp_path / "pictures", size=size, channels=channels)
-    pictures = [Image.open(p) for p in sorted(folder.iterdir())]
+    pictures = [Image.open(p).copy() for p in sorted(folder.iterdir())]
     source = str(folder)
     if kind == "npz":
         source = str(tmp_path / "other.npz")

@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,13 @@ class DamagedError(ValueError):
 
 def _open(item: Any) -> Image.Image:
     try:
-        image = item if isinstance(item, Image.Image) else Image.open(item)
-        image.load()
+        with nullcontext(item) if isinstance(item, Image.Image) else Image.open(item) as image:
+            image.load()
+            return image
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise DamagedError(
             f"{item}: can't be decoded ({error}); mend or remove it, or set data.skip_damaged"
         ) from error
-    return image
 
 
 def decode(item: Any, channels: int, size: int, fit: str) -> UInt8[Tensor, "c h w"]:
@@ -152,8 +153,9 @@ def _fashion_mnist(folder: Path | None, split: str) -> UInt8[np.ndarray, "n 1 h 
 
 def _array_file(path: Path) -> np.ndarray:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        pixels = loaded[loaded.files[0]] if path.suffix == ".npz" else loaded
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            pixels = loaded[loaded.files[0]] if path.suffix == ".npz" else loaded
     except (OSError, ValueError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: can't be read as a plain array ({error})") from error
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
