@@ -88,15 +88,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
+        # A folder can't be replaced in one step: the old one is moved aside, then removed.
+        old = path.with_name(f".{path.name}.old")
         if path.is_dir():
-            # A folder can't be replaced in one step: the old one is moved aside, then removed.
-            old = path.with_name(f".{path.name}.old")
             _remove(old)
             os.replace(path, old)
-            os.replace(temporary, path)
-            _remove(old)
-        else:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
+        _remove(old)
     except BaseException as error:
         _remove(temporary)
         if is_disk_full(error):
