@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +97,40 @@ def read_statistics(path: Path, num_features: int) -> Reference:
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Reference(f"{path.name}:{digest[:16]}", 0, mean, covariance, matrix_root(covariance), None)
+
+
+def metrics_record(
+    model: str,
+    metric: str,
+    value: float,
+    num_images: int,
+    seeds: range | None,
+    compared: tuple[Extractor, Reference],
+    sampling: dict[str, Any],
+    git: str | None,
+) -> dict[str, Any]:
+    """Make a record of metrics.jsonl. Records that differ in extractor, reference, sampling or count don't compare.
+
+    Args:
+        seeds: of the images, where a model drew them.
+        sampling: sampler, num_steps and what else the images depend on; empty for images that were given.
+    """
+    extractor, reference = compared
+    return {
+        "model": model,
+        "metric": metric,
+        "value": value,
+        "num_images": num_images,
+        "seeds": None if seeds is None else [seeds.start, seeds.stop - 1],
+        "extractor": extractor.label,
+        "reference": reference.name,
+        "sampler": sampling.get("sampler"),
+        "num_steps": sampling.get("num_steps"),
+        "timestep_spacing": sampling.get("timestep_spacing"),
+        "precision": sampling.get("precision"),
+        "git": git,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def score(

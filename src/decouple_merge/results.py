@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 
 from .config import Config
-from .evaluate import score
+from .evaluate import metrics_record, score
 from .executors import run_all
 from .features import METRICS, load_extractor
 from .models import load_network, make_scheduler, num_parameters
@@ -76,23 +75,10 @@ def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) ->
     ]
     compared = {e.name: (e, load_reference(plan, e.name, device)) for e in extractors}
     batches = sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device)
+    sampling = config.sample.model_dump() | {"timestep_spacing": _spacing(plan)}
     for metric, value in score(batches, metrics, list(compared.values())).items():
-        extractor, reference = compared[METRICS[metric]]
-        yield {
-            "model": model,
-            "metric": metric,
-            "value": value,
-            "num_images": len(seeds),
-            "seeds": [seeds.start, seeds.stop - 1],
-            "extractor": extractor.label,
-            "reference": reference.name,
-            "sampler": config.sample.sampler,
-            "num_steps": config.sample.num_steps,
-            "timestep_spacing": _spacing(plan),
-            "precision": config.sample.precision,
-            "git": git_commit(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        found = compared[METRICS[metric]]
+        yield metrics_record(model, metric, value, len(seeds), seeds, found, sampling, git_commit())
 
 
 def _spacing(plan: Plan) -> str:

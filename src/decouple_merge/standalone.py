@@ -1,7 +1,6 @@
 """The verbs that need no run: merge, sample and evaluate any model."""
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,14 @@ from . import __version__
 from .card import model_card
 from .config import Data, Sample, load_config
 from .data import load_images, open_images
-from .evaluate import Reference, make_reference, read_statistics, score, write_statistics
+from .evaluate import (
+    Reference,
+    make_reference,
+    metrics_record,
+    read_statistics,
+    score,
+    write_statistics,
+)
 from .features import METRICS, Extractor, check_metrics, load_extractor
 from .models import (
     PROJECTIONS_FILE,
@@ -123,21 +129,11 @@ def evaluate_model(
     for name in dict.fromkeys(METRICS[m] for m in metrics):
         extractor = load_extractor(name, device, inception_weights)
         compared[name] = (extractor, _any_reference(reference, extractor, channels, size))
+    drawn = seeds if is_model else None
+    sampling = settings.model_dump() if is_model else {}
     for metric, value in score(batches, metrics, list(compared.values())).items():
-        extractor, found = compared[METRICS[metric]]
-        record = {
-            "model": model,
-            "metric": metric,
-            "value": value,
-            "num_images": num_images,
-            "seeds": [seed, seed + num_images - 1] if is_model else None,
-            "extractor": extractor.label,
-            "reference": found.name,
-            "sampler": settings.sampler if is_model else None,
-            "num_steps": settings.num_steps if is_model else None,
-            "git": git_commit(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        found = compared[METRICS[metric]]
+        record = metrics_record(model, metric, value, num_images, drawn, found, sampling, git_commit())
         append_record(out, record)
         yield record
 
