@@ -19,7 +19,14 @@ from conftest import make_unet
 from decouple_merge import finetune
 from decouple_merge.config import Config, Training
 from decouple_merge.data import load_images
-from decouple_merge.finetune import StepRecord, Task, ema_decay, learning_rate_at, train
+from decouple_merge.finetune import (
+    StepRecord,
+    Task,
+    differing_gradients,
+    ema_decay,
+    learning_rate_at,
+    train,
+)
 from decouple_merge.models import load_base, tensors_sha256
 from decouple_merge.projection import folded_state_dict
 from decouple_merge.runs import read_records, read_tensors
@@ -488,3 +495,47 @@ def test_bf16_resumes_bitwise(tmp_path: Path, tiny_config: Callable[..., Config]
 def test_tensorboard_tracks_into_the_experts_folder(tmp_path: Path, tiny_config: Callable[..., Config]) -> None:
     finish(tiny_config(finetune={"tracker": "tensorboard"}), tmp_path / "out")
     assert list((tmp_path / "out/tracker").rglob("events.out.tfevents*"))
+
+
+def test_a_compiled_layer_without_its_gradient_is_named_and_rounding_is_not() -> None:
+    """Inductor once gave deep layers a gradient of zero, while the loss and the other layers were right."""
+    gradient = torch.linspace(-1, 1, 9)
+    expected = {"kept": gradient, "zeroed": gradient, "missing": gradient}
+    found = {"kept": gradient * 1.05, "zeroed": torch.zeros(9)}
+    assert differing_gradients(found, expected) == ["zeroed", "missing"]
+
+
+def test_a_compiled_training_whose_gradients_are_wrong_is_refused(
+    tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(finetune={"compile": True})
+    base = load_base(config.base)
+    images = load_images(config.data, base.channels, base.image_size)
+    ranges = tuple(split_timesteps(base.num_train_timesteps, 2))
+    # Compiling takes minutes; a network that is left eager passes the check, and one with a layer cut off must not.
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    list(train(base, images, config.data, Task("fine", ranges[0], ranges), config.finetune, 0, tmp_path / "fine"))
+    stances = []
+    set_stance = torch.compiler.set_stance
+
+    def remember(stance: str) -> Any:
+        stances.append(stance)
+        return set_stance(stance)
+
+    monkeypatch.setattr(torch.compiler, "set_stance", remember)
+
+    def cut(gradient: Tensor) -> Tensor:
+        return gradient * 0 if stances[-1] == "default" else gradient
+
+    attach = finetune.new_network
+
+    def with_a_cut(*args: Any) -> nn.Module:
+        network = attach(*args)
+        network.get_submodule("down_blocks.1.resnets.0.conv1").weight.register_hook(cut)
+        return network
+
+    monkeypatch.setattr(finetune, "new_network", with_a_cut)
+    with pytest.raises(
+        ValueError, match=r"torch.compile changes the gradients of 1 parameters, down_blocks.1.resnets.0"
+    ):
+        list(train(base, images, config.data, Task("cut", ranges[0], ranges), config.finetune, 0, tmp_path / "cut"))

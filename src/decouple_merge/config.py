@@ -145,7 +145,7 @@ class Search(Section):
     """The search for merging weights.
 
     Attributes:
-        strategy: ``gp``, ``tpe``, ``cmaes`` or ``random`` (Optuna samplers), or ``grid``, coarse to fine.
+        strategy: ``gp``, ``tpe`` or ``random`` (Optuna samplers), or ``grid``, coarse to fine.
         low, high: bounds of every weight.
         num_trials: candidates to evaluate, for the samplers.
         grid_step: of the coarse grid; the fine grid around its best has half of it.

@@ -136,6 +136,15 @@ def validation_losses(
     return losses
 
 
+def differing_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Name the parameters whose gradient is missing or off by over half its norm; rounding stays far below."""
+    return [
+        name
+        for name, gradient in expected.items()
+        if name not in found or (found[name] - gradient).norm() > 0.5 * gradient.norm()
+    ]
+
+
 class Trainer:
     """A training run in memory: network, teacher, EMA, optimiser, and the number of updates done."""
 
@@ -163,6 +172,7 @@ class Trainer:
         self.parameters = list(self.network.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
         self.num_done = 0
+        self.compile_checked = False
         # Loss and consistency loss, summed over the micro-batches since the last validation.
         self.sums = torch.zeros(2, device=self.device)
         self.num_summed = 0
@@ -192,6 +202,8 @@ class Trainer:
         for micro in range(settings.accumulation):
             step = self.num_done * settings.accumulation + micro
             pixels = next(batches)
+            if settings.compile and not self.compile_checked:
+                self._check_compiled(pixels)
             # Dropout draws from the global stream, which only a seed of its own makes a function of the step.
             torch.manual_seed(stream_seed(self.seed, self.task.name, "dropout", rank, step))
             draws = generator(self.seed, self.task.name, "noise", rank, step)
@@ -224,6 +236,24 @@ class Trainer:
                     teacher_output = predict(self.teacher, x_t, t)
             output = predict(self.wrapped, x_t, t)
         return finetune_loss(output, target, teacher_output, task.consistency_weight)
+
+    def _check_compiled(self, pixels: UInt8[Tensor, "batch c h w"]) -> None:
+        """Refuse a compiled network whose gradients are not the eager ones: one with layers cut off still trains."""
+        gradients = []
+        for stance in ("default", "force_eager"):
+            torch.manual_seed(0)
+            with torch.compiler.set_stance(stance):
+                loss, _, _ = self._losses(pixels, generator(self.seed, "compiled"))
+                self.accelerator.backward(loss)
+            gradients.append({n: p.grad.clone() for n, p in self.network.named_parameters() if p.grad is not None})
+            self.optimizer.zero_grad()
+        wrong = differing_gradients(*gradients)
+        if wrong:
+            raise ValueError(
+                f"torch.compile changes the gradients of {len(wrong)} parameters, {', '.join(wrong[:3])} among them, "
+                f"which is a fault of torch {torch.__version__} on {self.device}: set compile to false"
+            )
+        self.compile_checked = True
 
     def validate(self, held_out: UInt8[Tensor, "n c h w"]) -> list[float]:
         """Compute the validation losses of the averaged weights; the network's own are untouched."""

@@ -1,0 +1,56 @@
+"""The README's commands parse, its code runs, and its file map is the package."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from decouple_merge import cli
+from decouple_merge.config import Config, dump_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = "\n".join(blocks("sh")).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line]
+
+
+def test_the_file_map_names_every_file_of_the_package() -> None:
+    table = README.partition("## What is where")[2].partition("##")[0]
+    named = re.findall(r"`(\w+\.py)`", table)
+    package = {p.name for p in (ROOT / "src/decouple_merge").glob("*.py")} - {"__init__.py"}
+    assert sorted(named) == sorted(package)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c[0] == "deme"], ids=" ".join)
+def test_every_command_parses(command: list[str]) -> None:
+    verbs = typer.main.get_command(cli.app)
+    _, verb, *arguments = command
+    verbs.commands[verb].make_context(verb, arguments)  # type: ignore[attr-defined]
+    for argument in arguments:
+        if argument.startswith("configs/"):
+            assert (ROOT / argument).is_file()
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c[0] == "make"], ids=" ".join)
+def test_every_make_target_exists(command: list[str]) -> None:
+    assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_the_library_example_runs(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(dump_config(tiny_config()))
+    (example,) = [b for b in blocks("python") if "decouple_merge" in b]
+    out = tmp_path / "run"
+    exec(example.replace("configs/fashion-quick.yaml", str(config)).replace("runs/seed-1", str(out)), {})
+    assert (out / "merged" / "model_index.json").is_file()
+    assert "seed: 1" in (out / "config.yaml").read_text()
