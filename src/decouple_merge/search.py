@@ -68,7 +68,7 @@ def fixed_candidates(num_experts: int) -> list[Weights]:
 def first_candidates(settings: Search, num_experts: int) -> list[Weights]:
     """List what is evaluated before a strategy chooses: the fixed candidates, and for samplers more of the diagonal.
 
-    On the line of equal weights lies most of what there is to gain, and a sampler in N dimensions would hardly meet it.
+    A sampler in N dimensions would hardly meet the line of equal weights, which uniform and sum lie on.
     """
     diagonal = [] if settings.strategy == "grid" else [(0.5,) * num_experts, (1.5,) * num_experts]
     inside = [w for w in diagonal if settings.low <= w[0] <= settings.high]
