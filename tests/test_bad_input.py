@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from conftest import make_unet
 from decouple_merge import cli, models, runs
 from decouple_merge.config import Config, Data, dump_config
-from decouple_merge.data import load_images, open_images
+from decouple_merge.data import decode, load_images, open_images
+from decouple_merge.evaluate import read_statistics
 from decouple_merge.models import export_pipeline, load_base, load_network
 from decouple_merge.plan import check, prepare
 from decouple_merge.runs import read_tensors, write_json, write_tensors
@@ -260,13 +261,24 @@ def test_an_unknown_column_lists_the_columns(tmp_path: Path) -> None:
         load_images(Data(source=f"datasets:{tmp_path / 'rows'}"), 1, 8)
 
 
-def test_a_damaged_image_in_a_data_set_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_image_in_a_data_set_is_refused_and_skipped_only_if_asked(tmp_path: Path) -> None:
     good = (write_pngs(tmp_path / "pictures", num=1) / "00.png").read_bytes()
-    rows = [{"bytes": good[: len(good) * 2 // 3], "path": None}, {"bytes": good, "path": None}]
+    rows = [{"bytes": good, "path": None}, {"bytes": good[: len(good) * 2 // 3], "path": None}]
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": rows}, features).save_to_disk(tmp_path / "rows")
-    with pytest.raises(ValueError, match="can't be decoded"):
-        load_images(Data(source=f"datasets:{tmp_path / 'rows'}"), 1, 8)
+    data = Data(source=f"datasets:{tmp_path / 'rows'}")
+    with pytest.raises(ValueError, match=r"can't be decoded .*; mend or remove it, or set data\.skip_damaged"):
+        load_images(data, 1, 8)
+    images = load_images(data.model_copy(update={"skip_damaged": True}), 1, 8)
+    assert len(images) == 1
+    assert torch.equal(images[0], decode(tmp_path / "pictures" / "00.png", 1, 8, "exact"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"PK"])
+def test_damaged_reference_statistics_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "reference.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"reference\.npz: expected an npz file with arrays mu and sigma"):
+        read_statistics(tmp_path / "reference.npz", 4)
 
 
 # -- the run folder

@@ -71,16 +71,21 @@ class ArrayImages(Images):
 
 
 class DecodedImages(Images):
-    """Images that are decoded when they are asked for: files, or rows of a ``datasets`` data set."""
+    """Images that are decoded when they are asked for: files, or rows of a ``datasets`` data set.
 
-    def __init__(self, items: Sequence[Any], sha256: str, channels: int, size: int, fit: str) -> None:
-        self.items, self.sha256, self.channels, self.size, self.fit = items, sha256, channels, size, fit
+    Attributes:
+        kept: indices of the items that can be decoded.
+    """
+
+    def __init__(self, items: Sequence[Any], kept: Sequence[int], sha256: str, channels: int, size: int, fit: str):
+        self.items, self.kept, self.sha256 = items, kept, sha256
+        self.channels, self.size, self.fit = channels, size, fit
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.kept)
 
     def __getitem__(self, index: int) -> UInt8[Tensor, "c h w"]:
-        return decode(self.items[index], self.channels, self.size, self.fit)
+        return decode(self.items[self.kept[index]], self.channels, self.size, self.fit)
 
 
 class DamagedError(ValueError):
@@ -165,40 +170,46 @@ def _array_file(path: Path) -> np.ndarray:
     return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
 
 
-def _folder(path: Path, channels: int, size: int, data: Data) -> DecodedImages:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ValueError(f"{path}: found no images, expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
-    # Every file is decoded once before any training: a bad one found hours later loses those hours. What was found is
-    # kept, so that the next start costs a look at names, sizes and times.
-    stamps = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(
-        repr((str(path.resolve()), stamps, channels, size, data.fit, data.skip_damaged)).encode()
-    ).hexdigest()[:24]
-    known = cache_folder() / "folders" / f"{key}.json"
-    if known.exists():
-        found = json.loads(known.read_text())
-        return DecodedImages([path / name for name in found["good"]], found["sha256"], channels, size, data.fit)
-    good, digest = [], hashlib.sha256()
-    with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda file: _try_decode(file, channels, size, data), files)
-        for file, pixels in zip(files, decoded, strict=True):
-            if pixels is not None:
-                digest.update(pixels.numpy().data)
-                good.append(file)
-    if not good:
-        raise ValueError(f"{path}: none of the {len(files)} images can be used")
-    write_json(known, {"good": [str(p.relative_to(path)) for p in good], "sha256": digest.hexdigest()})
-    return DecodedImages(good, digest.hexdigest(), channels, size, data.fit)
+def _checked(items: Sequence[Any], identity: str, channels: int, size: int, data: Data) -> DecodedImages:
+    """Decode every item once: a bad one found hours into a training loses those hours.
+
+    What was found is kept under the identity of the items, so that the next start decodes nothing.
+    """
+    key = hashlib.sha256(repr((identity, channels, size, data.fit, data.skip_damaged)).encode()).hexdigest()[:24]
+    known = cache_folder() / "checked" / f"{key}.json"
+    if not known.exists():
+        damaged, digest = [], hashlib.sha256()
+        with ThreadPoolExecutor() as pool:
+            decoded = pool.map(lambda i: _try_decode(items, i, channels, size, data), range(len(items)))
+            for index, pixels in enumerate(decoded):
+                if pixels is None:
+                    damaged.append(index)
+                else:
+                    digest.update(pixels.numpy().data)
+        write_json(known, {"damaged": damaged, "sha256": digest.hexdigest()})
+    found = json.loads(known.read_text())
+    left_out = set(found["damaged"])
+    kept = [i for i in range(len(items)) if i not in left_out] if left_out else range(len(items))
+    if not kept:
+        raise ValueError(f"{data.source}: none of the {len(items)} images can be used")
+    return DecodedImages(items, kept, found["sha256"], channels, size, data.fit)
 
 
-def _try_decode(file: Path, channels: int, size: int, data: Data) -> Tensor | None:
+def _try_decode(items: Sequence[Any], index: int, channels: int, size: int, data: Data) -> Tensor | None:
     try:
-        return decode(file, channels, size, data.fit)
+        return decode(items[index], channels, size, data.fit)
     except DamagedError:
         if data.skip_damaged:
             return None
         raise
+
+
+def _folder(path: Path, channels: int, size: int, data: Data) -> DecodedImages:
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"{path}: found no images, expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    stamps = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return _checked(files, repr((str(path.resolve()), stamps)), channels, size, data)
 
 
 class _Column(Sequence):
@@ -212,7 +223,9 @@ class _Column(Sequence):
         try:
             return self.rows[index][self.column]
         except (OSError, SyntaxError) as error:
-            raise DamagedError(f"row {index} of the data set: can't be decoded ({error}); mend or remove it") from error
+            raise DamagedError(
+                f"row {index} of the data set: can't be decoded ({error}); mend or remove it, or set data.skip_damaged"
+            ) from error
 
 
 def _datasets(name: str, channels: int, size: int, data: Data) -> DecodedImages:
@@ -227,14 +240,9 @@ def _datasets(name: str, channels: int, size: int, data: Data) -> DecodedImages:
         raise ValueError(
             f"data set {name!r} has columns {', '.join(rows.column_names)}, expected {data.column!r}: set data.column"
         )
-    fingerprint = f"{name} {data.split} {data.column} {rows._fingerprint} {data.fit} {size}"
-    items = DecodedImages(
-        _Column(rows, data.column), hashlib.sha256(fingerprint.encode()).hexdigest(), channels, size, data.fit
-    )
-    if len(items) == 0:
+    if len(rows) == 0:
         raise ValueError(f"data set {name!r}, split {data.split!r}: has no rows")
-    items[0]
-    return items
+    return _checked(_Column(rows, data.column), f"{name} {data.column} {rows._fingerprint}", channels, size, data)
 
 
 @lru_cache(maxsize=2)

@@ -1,6 +1,8 @@
 """Score images against a reference, whose statistics are computed once and cached."""
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -87,9 +89,9 @@ def read_statistics(path: Path, num_features: int) -> Reference:
         ValueError: the file is damaged, lacks the two arrays, or is of another extractor's size.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             mean, covariance = torch.from_numpy(file["mu"]).double(), torch.from_numpy(file["sigma"]).double()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: expected an npz file with arrays mu and sigma ({error})") from error
     if mean.shape != (num_features,) or covariance.shape != (num_features, num_features):
         raise ValueError(
