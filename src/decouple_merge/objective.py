@@ -1,11 +1,13 @@
 """The objective of the search: the distance between a merge's images and the reference."""
 
 import time
+from functools import cached_property
 
 import torch
+from torch import nn
 
 from .evaluate import Reference, make_reference, score
-from .features import METRICS, load_extractor
+from .features import METRICS, Extractor, load_extractor
 from .models import tensors_sha256
 from .plan import Plan, build_network, default_device
 from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
@@ -25,14 +27,19 @@ class Objective:
     def __init__(self, plan: Plan, experts: list[Tensors]) -> None:
         self.plan, self.experts = plan, experts
         self.device = default_device()
-        self.extractor = load_extractor(
-            METRICS[plan.config.search.metric], self.device, plan.config.evaluate.inception_weights
-        )
-        self.reference = load_reference(plan, self.extractor.name, self.device)
         self.start = plan.base.network.state_dict()
-        self.network = sampling_copy(
-            build_network(plan, merge(self.start, experts, [0.0] * len(experts))), plan.config.sample, self.device
-        )
+
+    # Made when the first candidate is scored: a search that is finished needs neither features nor a network.
+    @cached_property
+    def compared(self) -> tuple[Extractor, Reference]:
+        settings = self.plan.config
+        extractor = load_extractor(METRICS[settings.search.metric], self.device, settings.evaluate.inception_weights)
+        return extractor, load_reference(self.plan, extractor.name, self.device)
+
+    @cached_property
+    def network(self) -> nn.Module:
+        untouched = merge(self.start, self.experts, [0.0] * len(self.experts))
+        return sampling_copy(build_network(self.plan, untouched), self.plan.config.sample, self.device)
 
     def load(self, weights: Weights) -> str:
         """Put a merge into the network's own storage; returns the hash of its tensors."""
@@ -47,7 +54,7 @@ class Objective:
         batches = sample_images(
             model, self.plan.base, settings.search_seeds, settings.sample, self.device, settings.search.num_steps
         )
-        return score(batches, [settings.search.metric], [(self.extractor, self.reference)])[settings.search.metric]
+        return score(batches, [settings.search.metric], [self.compared])[settings.search.metric]
 
     def __call__(self, weights: Weights) -> Score:
         sha256 = self.load(weights)

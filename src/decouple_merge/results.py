@@ -90,8 +90,6 @@ def _spacing(plan: Plan) -> str:
 def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
     """Score every model of the result table on every set of report seeds; yields the table's rows."""
     config, device = plan.config, default_device()
-    for extractor in dict.fromkeys(METRICS[m] for m in config.evaluate.metrics):
-        load_reference(plan, extractor, device)
     done = {(r["model"], r["metric"], r["seeds"][0]) for r in read_records(plan.run.metrics)}
     calls: list[tuple[Any, ...]] = []
     for index in range(config.evaluate.num_seed_sets):
@@ -100,6 +98,9 @@ def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
             missing = [m for m in config.evaluate.metrics if (model, m, seeds.start) not in done]
             if missing:
                 calls.append((plan, model, seeds, missing))
+    # Cached before several processes ask for it at once.
+    for extractor in dict.fromkeys(METRICS[m] for *_, missing in calls for m in missing):
+        load_reference(plan, extractor, device)
     for record in run_all(_evaluate_model, calls, config.num_processes):
         append_record(plan.run.metrics, record)
         yield record
