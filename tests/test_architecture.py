@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "decouple_merge"
 LAYERS = [
-    ["timesteps", "losses", "projection", "weights", "metrics", "seeds"],
+    ["timesteps", "losses", "projection", "rules", "weights", "metrics", "seeds"],
     ["config", "models", "data", "features", "inception", "runs", "search"],
     ["finetune", "sample", "evaluate", "figures"],
     ["executors", "plan", "card", "objective", "results", "standalone", "workflow", "progress", "cli"],

@@ -1,10 +1,9 @@
 """Merge experts by task arithmetic; pure functions of tensors."""
 
-import functools
-import math
-
 import torch
 from torch import Tensor
+
+from .rules import Context, combine, linear
 
 Tensors = dict[str, Tensor]
 
@@ -29,7 +28,7 @@ def check_same_keys(base: Tensors, expert: Tensors, name: str) -> None:
 def merge(base: Tensors, experts: list[Tensors], weights: list[float]) -> Tensors:
     """Compute θ + Σ w_i·(θ_i - θ) over every floating tensor (DeMe, Eq. 8; Ilharco et al. 2023).
 
-    Sums are float64, then cast to the base's dtype: with weights 0 the result is the base, with a single 1 it is
+    Sums are float32, then cast to the base's dtype: with weights 0 the result is the base, with a single 1 it is
     that expert, both bit for bit. Integer tensors are the base's. A projection W, which the base doesn't have,
     counts as a task vector around the identity.
 
@@ -38,8 +37,6 @@ def merge(base: Tensors, experts: list[Tensors], weights: list[float]) -> Tensor
     """
     if len(weights) != len(experts):
         raise ValueError(f"{len(weights)} weights for {len(experts)} experts, expected one each")
-    # Eq. 8 as (1 - Σ w_i)·θ + Σ w_i·θ_i: exact at its corners, whatever the magnitudes.
-    remainder = 1.0 - math.fsum(weights)
     merged = {}
     for key in [*base, *sorted({k for e in experts for k in e} - base.keys())]:
         start = base[key] if key in base else torch.eye(len(next(e[key] for e in experts if key in e)))
@@ -47,8 +44,7 @@ def merge(base: Tensors, experts: list[Tensors], weights: list[float]) -> Tensor
             merged[key] = start.clone()
             continue
         values = [e[key] if key in base else e.get(key, start) for e in experts]
-        terms = [c * v.double() for c, v in zip([remainder, *weights], [start, *values], strict=True) if c]
-        merged[key] = functools.reduce(torch.add, terms).to(start.dtype)
+        merged[key] = combine([start, *values], linear(start, values, weights, Context(key))).to(start.dtype)
     return merged
 
 

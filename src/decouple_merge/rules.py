@@ -1,0 +1,167 @@
+"""Merge rules: what each version of a tensor contributes to the merged one; pure functions.
+
+Every rule answers with one coefficient for the base and one for each expert, a number or a tensor of the parameter's
+shape, and ``combine`` sums: θ_merged = c_0·θ + Σ c_i·θ_i. Task arithmetic on task vectors τ_i = θ_i - θ is that sum
+with c_0 = 1 - Σ c_i, a form that is exact where a coefficient is 1 and the others are 0, whatever the magnitudes.
+
+A rule of your own is a function of the same arguments, given as ``method`` in place of a name.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Coefficients = list[float | Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule may need besides the tensors.
+
+    Attributes:
+        key: the parameter's name.
+        density: share of a task vector that TIES and DARE keep, in (0, 1].
+        seeds: one for each expert, of DARE's mask; they go with the expert, not with its place.
+        fishers: diagonal Fisher information of each expert, of the parameter's shape, >= 0.
+    """
+
+    key: str = ""
+    density: float = 1.0
+    seeds: Sequence[int] = ()
+    fishers: Sequence[Tensor] = ()
+
+
+Rule = Callable[[Tensor, list[Tensor], list[float], Context], Coefficients]
+
+
+def combine(tensors: list[Tensor], coefficients: Coefficients) -> Tensor:
+    """Sum c_k·θ_k in float32, or float64 where the tensors are; a coefficient of 0 leaves its tensor out.
+
+    Args:
+        tensors: the base, then the experts, of one shape.
+
+    Returns:
+        The sum, not yet in the tensors' dtype.
+    """
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    total: Tensor | None = None
+    for c, tensor in zip(coefficients, tensors, strict=True):
+        if not isinstance(c, Tensor) and c == 0:
+            continue
+        if total is None:
+            total = tensor.to(dtype) * c
+        elif isinstance(c, Tensor):
+            total.addcmul_(c, tensor.to(dtype))
+        else:
+            total.add_(tensor, alpha=c)
+    return torch.zeros_like(tensors[0], dtype=dtype) if total is None else total
+
+
+def linear(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:
+    """Task arithmetic, θ + Σ w_i·τ_i (DeMe, Eq. 8; Ilharco et al. 2023)."""
+    return [1.0 - math.fsum(weights), *weights]
+
+
+def ties(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:
+    """TIES: trim, elect a sign, average those who agree (Yadav et al. 2023, algorithm 1).
+
+    θ + mean of w_i·τ̂_i over A, with τ̂_i the ``density`` largest entries of τ_i, γ = sgn(Σ w_i·τ̂_i) and
+    A = {i : sgn(w_i·τ̂_i) = γ}, entry by entry; equal weights λ are the paper's. The paper trims over the whole task
+    vector, this over each tensor, since no more than a tensor is ever in memory.
+    """
+    kept = [_trimmed(e.to(_wide(base)) - base.to(_wide(base)), context.density) for e in experts]
+    return _elected(kept, weights, [float(w) for w in weights])
+
+
+def dare(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:
+    """DARE: drop entries of τ_i at random, rescale the others, θ + Σ w_i·m_i·τ_i / density (Yu et al. 2024, Eq. 3)."""
+    masks = [_mask(base, seed, context) for seed in context.seeds]
+    shares: Coefficients = [m * (w / context.density) for m, w in zip(masks, weights, strict=True)]
+    return [1.0 - sum(shares), *shares]
+
+
+def dare_ties(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:
+    """DARE's drop and rescale in the place of TIES' trimming (Yu et al. 2024, section 3.2)."""
+    wide = _wide(base)
+    masks = [_mask(base, seed, context) for seed in context.seeds]
+    kept = [m * (e.to(wide) - base.to(wide)) for m, e in zip(masks, experts, strict=True)]
+    return _elected(kept, weights, [w / context.density for w in weights])
+
+
+def fisher(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:
+    """Fisher-weighted average, Σ w_i·F_i·θ_i / Σ w_i·F_i (Matena and Raffel 2022, Eq. 3); θ where all F are 0.
+
+    Raises:
+        ValueError: there are not as many Fisher tensors as experts, or a weight is negative.
+    """
+    if len(context.fishers) != len(experts):
+        raise ValueError(f"{context.key}: {len(context.fishers)} Fisher tensors for {len(experts)} experts")
+    if min(weights) < 0:
+        raise ValueError(f"Fisher weights are {weights}, expected none below 0: the merge is an average")
+    shares = [w * f.to(_wide(base)) for w, f in zip(weights, context.fishers, strict=True)]
+    total = sum(shares, torch.zeros_like(base, dtype=_wide(base)))
+    averaged: Coefficients = [torch.where(total > 0, s / total.where(total > 0, 1.0), 0.0) for s in shares]
+    return [(total <= 0).to(_wide(base)), *averaged]
+
+
+def slerp(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:
+    """Spherical interpolation of two (Shoemake 1985): sin((1 - t)Ω)/sin Ω and sin(tΩ)/sin Ω, Ω the angle between them.
+
+    One expert: from the base to it, t = w. Two: from the first to the second, t = w_2 / (w_1 + w_2), the base unused.
+    Nearly parallel tensors are interpolated linearly.
+
+    Raises:
+        ValueError: there are more than two experts, or the weights of two add up to 0.
+    """
+    if len(experts) > 2 or (len(experts) == 2 and sum(weights) == 0):
+        raise ValueError(f"slerp has {len(experts)} experts with weights {weights}, expected one, or two with a sum")
+    a, b = (base, experts[0]) if len(experts) == 1 else experts
+    t = weights[0] if len(experts) == 1 else weights[1] / sum(weights)
+    a, b = a.double().flatten(), b.double().flatten()
+    norms = float(a.norm() * b.norm())
+    angle = math.acos(max(-1.0, min(1.0, float(a @ b) / norms))) if norms else 0.0
+    sine = math.sin(angle)
+    pair = [1 - t, t] if sine < 1e-6 else [math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine]
+    return pair if len(experts) == 1 else [0.0, *pair]
+
+
+RULES: dict[str, Rule] = {
+    "linear": linear,
+    "ties": ties,
+    "dare": dare,
+    "dare_ties": dare_ties,
+    "fisher": fisher,
+    "slerp": slerp,
+}
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _trimmed(task_vector: Tensor, density: float) -> Tensor:
+    """Set all but the largest entries to 0; entries as large as the last one that stays all stay."""
+    num_kept = math.ceil(density * task_vector.numel())
+    if num_kept >= task_vector.numel():
+        return task_vector
+    sizes = task_vector.abs()
+    threshold = sizes.flatten().kthvalue(task_vector.numel() - num_kept + 1).values
+    return torch.where(sizes >= threshold, task_vector, 0.0)
+
+
+def _mask(base: Tensor, seed: int, context: Context) -> Tensor:
+    draws = torch.Generator().manual_seed(seed)
+    return (torch.rand(base.shape, generator=draws) < context.density).to(_wide(base))
+
+
+def _elected(kept: list[Tensor], weights: list[float], scales: list[float]) -> Coefficients:
+    """Coefficients of the mean of scale_i·τ̂_i over the experts whose w_i·τ̂_i has the sign of the weighted sum."""
+    signed = [w * k for w, k in zip(weights, kept, strict=True)]
+    sign = sum(signed, torch.zeros_like(kept[0])).sign()
+    agree = [((s.sign() == sign) & (s != 0)).to(s.dtype) for s in signed]
+    count = sum(agree, torch.zeros_like(kept[0])).clamp(min=1)
+    shares: Coefficients = [a * scale / count for a, scale in zip(agree, scales, strict=True)]
+    return [1.0 - sum(shares), *shares]

@@ -1,0 +1,165 @@
+"""Merge rules: their laws, and their agreement with definitions written out entry by entry in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+from decouple_merge.rules import RULES, Coefficients, Context, combine, linear
+
+DENSITIES = st.sampled_from([0.2, 0.5, 0.7, 1.0])
+WEIGHTS = st.lists(st.floats(-2, 2), min_size=3, max_size=3)
+
+
+@st.composite
+def versions(draw: st.DrawFn, num: int) -> list[Tensor]:
+    """One tensor in several versions, float32 with many equal and many opposite entries."""
+    shape = draw(hnp.array_shapes(max_dims=3, max_side=4))
+    values = st.integers(-64, 64).map(lambda i: i / 16)
+    return [torch.from_numpy(draw(hnp.arrays("float32", shape, elements=values))) for _ in range(num)]
+
+
+def merged(
+    name: str, tensors: list[Tensor], weights: list[float], density: float = 1.0, order: tuple = (0, 1, 2)
+) -> Tensor:
+    base, *experts = tensors
+    fishers = [(e - base).abs() for e in experts]
+    context = Context("layer", density, [order[i] + 7 for i in range(len(experts))], fishers)
+    return combine(tensors, RULES[name](base, experts, weights, context))
+
+
+@pytest.mark.parametrize("name", ["linear", "ties", "dare", "dare_ties", "fisher"])
+@settings(deadline=None, max_examples=25)
+@given(versions(4), DENSITIES)
+def test_weights_of_zero_give_the_base(name: str, tensors: list[Tensor], density: float) -> None:
+    assert torch.equal(merged(name, tensors, [0.0, 0.0, 0.0], density), tensors[0])
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+@settings(deadline=None, max_examples=25)
+@given(versions(2))
+def test_one_expert_with_weight_one_is_the_merge(name: str, tensors: list[Tensor]) -> None:
+    assert torch.equal(merged(name, tensors, [1.0]), tensors[1])
+
+
+@pytest.mark.parametrize("name", ["linear", "ties", "dare", "dare_ties", "fisher"])
+@settings(deadline=None, max_examples=25)
+@given(versions(4), WEIGHTS, st.permutations(range(3)), DENSITIES)
+def test_experts_may_come_in_any_order(
+    name: str, tensors: list[Tensor], weights: list[float], order: list[int], density: float
+) -> None:
+    weights = [abs(w) for w in weights] if name == "fisher" else weights
+    straight = merged(name, tensors, weights, density)
+    permuted = merged(
+        name, [tensors[0], *(tensors[1 + i] for i in order)], [weights[i] for i in order], density, tuple(order)
+    )
+    torch.testing.assert_close(straight, permuted, rtol=1e-5, atol=1e-5)
+
+
+def ties_by_entry(
+    tensors: list[Tensor], weights: list[float], density: float, kept: np.ndarray | None = None
+) -> np.ndarray:
+    """TIES as the paper's algorithm 1 reads, in Python numbers; ``kept`` replaces its trimming."""
+    base, *experts = [t.double().numpy().ravel() for t in tensors]
+    vectors = [e - base for e in experts]
+    if kept is None:
+        num = math.ceil(density * len(base))
+        floors = [sorted(map(abs, v), reverse=True)[num - 1] for v in vectors]
+        trimmed = [[x if abs(x) >= f else 0.0 for x in v] for v, f in zip(vectors, floors, strict=True)]
+    else:
+        trimmed = [list(v * k) for v, k in zip(vectors, kept, strict=True)]
+    out = []
+    for place in range(len(base)):
+        entries = [w * v[place] for w, v in zip(weights, trimmed, strict=True)]
+        sign = np.sign(sum(entries))
+        agree = [x for x in entries if x != 0 and np.sign(x) == sign]
+        out.append(base[place] + (sum(agree) / len(agree) if agree else 0.0))
+    return np.array(out).reshape(tensors[0].shape)
+
+
+# Weights that are sums of few powers of two: a vote that ties is one in float32 as well.
+VOTES = st.lists(st.integers(-8, 8).map(lambda i: i / 4), min_size=3, max_size=3)
+
+
+@settings(deadline=None, max_examples=100)
+@given(versions(4), VOTES, DENSITIES)
+def test_ties_is_the_papers_algorithm(tensors: list[Tensor], weights: list[float], density: float) -> None:
+    found = merged("ties", tensors, weights, density)
+    np.testing.assert_allclose(found.numpy(), ties_by_entry(tensors, weights, density), rtol=1e-5, atol=1e-5)
+
+
+def masks(shape: torch.Size, density: float) -> np.ndarray:
+    return np.stack(
+        [(torch.rand(shape, generator=torch.Generator().manual_seed(s)) < density).numpy().ravel() for s in (7, 8, 9)]
+    )
+
+
+@settings(deadline=None, max_examples=50)
+@given(versions(4), WEIGHTS, DENSITIES)
+def test_dare_drops_and_rescales(tensors: list[Tensor], weights: list[float], density: float) -> None:
+    base, *experts = [t.double().numpy() for t in tensors]
+    kept = masks(tensors[0].shape, density).reshape(3, *base.shape)
+    expected = base + sum(w * k * (e - base) / density for w, k, e in zip(weights, kept, experts, strict=True))
+    np.testing.assert_allclose(merged("dare", tensors, weights, density).numpy(), expected, rtol=1e-5, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=50)
+@given(versions(4), VOTES, DENSITIES)
+def test_dare_ties_votes_on_what_dare_left(tensors: list[Tensor], weights: list[float], density: float) -> None:
+    base = tensors[0].double().numpy()
+    voted = ties_by_entry(tensors, weights, 1.0, masks(tensors[0].shape, density)) - base
+    found = merged("dare_ties", tensors, weights, density).numpy()
+    np.testing.assert_allclose(found, base + voted / density, rtol=1e-5, atol=1e-4)
+
+
+def test_dares_mean_over_masks_is_task_arithmetic() -> None:
+    tensors = [torch.zeros(20_000), torch.ones(20_000)]
+    found = combine(tensors, RULES["dare"](tensors[0], tensors[1:], [0.5], Context(density=0.25, seeds=[3])))
+    assert found.mean() == pytest.approx(0.5, abs=0.02)
+    assert sorted(found.unique().tolist()) == [0.0, 2.0]
+
+
+def test_fisher_weights_each_entry_by_its_information() -> None:
+    base, experts = torch.tensor([1.0, 1.0, 1.0]), [torch.tensor([2.0, 2.0, 2.0]), torch.tensor([4.0, 4.0, 4.0])]
+    fishers = [torch.tensor([1.0, 3.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])]
+    coefficients = RULES["fisher"](base, experts, [1.0, 1.0], Context(fishers=fishers))
+    torch.testing.assert_close(combine([base, *experts], coefficients), torch.tensor([3.0, 2.5, 1.0]))
+
+
+def test_slerp_stays_on_the_sphere_where_lerp_cuts_through_it() -> None:
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    half = combine([a, b], RULES["slerp"](a, [b], [0.5], Context()))
+    torch.testing.assert_close(half, torch.full((2,), 0.5**0.5))
+    pair = combine([torch.zeros(2), a, b], RULES["slerp"](torch.zeros(2), [a, b], [2.0, 1.0], Context()))
+    torch.testing.assert_close(pair, torch.tensor([math.cos(math.pi / 6), 0.5]))
+
+
+def test_slerp_of_parallel_tensors_is_linear() -> None:
+    a = torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(combine([a, 3 * a], RULES["slerp"](a, [3 * a], [0.25], Context())), 1.5 * a)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("slerp", [0.2, 0.3, 0.5], "slerp has 3 experts"),
+        ("fisher", [1.0, -1.0, 1.0], "expected none below 0"),
+    ],
+)
+def test_what_a_rule_cant_do_is_refused(name: str, weights: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        merged(name, [torch.ones(2)] * 4, weights)
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    base, expert = torch.full((4,), 1.0, dtype=torch.float16), torch.full((4,), 1.001, dtype=torch.float16)
+    weights = [1 / 3]
+    coefficients: Coefficients = linear(base, [expert], weights, Context())
+    found = combine([base, expert], coefficients)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, base.float() + (expert.float() - base.float()) / 3, rtol=0, atol=1e-7)
