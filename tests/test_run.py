@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from conftest import make_unet
 from decouple_merge import finetune, standalone, workflow
-from decouple_merge.config import Config, load_config
+from decouple_merge.config import Config, Merge, load_config
 from decouple_merge.data import load_images
 from decouple_merge.features import load_extractor
 from decouple_merge.finetune import StepRecord
@@ -335,12 +335,13 @@ def test_pictures_are_named_by_their_seeds(done: Finished, tmp_path: Path) -> No
 def test_merging_a_runs_experts_by_hand_gives_its_merged_model(done: Finished, tmp_path: Path) -> None:
     weights = json.loads((done.folder / "merged/merge.json").read_text())["weights"]
     experts = [done.folder / f"experts/{i}" for i in range(3)]
-    standalone.merge_models(str(done.base), experts, weights, tmp_path / "merged")
+    list(standalone.merge_models(str(done.base), experts, Merge(weights=weights), tmp_path / "merged"))
     assert (tmp_path / "merged" / WEIGHTS).read_bytes() == (done.folder / "merged" / WEIGHTS).read_bytes()
     record = json.loads((tmp_path / "merged/merge.json").read_text())
     assert record["weights"] == weights
     single = [e / "model.safetensors" for e in experts]
-    standalone.merge_models(str(done.base / WEIGHTS), single, weights, tmp_path / "merged.safetensors")
+    out = tmp_path / "merged.safetensors"
+    list(standalone.merge_models(str(done.base / WEIGHTS), single, Merge(weights=weights), out))
     merged = load_file(tmp_path / "merged.safetensors")
     expected = load_file(done.folder / "merged" / WEIGHTS)
     assert merged.keys() == expected.keys()
@@ -350,9 +351,9 @@ def test_merging_a_runs_experts_by_hand_gives_its_merged_model(done: Finished, t
 def test_merging_refuses_an_output_of_the_wrong_kind_and_too_few_weights(done: Finished, tmp_path: Path) -> None:
     expert = done.folder / "experts/0"
     with pytest.raises(ValueError, match="expected a folder, as the base is one"):
-        standalone.merge_models(str(done.base), [expert], [1.0], tmp_path / "out.safetensors")
+        list(standalone.merge_models(str(done.base), [expert], Merge(weights=[1.0]), tmp_path / "out.safetensors"))
     with pytest.raises(ValueError, match="1 weights for 2 experts"):
-        standalone.merge_models(str(done.base), [expert, expert], [1.0], tmp_path / "out")
+        list(standalone.merge_models(str(done.base), [expert, expert], Merge(weights=[1.0]), tmp_path / "out"))
 
 
 def test_statistics_are_the_mean_and_covariance_of_the_features(done: Finished, tmp_path: Path) -> None:

@@ -103,24 +103,81 @@ def search(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run f
 
 @app.command()
 def merge(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Pipeline folder, hub name or .safetensors file")],
-    experts: Annotated[list[Path], typer.Argument(metavar="EXPERT…", help="Expert folders, pipelines or .safetensors")],
-    weights: Annotated[str, typer.Option(help="One weight for each expert, separated by commas")],
-    out: Annotated[Path, typer.Option(help="Folder where BASE is a pipeline, .safetensors file where BASE is one")],
+    out: Annotated[Path, typer.Option(help="Folder where BASE is one, .safetensors file where BASE is one")],
+    base: Annotated[
+        str | None, typer.Argument(metavar="BASE", help="Pipeline, network folder or file, hub name")
+    ] = None,
+    experts: Annotated[
+        list[Path] | None, typer.Argument(metavar="EXPERT…", help="The same, runs' experts, LoRAs")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="One weight for each expert, separated by commas")] = None,
+    method: Annotated[str, typer.Option(help="linear, ties, dare, dare_ties or slerp")] = "linear",
+    blocks: Annotated[
+        list[str] | None, typer.Option("--block", metavar="PATTERN=a,b,…", help="Weights of the keys that match")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of a task vector that TIES and DARE keep")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of DARE's masks")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="F32, F16 or BF16; the base's where not given")] = None,
+    max_shard_bytes: Annotated[int, typer.Option(help="Write a larger network as several files")] = 10_000_000_000,
+    allow_non_finite: Annotated[bool, typer.Option("--allow-non-finite", help="Merge NaN and infinity")] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Repeat the merge of a merge.json, instead of all the above")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done")] = False,
 ) -> None:
-    """Merge experts into their base by task arithmetic.
+    """Merge experts into their base, one tensor at a time, whatever their size.
 
     Example: `deme merge models/fashion-ddpm runs/fashion-quick/experts/0 runs/fashion-quick/experts/1
     --weights 0.5,0.5 --out merged`
     """
     from . import standalone
+    from .config import Merge, validate
+    from .progress import show_bytes
 
+    if recipe is not None:
+        show_bytes(standalone.repeat_merge(recipe, out), console)
+    elif base is None or not experts or weights is None:
+        raise ValueError("expected BASE, at least one EXPERT and --weights, or --recipe")
+    else:
+        settings = {
+            "method": method,
+            "weights": _numbers("--weights", weights),
+            "blocks": dict(_block(b) for b in blocks or []),
+            "density": density,
+            "seed": seed,
+            "dtype": dtype,
+            "max_shard_bytes": max_shard_bytes,
+            "allow_non_finite": allow_non_finite,
+        }
+        show_bytes(standalone.merge_models(base, experts, validate(Merge, settings, "merge"), out, dry_run), console)
+    if not dry_run:
+        console.print(f"merged model: {out}")
+
+
+def _numbers(option: str, text: str) -> list[float]:
     try:
-        numbers = [float(w) for w in weights.split(",")]
+        return [float(w) for w in text.split(",")]
     except ValueError:
-        raise ValueError(f"--weights is {weights!r}, expected numbers separated by commas, such as 0.5,1.2") from None
-    standalone.merge_models(base, experts, numbers, out)
-    console.print(f"merged model: {out}")
+        raise ValueError(f"{option} is {text!r}, expected numbers separated by commas, such as 0.5,1.2") from None
+
+
+def _block(text: str) -> tuple[str, list[float]]:
+    pattern, _, numbers = text.rpartition("=")
+    return pattern, _numbers("--block", numbers)
+
+
+@app.command()
+def info(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Pipeline, network folder, file or LoRA")],
+) -> None:
+    """Say what a model's files hold, and how it was merged.
+
+    Example: `deme info models/fashion-ddpm`
+    """
+    from . import standalone
+
+    for line in standalone.describe_model(model):
+        console.print(line)
 
 
 @app.command()

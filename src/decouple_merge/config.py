@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -27,6 +27,9 @@ class Section(BaseModel):
     """A part of the config; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class Data(Section):
@@ -172,6 +175,30 @@ class Search(Section):
         return self
 
 
+class Merge(Section):
+    """How models are merged.
+
+    Attributes:
+        method: a rule of rules.py by name.
+        weights: one for each expert.
+        blocks: weights of the tensors whose keys match a pattern such as ``down_blocks.*``; the first that matches.
+        density: share of a task vector that TIES and DARE keep.
+        seed: of DARE's masks.
+        dtype: of the floating tensors written, F64, F32, F16 or BF16; None keeps the base's.
+        max_shard_bytes: a larger network is written as several files with an index.
+        allow_non_finite: merge NaN and infinity as they come.
+    """
+
+    method: Literal["linear", "ties", "dare", "dare_ties", "slerp"] = "linear"
+    weights: list[float] = Field(min_length=1)
+    blocks: dict[str, list[float]] = {}
+    density: float = Field(1.0, gt=0, le=1)
+    seed: NonNegativeInt = 0
+    dtype: Literal["F64", "F32", "F16", "BF16"] | None = None
+    max_shard_bytes: PositiveInt = 10_000_000_000
+    allow_non_finite: bool = False
+
+
 class Evaluate(Section):
     """What is reported.
 
@@ -277,6 +304,18 @@ def _override(values: dict[str, Any], assignment: str) -> None:
         raise ValueError(f"--set {assignment!r}: {text!r} is not valid YAML ({error})") from error
 
 
+def validate(section: type[AnySection], values: dict[str, Any], where: str) -> AnySection:
+    """Make a section from plain values.
+
+    Raises:
+        ValueError: a key is unknown, or a value has the wrong type or range; starts with ``where``.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_explain(error, where)) from error
+
+
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML config, apply ``a.b=c`` overrides, validate.
 
@@ -294,10 +333,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise ValueError(f"config {path}: found {type(values).__name__}, expected keys and values")
     for assignment in overrides or []:
         _override(values, assignment)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(_explain(error, f"config {path}")) from error
+    return validate(Config, values, f"config {path}")
 
 
 def dump_config(config: Config) -> str:

@@ -1,6 +1,5 @@
 """The one adapter to diffusers: load a base, run its network, build its sampler, export."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from .losses import PREDICTION_TYPES
 from .projection import attach_projections
 from .runs import atomic_path, read_tensors
+from .tensors import PROJECTIONS_FILE, hash_tensors
 
 SUPPORTED = "a diffusers pipeline of a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline, …) with a VP schedule"
-PROJECTIONS_FILE = "projections.safetensors"
 
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
@@ -59,6 +58,11 @@ class Base:
         return self.network.config.in_channels
 
 
+def pipeline_folder(name: str) -> Path:
+    """Find a model's files: the path itself where there is one, else the hub's, downloaded."""
+    return Path(name) if Path(name).exists() else Path(DiffusionPipeline.download(name))
+
+
 def load_base(name: str) -> Base:
     """Load a base model by folder or hub name; scheduler, prediction type and image size are its own.
 
@@ -66,7 +70,7 @@ def load_base(name: str) -> Base:
         ValueError: there is no such model, a file is damaged, or it is not ``SUPPORTED``.
     """
     try:
-        folder = name if Path(name).exists() else DiffusionPipeline.download(name)
+        folder = pipeline_folder(name)
         pipeline = DiffusionPipeline.from_pretrained(folder)
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"base {name!r}: its weights file is damaged ({error}); fetch or copy it again") from error
@@ -98,7 +102,7 @@ def load_base(name: str) -> Base:
         raise ValueError(f"base {name!r} has sample_size {size!r}, expected one integer: square images")
     network.requires_grad_(False).eval()
     sha256 = tensors_sha256(network.state_dict())
-    return Base(pipeline, network, alphas_cumprod.float(), prediction_type, sha256, _stored_dtype(Path(folder)))
+    return Base(pipeline, network, alphas_cumprod.float(), prediction_type, sha256, _stored_dtype(folder))
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
@@ -147,12 +151,7 @@ def num_parameters(network: nn.Module) -> int:
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     """Hash names, dtypes, shapes and bytes of tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return hash_tensors(sorted(tensors.items()))
 
 
 def make_scheduler(base: Base, sampler: str, num_steps: int, timestep_spacing: str | None) -> Any:

@@ -124,7 +124,7 @@ def slerp(base: Tensor, experts: list[Tensor], weights: list[float], context: Co
     norms = float(a.norm() * b.norm())
     angle = math.acos(max(-1.0, min(1.0, float(a @ b) / norms))) if norms else 0.0
     sine = math.sin(angle)
-    pair = [1 - t, t] if sine < 1e-6 else [math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine]
+    pair: Coefficients = [1 - t, t] if sine < 1e-6 else [math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine]
     return pair if len(experts) == 1 else [0.0, *pair]
 
 

@@ -1,5 +1,7 @@
 """The verbs that need no run: merge, sample and evaluate any model."""
 
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 
 from . import __version__
 from .card import model_card
-from .config import Data, Sample, load_config
+from .config import Data, Merge, Sample, load_config, validate
 from .data import load_images, open_images
 from .evaluate import (
     Reference,
@@ -20,58 +22,99 @@ from .evaluate import (
     write_statistics,
 )
 from .features import METRICS, Extractor, check_metrics, load_extractor
-from .models import (
-    PROJECTIONS_FILE,
-    Base,
-    export_pipeline,
-    load_base,
-    load_network,
-    new_network,
-    tensors_sha256,
-)
+from .merging import NUM_AHEAD, Lora, Progress, Sources, merge_files, open_expert
+from .models import Base, load_base, load_network, new_network, pipeline_folder
 from .plan import check, default_device, git_commit
 from .results import denoiser_of, write_images
-from .runs import append_record, read_tensors, write_tensors
+from .runs import append_record
 from .sample import Denoiser, denoiser, sample_images, sampling_copy
-from .weights import cast, check_same_keys, merge
+from .tensors import NAMES, PROJECTIONS_FILE, num_bytes_of
 
 
-def merge_models(base: str, experts: list[Path], weights: list[float], out: Path) -> None:
-    """Merge experts into a base by task arithmetic.
+def merge_models(
+    base: str, experts: list[Path], settings: Merge, out: Path, dry_run: bool = False
+) -> Iterator[str | Progress]:
+    """Merge experts into a base, one tensor at a time; yields lines for the user and progress in bytes.
 
     Args:
-        base: a pipeline (``out`` is then a pipeline folder) or a ``.safetensors`` file (``out`` is one).
-        experts: expert folders of a run, pipeline folders, or ``.safetensors`` files.
+        base: a pipeline or a network's folder (``out`` is then a folder), or a ``.safetensors`` file (``out`` is one).
+        experts: expert folders of a run, pipelines, networks' folders, ``.safetensors`` files or LoRAs.
+        dry_run: check everything and say what would be done.
 
     Raises:
-        ValueError: the counts differ, a file is missing or damaged, or keys or shapes don't fit the base's.
+        ValueError: the counts differ, a file is missing or damaged, keys or shapes don't fit the base's, an expert
+            is of another base, or an input has NaN or infinity.
     """
-    if len(weights) != len(experts):
-        raise ValueError(f"{len(weights)} weights for {len(experts)} experts, expected one each")
-    single = Path(base).suffix == ".safetensors"
-    if single != (out.suffix == ".safetensors"):
+    folder = pipeline_folder(base)
+    if folder.is_file() != (out.suffix == ".safetensors"):
         raise ValueError(
-            f"--out is {out}, expected a {'.safetensors file' if single else 'folder'}, as the base is one"
+            f"--out is {out}, expected a {'.safetensors file' if folder.is_file() else 'folder'}, as the base is one"
         )
-    opened = None if single else load_base(base)
-    start = read_tensors(Path(base))[0] if opened is None else opened.network.state_dict()
-    loaded = [load_network(e) for e in experts]
-    for expert, path in zip(loaded, experts, strict=True):
-        check_same_keys(start, expert, str(path))
-    merged = merge(start, loaded, weights)
-    if opened is None:
-        write_tensors(out, merged)
+    sources = Sources(folder, experts, settings)
+    yield from _merge_plan(sources, settings)
+    if dry_run:
         return
-    merged = cast(merged, opened.dtype)
     record = {
-        "method": "linear",
-        "weights": weights,
-        "base": {"name": base, "sha256": opened.sha256},
-        "experts_sha256": [tensors_sha256(e) for e in loaded],
-        "merged_sha256": tensors_sha256(merged),
+        "method": settings.method,
+        "weights": settings.weights,
+        "base": {"name": base, "sha256": sources.base.sha256()},
+        "experts": [str(e) for e in experts],
+        "experts_sha256": [e.files.sha256() for e in sources.experts],
+        "settings": settings.model_dump(mode="json"),
         "decouple_merge": __version__,
     }
-    export_pipeline(opened, merged, out, model_card(record), record)
+    yield from merge_files(folder, out, sources, record, model_card)
+
+
+def _merge_plan(sources: Sources, settings: Merge) -> Iterator[str]:
+    largest = max(math.prod(shape) for _, shape in sources.output.values())
+    num_bytes = sum(num_bytes_of(*tensor) for tensor in sources.output.values())
+    # Base, sum and a temporary in float32 for each tensor in the making, whatever the number of experts.
+    memory = (NUM_AHEAD + 1) * 3 * 4 * largest * (1 if settings.method == "linear" else 1 + len(sources.experts))
+    yield (
+        f"{settings.method} merge of {len(sources.experts)} experts: {len(sources.output):,} tensors, "
+        f"{num_bytes / 1e9:.3g} GB to write, {sum(e.files.num_bytes for e in sources.experts) / 1e9:.3g} GB of experts "
+        f"to read, about {memory / 1e9:.2g} GB of memory"
+    )
+
+
+def repeat_merge(recipe: Path, out: Path) -> Iterator[str | Progress]:
+    """Do a merge again from its merge.json, to the same bytes.
+
+    Raises:
+        ValueError: the file is no recipe, an input is gone or is not what it was, or the result differs.
+    """
+    try:
+        record = json.loads(recipe.read_text())
+        base, experts = record["base"]["name"], [Path(e) for e in record["experts"]]
+        settings = validate(Merge, record["settings"], str(recipe))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{recipe}: expected the merge.json of a deme merge ({error})") from error
+    expected = {base: record["base"]["sha256"], **dict(zip(map(str, experts), record["experts_sha256"], strict=True))}
+    for path, sha256 in expected.items():
+        found = open_expert(pipeline_folder(path)).files.sha256()
+        if found != sha256:
+            raise ValueError(f"{path} is not what the recipe was made with: found {found[:16]}, expected {sha256[:16]}")
+    yield from merge_models(base, experts, settings, out)
+
+
+def describe_model(model: Path) -> Iterator[str]:
+    """Say what a model's files hold, and how it was merged if it was."""
+    opened = open_expert(model)
+    files, kind = opened.files, "LoRA" if isinstance(opened, Lora) else "weights"
+    sizes: dict[str, int] = {}
+    for entry in files.entries.values():
+        name = NAMES[entry.dtype]
+        sizes[name] = sizes.get(name, 0) + math.prod(entry.shape)
+    yield f"{model}: {kind}, {len(files.entries):,} tensors, {files.num_bytes:,} bytes"
+    yield "elements: " + ", ".join(f"{n:,} {name}" for name, n in sorted(sizes.items()))
+    yield f"sha256 of the tensors: {files.sha256()}"
+    recipe = model / "merge.json"
+    text = recipe.read_text() if recipe.is_file() else files.metadata.get("merge")
+    if text is None:
+        yield "no record of a merge"
+    else:
+        yield json.dumps(json.loads(text), indent=2)
 
 
 def _open_model(model: str, device: torch.device) -> tuple[Base, Denoiser]:

@@ -1,0 +1,209 @@
+"""Safetensors one tensor at a time: read from memory-mapped files in any layout, written as a stream."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Trunk projections of a pipeline, which stock diffusers does not read.
+PROJECTIONS_FILE = "projections.safetensors"
+PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+# The networks that a pipeline denoises with, in the order in which they are looked for.
+DENOISERS = ("unet", "transformer", "prior")
+# Attention layers of checkpoints older than diffusers 0.15, by what every diffusers since calls them.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+# Key to dtype and shape, in the order in which tensors lie in a file.
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def num_bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Count the bytes of a tensor."""
+    return dtype.itemsize * math.prod(shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies, and what it is; ``name`` is its key in the file."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class TensorFiles:
+    """The tensors of one model, read when they are asked for; the operating system may drop what was read.
+
+    Attributes:
+        entries: key to entry, in the order of the keys.
+        metadata: of the first file.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, str] = {}
+        self._open = {}
+        unknown = []
+        for path in files:
+            try:
+                file = self._open[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: no whole safetensors file ({error}); fetch or copy it again") from error
+            self.metadata = self.metadata or file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    unknown.append(f"{name} ({part.get_dtype()})")
+                    continue
+                self.entries[name] = Entry(path, name, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+        if unknown:
+            raise ValueError(
+                f"{files[0]}: {len(unknown)} tensors are of a kind that can't be added, {unknown[0]} among them; "
+                f"expected {', '.join(DTYPES)}: merge the unquantised model and quantise the result"
+            )
+        if any(".proj_attn." in name for name in self.entries):
+            self.entries = {_renamed(name): entry for name, entry in self.entries.items()}
+        self.entries = dict(sorted(self.entries.items()))
+
+    def __getitem__(self, key: str) -> Tensor:
+        entry = self.entries[key]
+        return self._open[entry.path].get_tensor(entry.name)
+
+    @property
+    def num_bytes(self) -> int:
+        """Count the bytes of all tensors."""
+        return sum(num_bytes_of(e.dtype, e.shape) for e in self.entries.values())
+
+    def sha256(self) -> str:
+        """Hash names, dtypes, shapes and bytes in the order of the names, however they are spread over files."""
+        return hash_tensors((key, self[key]) for key in self.entries)
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash names, dtypes, shapes and bytes of tensors, which come in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """View a tensor's bytes, on the CPU and contiguous."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _renamed(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Find a model's safetensors: a file, an index of shards, or a folder that holds either.
+
+    Raises:
+        ValueError: there are none, several, or a shard is missing; or the weights are a pickle.
+    """
+    if path.suffix in PICKLES:
+        raise ValueError(f"{path} is a pickle, expected safetensors: convert it with diffusers' save_pretrained")
+    if path.name.endswith(".index.json") and path.is_file():
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        missing = [n for n in names if not (path.parent / n).is_file()]
+        if missing:
+            raise ValueError(f"{path}: {len(missing)} of {len(names)} shards are missing, {missing[0]} among them")
+        return [path.parent / n for n in names]
+    if path.is_file():
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    found = sorted(p for p in path.glob("*.safetensors") if p.name != PROJECTIONS_FILE)
+    if len(indices) == 1:
+        return weight_files(indices[0])
+    if not indices and len(found) == 1:
+        return found
+    candidates = ", ".join(p.name for p in indices or found)
+    pickled = ", ".join(sorted(p.name for p in path.glob("*") if p.suffix in PICKLES))
+    reason = (
+        f"which of {candidates} is meant?" if candidates else f"only pickles: {pickled}" if pickled else "no weights"
+    )
+    raise ValueError(
+        f"{path}: {reason}; expected a .safetensors file, an .index.json, or a folder with one of either: a pipeline, "
+        "one of its networks, or an expert"
+    )
+
+
+def network_folder(path: Path) -> Path:
+    """Find the denoiser's folder in a pipeline's; any other path is its own answer.
+
+    Raises:
+        ValueError: the pipeline has no denoiser we know.
+    """
+    if not (path / "model_index.json").is_file():
+        return path
+    for name in DENOISERS:
+        if (path / name).is_dir():
+            return path / name
+    raise ValueError(f"{path} is a pipeline without {', '.join(DENOISERS)}; give the folder of the network itself")
+
+
+def write_stream(
+    path: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], metadata: dict[str, str]
+) -> Iterator[int]:
+    """Write one safetensors file from tensors that come in the order of the layout; yields the bytes of each.
+
+    No more than one tensor is held. Metadata and layout are those of the safetensors format, version 0.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for key, (dtype, shape) in layout.items():
+        end = offset + num_bytes_of(dtype, shape)
+        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for expected, (key, tensor) in zip(layout, tensors, strict=True):
+            assert (key, (tensor.dtype, tuple(tensor.shape))) == (expected, layout[expected])
+            file.write(raw_bytes(tensor))
+            yield tensor.nbytes
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def shards(layout: Layout, max_bytes: int) -> list[Layout]:
+    """Split a layout into files of at most ``max_bytes``; a tensor that is larger has a file of its own.
+
+    Wide dtypes come first, as safetensors itself writes, so that every tensor is aligned to its element.
+    """
+    groups: list[Layout] = [{}]
+    size = 0
+    for key in sorted(layout, key=lambda key: (-layout[key][0].itemsize, key)):
+        num_bytes = num_bytes_of(*layout[key])
+        if groups[-1] and size + num_bytes > max_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][key] = layout[key]
+        size += num_bytes
+    return groups
