@@ -135,8 +135,8 @@ def test_damaged_weights_of_a_base_are_named(tiny_base: Path, damage: str) -> No
 def test_a_damaged_expert_is_named(tmp_path: Path) -> None:
     write_tensors(tmp_path / "model.safetensors", {"w": torch.zeros(100)})
     cut(tmp_path / "model.safetensors")
-    for read in (read_tensors, load_network):
-        with pytest.raises(ValueError, match=r"model\.safetensors: no whole safetensors file .*; remove it"):
+    for read, advice in ((read_tensors, "remove it"), (load_network, "fetch or copy it again")):
+        with pytest.raises(ValueError, match=rf"model\.safetensors: no whole safetensors file .*; {advice}"):
             read(tmp_path / "model.safetensors")
 
 

@@ -24,6 +24,7 @@ from .tensors import (
     Layout,
     TensorFiles,
     hash_tensors,
+    model_files,
     network_folder,
     num_bytes_of,
     shards,
@@ -197,12 +198,8 @@ def open_expert(path: Path) -> Expert:
     Raises:
         ValueError: there are no weights, they are damaged, a pickle, or quantised.
     """
-    folder = network_folder(path)
-    files = weight_files(folder)
-    if (path / PROJECTIONS_FILE).is_file():
-        files = [*files, path / PROJECTIONS_FILE]
-    opened = TensorFiles(files)
-    return Lora(opened, folder) if any(LORA_KEY.match(k) for k in opened.entries) else Checkpoint(opened)
+    opened = TensorFiles(model_files(path))
+    return Lora(opened, path) if any(LORA_KEY.match(k) for k in opened.entries) else Checkpoint(opened)
 
 
 def merge_files(

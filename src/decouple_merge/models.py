@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .losses import PREDICTION_TYPES
 from .projection import attach_projections
-from .runs import atomic_path, read_tensors
-from .tensors import PROJECTIONS_FILE, hash_tensors
+from .runs import atomic_path
+from .tensors import PROJECTIONS_FILE, TensorFiles, hash_tensors, model_files
 
 SUPPORTED = "a diffusers pipeline of a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline, …) with a VP schedule"
 
@@ -215,22 +215,5 @@ def load_network(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: there are no safetensors weights at the path, or they are damaged.
     """
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise ValueError(f"{path} is a pickle, expected safetensors: convert it with diffusers' save_pretrained")
-    if path.is_file():
-        return read_tensors(path)[0]
-    for name in (
-        "model.safetensors",
-        "unet/diffusion_pytorch_model.safetensors",
-        "diffusion_pytorch_model.safetensors",
-    ):
-        if (path / name).is_file():
-            tensors, _ = read_tensors(path / name)
-            break
-    else:
-        raise ValueError(
-            f"{path} holds no weights, expected a .safetensors file, an expert folder or a pipeline folder"
-        )
-    if (path / PROJECTIONS_FILE).exists():
-        tensors |= read_tensors(path / PROJECTIONS_FILE)[0]
-    return tensors
+    files = TensorFiles(model_files(path))
+    return {key: files[key] for key in files.entries}

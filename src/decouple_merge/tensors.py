@@ -167,6 +167,12 @@ def network_folder(path: Path) -> Path:
     raise ValueError(f"{path} is a pipeline without {', '.join(DENOISERS)}; give the folder of the network itself")
 
 
+def model_files(path: Path) -> list[Path]:
+    """Find the files of a pipeline's denoiser with its projections, or of anything ``weight_files`` knows."""
+    files = weight_files(network_folder(path))
+    return [*files, path / PROJECTIONS_FILE] if (path / PROJECTIONS_FILE).is_file() else files
+
+
 def write_stream(
     path: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], metadata: dict[str, str]
 ) -> Iterator[int]:
