@@ -4,7 +4,7 @@ import time
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .evaluate import Reference, make_reference, score
 from .features import METRICS, Extractor, load_extractor
@@ -12,7 +12,7 @@ from .models import tensors_sha256
 from .plan import Plan, build_network, default_device
 from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
 from .search import Score, Weights
-from .weights import Tensors, cast, merge
+from .weights import Stacked, Tensors, cast
 
 
 def load_reference(plan: Plan, extractor: str, device: torch.device) -> Reference:
@@ -27,7 +27,7 @@ class Objective:
     def __init__(self, plan: Plan, experts: list[Tensors]) -> None:
         self.plan, self.experts = plan, experts
         self.device = default_device()
-        self.start = plan.base.network.state_dict()
+        self.stacked = Stacked(plan.base.network.state_dict(), experts, self.device)
 
     # Made when the first candidate is scored: a search that is finished needs neither features nor a network.
     @cached_property
@@ -38,15 +38,25 @@ class Objective:
 
     @cached_property
     def network(self) -> nn.Module:
-        untouched = merge(self.start, self.experts, [0.0] * len(self.experts))
-        return sampling_copy(build_network(self.plan, untouched), self.plan.config.sample, self.device)
+        untouched = self.stacked.merge([0.0] * len(self.experts))
+        network = sampling_copy(build_network(self.plan, untouched), self.plan.config.sample, self.device)
+        for name, parameter in network.named_parameters():
+            if self._in_place(parameter):
+                parameter.data = untouched[name]
+        return network
+
+    def _in_place(self, tensor: Tensor) -> bool:
+        """Say whether a tensor of the network can be a view of the merge: both are float32 to the end."""
+        return tensor.dtype == self.plan.base.dtype == torch.float32
 
     def load(self, weights: Weights) -> str:
         """Put a merge into the network's own storage; returns the hash of its tensors."""
-        merged = cast(merge(self.start, self.experts, list(weights)), self.plan.base.dtype)
+        state = self.network.state_dict()
+        merged = cast(self.stacked.merge(weights), self.plan.base.dtype)
         with torch.no_grad():
-            for key, value in self.network.state_dict().items():
-                value.copy_(merged[key])
+            for key, value in state.items():
+                if value.data_ptr() != merged[key].data_ptr():
+                    value.copy_(merged[key])
         return tensors_sha256(merged)
 
     def score(self, model: Denoiser) -> float:

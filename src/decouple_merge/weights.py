@@ -1,5 +1,8 @@
 """Merge experts by task arithmetic; pure functions of tensors."""
 
+import math
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,14 +41,72 @@ def merge(base: Tensors, experts: list[Tensors], weights: list[float]) -> Tensor
     if len(weights) != len(experts):
         raise ValueError(f"{len(weights)} weights for {len(experts)} experts, expected one each")
     merged = {}
+    for key, versions in _versions(base, experts):
+        if versions[0].is_floating_point():
+            coefficients = linear(versions[0], versions[1:], weights, Context(key))
+            merged[key] = combine(versions, coefficients).to(versions[0].dtype)
+        else:
+            merged[key] = versions[0].clone()
+    return merged
+
+
+def _versions(base: Tensors, experts: list[Tensors]) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yield each tensor of the base and of every expert; a projection that one of them lacks is the identity."""
     for key in [*base, *sorted({k for e in experts for k in e} - base.keys())]:
         start = base[key] if key in base else torch.eye(len(next(e[key] for e in experts if key in e)))
-        if not start.is_floating_point():
-            merged[key] = start.clone()
-            continue
-        values = [e[key] if key in base else e.get(key, start) for e in experts]
-        merged[key] = combine([start, *values], linear(start, values, weights, Context(key))).to(start.dtype)
-    return merged
+        yield key, [start, *(e[key] if key in base else e.get(key, start) for e in experts)]
+
+
+class Stacked:
+    """Base and experts as one matrix that is held once: a candidate is one pass over it, into memory that is reused.
+
+    Attributes:
+        matrix: float32 [N + 1, P], the base's row first; P counts the elements of all floating tensors.
+        merged: float32 [P], the last candidate.
+    """
+
+    # Elements whose sum stays in a core's cache while the rows pass through it.
+    CHUNK = 1 << 15
+
+    def __init__(self, base: Tensors, experts: list[Tensors], device: torch.device) -> None:
+        self.fixed: Tensors = {}
+        self.shapes: dict[str, torch.Size] = {}
+        for key, (start, *_) in _versions(base, experts):
+            if start.is_floating_point():
+                self.shapes[key] = start.shape
+            else:
+                self.fixed[key] = start.to(device)
+        total = sum(shape.numel() for shape in self.shapes.values())
+        self.matrix = torch.empty(len(experts) + 1, total, device=device)
+        self.merged = torch.empty(total, device=device)
+        rows = [self._views(row) for row in self.matrix]
+        for key, versions in _versions(base, experts):
+            if key in self.shapes:
+                for row, version in zip(rows, versions, strict=True):
+                    row[key].copy_(version)
+
+    def _views(self, flat: Tensor) -> Tensors:
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {key: part.view(shape) for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def merge(self, weights: Sequence[float]) -> Tensors:
+        """Compute what ``merge`` does, bit for bit, as views of ``merged``; the next call overwrites them.
+
+        Raises:
+            ValueError: there are not as many weights as experts.
+        """
+        if len(weights) != len(self.matrix) - 1:
+            raise ValueError(f"{len(weights)} weights for {len(self.matrix) - 1} experts, expected one each")
+        coefficients = [1.0 - math.fsum(weights), *weights]
+        rows = [(c, row) for c, row in zip(coefficients, self.matrix, strict=True) if c]
+        size = self.CHUNK if self.merged.device.type == "cpu" else len(self.merged)
+        chunks = zip(self.merged.split(size), *(row.split(size) for _, row in rows), strict=True)
+        (first, _), *others = rows
+        for out, start, *versions in chunks:
+            torch.mul(start, first, out=out)
+            for (c, _), version in zip(others, versions, strict=True):
+                out.add_(version, alpha=c)
+        return self._views(self.merged) | self.fixed
 
 
 def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
