@@ -17,6 +17,7 @@ from conftest import make_unet
 from decouple_merge import cli, merging
 from decouple_merge.config import Merge
 from decouple_merge.merging import Sources, open_expert
+from decouple_merge.rules import RULES, Coefficients, Context
 from decouple_merge.standalone import describe_model, merge_models, repeat_merge
 from decouple_merge.tensors import TensorFiles, shards, weight_files
 from decouple_merge.weights import merge
@@ -159,6 +160,41 @@ def test_a_merged_pipeline_is_the_bases_with_other_weights(tmp_path: Path) -> No
     record = json.loads((tmp_path / "out/merge.json").read_text())
     assert record["merged_sha256"] == open_expert(tmp_path / "out").files.sha256()
     assert "0.5000" in (tmp_path / "out/README.md").read_text()
+
+
+def test_fisher_files_weight_each_entry(tmp_path: Path) -> None:
+    base, experts = network(0), [network(1), network(2)]
+    paths = [saved(tmp_path / f"{i}.safetensors", e) for i, e in enumerate(experts)]
+    informed = [{k: torch.rand(v.shape) + 0.1 for k, v in base.items()} for _ in experts]
+    files = [saved(tmp_path / f"fisher-{i}.safetensors", f) for i, f in enumerate(informed)]
+    origin, out = saved(tmp_path / "b.safetensors", base), tmp_path / "m.safetensors"
+    run(origin, paths, out, weights=[1.0, 2.0], method="fisher", fishers=files)
+    key = "head.weight"
+    a, b = informed[0][key], 2 * informed[1][key]
+    torch.testing.assert_close(load_file(out)[key], (a * experts[0][key] + b * experts[1][key]) / (a + b))
+    with pytest.raises(ValueError, match="1 Fisher files for 2 experts, without gaps; expected one for each expert"):
+        run(origin, paths, out, weights=[1.0, 1.0], method="fisher", fishers=files[:1])
+    saved(files[0], {"head.weight": a})
+    with pytest.raises(ValueError, match=r"2 Fisher files for 2 experts, without blocks\.0\.attn\.weight"):
+        run(origin, paths, out, weights=[1.0, 1.0], method="fisher", fishers=files)
+
+
+def test_a_rule_of_the_users_own_merges_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loudest(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:
+        """Take each entry from the expert that moved it most."""
+        moves = torch.stack([(e - base).abs() for e in experts])
+        chosen: Coefficients = [(moves.argmax(0) == i).float() for i in range(len(experts))]
+        return [0.0, *chosen]
+
+    monkeypatch.setitem(RULES, "loudest", loudest)
+    base, experts = network(0), [network(1), network(2)]
+    paths = [saved(tmp_path / f"{i}.safetensors", e) for i, e in enumerate(experts)]
+    run(saved(tmp_path / "b.safetensors", base), paths, tmp_path / "m.safetensors", weights=[1, 1], method="loudest")
+    found = load_file(tmp_path / "m.safetensors")["head.weight"]
+    moves = [(e["head.weight"] - base["head.weight"]).abs() for e in experts]
+    assert torch.equal(found, torch.where(moves[0] >= moves[1], experts[0]["head.weight"], experts[1]["head.weight"]))
+    with pytest.raises(ValueError, match="expected one of linear, ties"):
+        Merge(weights=[1.0], method="quietest")
 
 
 # -- LoRA

@@ -111,12 +111,15 @@ def merge(
         list[Path] | None, typer.Argument(metavar="EXPERT…", help="The same, runs' experts, LoRAs")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="One weight for each expert, separated by commas")] = None,
-    method: Annotated[str, typer.Option(help="linear, ties, dare, dare_ties or slerp")] = "linear",
+    method: Annotated[str, typer.Option(help="linear, ties, dare, dare_ties, fisher or slerp")] = "linear",
     blocks: Annotated[
         list[str] | None, typer.Option("--block", metavar="PATTERN=a,b,…", help="Weights of the keys that match")
     ] = None,
     density: Annotated[float, typer.Option(help="Share of a task vector that TIES and DARE keep")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of DARE's masks")] = 0,
+    fishers: Annotated[
+        list[Path] | None, typer.Option("--fisher", help="Fisher information of an expert, in the experts' order")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="F32, F16 or BF16; the base's where not given")] = None,
     max_shard_bytes: Annotated[int, typer.Option(help="Write a larger network as several files")] = 10_000_000_000,
     allow_non_finite: Annotated[bool, typer.Option("--allow-non-finite", help="Merge NaN and infinity")] = False,
@@ -145,6 +148,7 @@ def merge(
             "blocks": dict(_block(b) for b in blocks or []),
             "density": density,
             "seed": seed,
+            "fishers": fishers or [],
             "dtype": dtype,
             "max_shard_bytes": max_shard_bytes,
             "allow_non_finite": allow_non_finite,

@@ -14,9 +14,11 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
+from .rules import RULES
 from .seeds import check_disjoint
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -179,24 +181,33 @@ class Merge(Section):
     """How models are merged.
 
     Attributes:
-        method: a rule of rules.py by name.
+        method: a rule by name: of rules.py, or one that was added to its ``RULES``.
         weights: one for each expert.
         blocks: weights of the tensors whose keys match a pattern such as ``down_blocks.*``; the first that matches.
         density: share of a task vector that TIES and DARE keep.
         seed: of DARE's masks.
+        fishers: a file for each expert with its diagonal Fisher information under the network's keys, for ``fisher``.
         dtype: of the floating tensors written, F64, F32, F16 or BF16; None keeps the base's.
         max_shard_bytes: a larger network is written as several files with an index.
         allow_non_finite: merge NaN and infinity as they come.
     """
 
-    method: Literal["linear", "ties", "dare", "dare_ties", "slerp"] = "linear"
+    method: str = "linear"
     weights: list[float] = Field(min_length=1)
     blocks: dict[str, list[float]] = {}
     density: float = Field(1.0, gt=0, le=1)
     seed: NonNegativeInt = 0
+    fishers: list[Path] = []
     dtype: Literal["F64", "F32", "F16", "BF16"] | None = None
     max_shard_bytes: PositiveInt = 10_000_000_000
     allow_non_finite: bool = False
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method not in RULES:
+            raise ValueError(f"expected one of {', '.join(RULES)}")
+        return method
 
 
 class Evaluate(Section):

@@ -125,6 +125,13 @@ class Sources:
         for expert, path in zip(self.experts, experts, strict=True):
             self._check_keys(expert, path)
         self._check_origin(experts)
+        self.fishers = [TensorFiles(weight_files(path)) for path in settings.fishers]
+        lacking = [k for f in self.fishers for k in self.base.entries if k not in f.entries]
+        if lacking or (settings.method == "fisher" and len(self.fishers) != len(experts)):
+            raise ValueError(
+                f"{len(self.fishers)} Fisher files for {len(experts)} experts, "
+                f"without {', '.join(lacking[:3]) or 'gaps'}; expected one for each expert, with every key of the network"
+            )
         # Masks go with an expert's content, not with its place in the list.
         self.identities = [e.files.sha256() for e in self.experts] if settings.method.startswith("dare") else []
         asked = None if settings.dtype is None else DTYPES[settings.dtype]
@@ -188,7 +195,8 @@ class Sources:
                 _check_finite(key, version)
         weights = self.weights_of(key)
         seeds = [stream_seed(self.settings.seed, sha256, key) for sha256 in self.identities]
-        context = Context(key, self.settings.density, seeds)
+        fishers = [f[key] for f in self.fishers if key in f.entries]
+        context = Context(key, self.settings.density, seeds, fishers)
         return combine([base, *versions], self.rule(base, versions, weights, context)).to(dtype)
 
 

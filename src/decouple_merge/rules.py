@@ -4,7 +4,7 @@ Every rule answers with one coefficient for the base and one for each expert, a 
 shape, and ``combine`` sums: θ_merged = c_0·θ + Σ c_i·θ_i. Task arithmetic on task vectors τ_i = θ_i - θ is that sum
 with c_0 = 1 - Σ c_i, a form that is exact where a coefficient is 1 and the others are 0, whatever the magnitudes.
 
-A rule of your own is a function of the same arguments, given as ``method`` in place of a name.
+A rule of your own is a function of the same arguments, added to ``RULES`` under a name.
 """
 
 import math
