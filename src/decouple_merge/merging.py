@@ -130,7 +130,8 @@ class Sources:
         if lacking or (settings.method == "fisher" and len(self.fishers) != len(experts)):
             raise ValueError(
                 f"{len(self.fishers)} Fisher files for {len(experts)} experts, "
-                f"without {', '.join(lacking[:3]) or 'gaps'}; expected one for each expert, with every key of the network"
+                f"without {', '.join(lacking[:3]) or 'gaps'}; expected one for each expert, "
+                "with every key of the network"
             )
         # Masks go with an expert's content, not with its place in the list.
         self.identities = [e.files.sha256() for e in self.experts] if settings.method.startswith("dare") else []
