@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from conftest import make_unet
 from decouple_merge import finetune, standalone, workflow
-from decouple_merge.config import Config, Merge, load_config
+from decouple_merge.config import Config, Merge, dump_config, load_config
 from decouple_merge.data import load_images
 from decouple_merge.features import load_extractor
 from decouple_merge.finetune import StepRecord
@@ -405,3 +405,19 @@ def test_an_expert_of_another_base_is_refused_in_a_run(done: Finished, tmp_path:
     path.write_text(json.dumps({**record, "base_sha256": "0" * 64}))
     with pytest.raises(ValueError, match="was finetuned from another base: found 0000"):
         list(workflow.run(done.config, tmp_path / "run"))
+
+
+def test_a_search_of_ties_merges_exports_what_it_scored(done: Finished, tmp_path: Path) -> None:
+    values = load_config(done.folder / "config.yaml").model_dump(mode="json")
+    values["search"] |= {"method": "ties", "density": 0.5}
+    config = Config.model_validate(values)
+    shutil.copytree(done.folder / "experts", tmp_path / "run/experts")
+    (tmp_path / "run/config.yaml").write_text(dump_config(config))
+    list(workflow.search_weights(prepare(config, tmp_path / "run")))
+    record = json.loads((tmp_path / "run/merged/merge.json").read_text())
+    assert (record["method"], record["density"]) == ("ties", 0.5)
+    merged = load_file(tmp_path / "run/merged" / WEIGHTS)
+    assert tensors_sha256(merged) == record["merged_sha256"]
+    base, experts = load_file(done.base / WEIGHTS), done.experts()
+    assert tensors_sha256(merge(base, experts, record["weights"], "ties", 0.5)) == record["merged_sha256"]
+    assert tensors_sha256(merge(base, experts, record["weights"])) != record["merged_sha256"]

@@ -12,7 +12,8 @@ from .weights import Tensors
 def merge_record(plan: Plan, experts: list[Tensors], winner: Trial) -> dict[str, Any]:
     """Say how a run's merged model was made. Nothing in it depends on when: equal runs write equal bytes."""
     return {
-        "method": "linear",
+        "method": plan.config.search.method,
+        "density": plan.config.search.density,
         "weights": list(winner.weights),
         "ranges": [[r.low, r.high] for r in plan.ranges],
         "base": {"name": plan.config.base, "sha256": plan.base.sha256},
@@ -46,6 +47,9 @@ def model_card(record: dict[str, Any]) -> str:
         if record.get("projection") == "trunk"
         else ""
     )
+    how = (
+        "by task arithmetic, θ + Σ w_i (θ_i - θ)" if record["method"] == "linear" else f"by {record['method'].upper()}"
+    )
     return f"""---
 library_name: diffusers
 tags: [unconditional-image-generation, decouple-then-merge]
@@ -55,7 +59,7 @@ tags: [unconditional-image-generation, decouple-then-merge]
 
 Made with decouple-merge {record["decouple_merge"]} by Decouple-then-Merge (CVPR 2025, arXiv 2410.06664): copies of
 `{record["base"]["name"]}` (sha256 {record["base"]["sha256"][:16]}) were finetuned on one timestep range each and merged
-by task arithmetic, θ + Σ w_i (θ_i - θ). It has the base's architecture and sampling cost.
+{how}. It has the base's architecture and sampling cost.
 
 | expert | timesteps | weight |
 |---|---|---|

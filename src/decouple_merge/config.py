@@ -151,6 +151,8 @@ class Search(Section):
 
     Attributes:
         strategy: ``gp``, ``tpe`` or ``random`` (Optuna samplers), or ``grid``, coarse to fine.
+        method: how candidates are merged, a rule by name.
+        density: share of a task vector that TIES keeps.
         low, high: bounds of every weight.
         num_trials: candidates to evaluate, for the samplers.
         grid_step: of the coarse grid; the fine grid around its best has half of it.
@@ -158,6 +160,8 @@ class Search(Section):
     """
 
     strategy: Literal["gp", "tpe", "random", "grid"] = "gp"
+    method: Literal["linear", "ties"] = "linear"
+    density: float = Field(1.0, gt=0, le=1)
     low: float = -0.2
     high: float = 2.5
     num_trials: PositiveInt = 40

@@ -12,7 +12,7 @@ from .models import tensors_sha256
 from .plan import Plan, build_network, default_device
 from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
 from .search import Score, Weights
-from .weights import Stacked, Tensors, cast
+from .weights import Stacked, Tensors, cast, merge
 
 
 def load_reference(plan: Plan, extractor: str, device: torch.device) -> Reference:
@@ -49,10 +49,18 @@ class Objective:
         """Say whether a tensor of the network can be a view of the merge: both are float32 to the end."""
         return tensor.dtype == self.plan.base.dtype == torch.float32
 
+    def merge(self, weights: Weights) -> Tensors:
+        """Merge the experts; the next candidate may overwrite the tensors."""
+        settings, dtype = self.plan.config.search, self.plan.base.dtype
+        if settings.method == "linear":
+            return cast(self.stacked.merge(weights), dtype)
+        start = self.plan.base.network.state_dict()
+        return cast(merge(start, self.experts, list(weights), settings.method, settings.density), dtype)
+
     def load(self, weights: Weights) -> str:
         """Put a merge into the network's own storage; returns the hash of its tensors."""
         state = self.network.state_dict()
-        merged = cast(self.stacked.merge(weights), self.plan.base.dtype)
+        merged = self.merge(weights)
         with torch.no_grad():
             for key, value in state.items():
                 if value.data_ptr() != merged[key].data_ptr():

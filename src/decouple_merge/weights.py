@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .rules import Context, combine, linear
+from .rules import RULES, Context, combine
 
 Tensors = dict[str, Tensor]
 
@@ -28,8 +28,10 @@ def check_same_keys(base: Tensors, expert: Tensors, name: str) -> None:
         raise ValueError(f"{name} doesn't fit the base: {found}; expected an expert finetuned from this base")
 
 
-def merge(base: Tensors, experts: list[Tensors], weights: list[float]) -> Tensors:
-    """Compute θ + Σ w_i·(θ_i - θ) over every floating tensor (DeMe, Eq. 8; Ilharco et al. 2023).
+def merge(
+    base: Tensors, experts: list[Tensors], weights: list[float], method: str = "linear", density: float = 1.0
+) -> Tensors:
+    """Merge every floating tensor by a rule, θ + Σ w_i·(θ_i - θ) by default (DeMe, Eq. 8; Ilharco et al. 2023).
 
     Sums are float32, then cast to the base's dtype: with weights 0 the result is the base, with a single 1 it is
     that expert, both bit for bit. Integer tensors are the base's. A projection W, which the base doesn't have,
@@ -43,7 +45,7 @@ def merge(base: Tensors, experts: list[Tensors], weights: list[float]) -> Tensor
     merged = {}
     for key, versions in _versions(base, experts):
         if versions[0].is_floating_point():
-            coefficients = linear(versions[0], versions[1:], weights, Context(key))
+            coefficients = RULES[method](versions[0], versions[1:], weights, Context(key, density))
             merged[key] = combine(versions, coefficients).to(versions[0].dtype)
         else:
             merged[key] = versions[0].clone()

@@ -20,7 +20,7 @@ from .results import Row, evaluate_run, report_models
 from .runs import Run, read_records, read_tensors, remove_leftovers, write_json, write_records
 from .search import Trial, best, fixed_candidates, num_candidates, open_study, search, trials
 from .timesteps import TimestepRange, split_timesteps
-from .weights import cast, merge, task_vector_norms
+from .weights import task_vector_norms
 
 # What the verbs yield: a line for the user, progress, a metrics record, a row of the result table.
 Event = str | StepRecord | Trial | dict[str, Any] | Row
@@ -94,8 +94,7 @@ def search_weights(plan: Plan) -> Iterator[Event]:
     record = merge_record(plan, experts, winner)
     written = plan.run.merged / "merge.json"
     if not written.exists() or json.loads(written.read_text()) != record:
-        merged = merge(plan.base.network.state_dict(), experts, list(winner.weights))
-        export_pipeline(plan.base, cast(merged, plan.base.dtype), plan.run.merged, model_card(record), record)
+        export_pipeline(plan.base, objective.merge(winner.weights), plan.run.merged, model_card(record), record)
     yield from _write_candidates(plan, objective, trials(study))
 
 
