@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
-console = Console(highlight=False, soft_wrap=True)
+# Without a terminal a console is 80 columns wide, too few for the result table.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, see configs/")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/<config name> where not given")]
