@@ -258,6 +258,8 @@ def test_a_recipe_repeats_a_merge_to_the_same_bytes(tmp_path: Path) -> None:
     contents = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("first", "again")]
     assert contents[0] == contents[1]
     assert len(contents[0]) > 4
+    list(repeat_merge(tmp_path / "first/merge.json", tmp_path / "third", dry_run=True))
+    assert not (tmp_path / "third").exists()
     saved(expert, network(2))
     with pytest.raises(ValueError, match=r"e\.safetensors is not what the recipe was made with: found"):
         list(repeat_merge(tmp_path / "first/merge.json", tmp_path / "third"))

@@ -139,7 +139,7 @@ def merge(
     from .progress import show_bytes
 
     if recipe is not None:
-        show_bytes(standalone.repeat_merge(recipe, out), console)
+        show_bytes(standalone.repeat_merge(recipe, out, dry_run), console)
     elif base is None or not experts or weights is None:
         raise ValueError("expected BASE, at least one EXPERT and --weights, or --recipe")
     else:

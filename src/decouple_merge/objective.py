@@ -27,9 +27,12 @@ class Objective:
     def __init__(self, plan: Plan, experts: list[Tensors]) -> None:
         self.plan, self.experts = plan, experts
         self.device = default_device()
-        self.stacked = Stacked(plan.base.network.state_dict(), experts, self.device)
 
-    # Made when the first candidate is scored: a search that is finished needs neither features nor a network.
+    # Made when the first candidate is scored: a search that is finished needs neither features nor networks.
+    @cached_property
+    def stacked(self) -> Stacked:
+        return Stacked(self.plan.base.network.state_dict(), self.experts, self.device)
+
     @cached_property
     def compared(self) -> tuple[Extractor, Reference]:
         settings = self.plan.config

@@ -32,7 +32,12 @@ from .tensors import NAMES, PROJECTIONS_FILE, num_bytes_of
 
 
 def merge_models(
-    base: str, experts: list[Path], settings: Merge, out: Path, dry_run: bool = False
+    base: str,
+    experts: list[Path],
+    settings: Merge,
+    out: Path,
+    dry_run: bool = False,
+    expected_sha256: list[str] | None = None,
 ) -> Iterator[str | Progress]:
     """Merge experts into a base, one tensor at a time; yields lines for the user and progress in bytes.
 
@@ -40,10 +45,11 @@ def merge_models(
         base: a pipeline or a network's folder (``out`` is then a folder), or a ``.safetensors`` file (``out`` is one).
         experts: expert folders of a run, pipelines, networks' folders, ``.safetensors`` files or LoRAs.
         dry_run: check everything and say what would be done.
+        expected_sha256: of the base and of each expert, where a recipe says what they were.
 
     Raises:
         ValueError: the counts differ, a file is missing or damaged, keys or shapes don't fit the base's, an expert
-            is of another base, or an input has NaN or infinity.
+            is of another base, an input is not the expected one, or has NaN or infinity.
     """
     folder = pipeline_folder(base)
     if folder.is_file() != (out.suffix == ".safetensors"):
@@ -52,14 +58,22 @@ def merge_models(
         )
     sources = Sources(folder, experts, settings)
     yield from _merge_plan(sources, settings)
+    if dry_run and expected_sha256 is None:
+        return
+    found = [sources.base.sha256(), *(e.files.sha256() for e in sources.experts)]
+    for path, sha256, expected in zip([base, *experts], found, expected_sha256 or found, strict=True):
+        if sha256 != expected:
+            raise ValueError(
+                f"{path} is not what the recipe was made with: found {sha256[:16]}, expected {expected[:16]}"
+            )
     if dry_run:
         return
     record = {
         "method": settings.method,
         "weights": settings.weights,
-        "base": {"name": base, "sha256": sources.base.sha256()},
+        "base": {"name": base, "sha256": found[0]},
         "experts": [str(e) for e in experts],
-        "experts_sha256": [e.files.sha256() for e in sources.experts],
+        "experts_sha256": found[1:],
         "settings": settings.model_dump(mode="json"),
         "decouple_merge": __version__,
     }
@@ -78,24 +92,20 @@ def _merge_plan(sources: Sources, settings: Merge) -> Iterator[str]:
     )
 
 
-def repeat_merge(recipe: Path, out: Path) -> Iterator[str | Progress]:
+def repeat_merge(recipe: Path, out: Path, dry_run: bool = False) -> Iterator[str | Progress]:
     """Do a merge again from its merge.json, to the same bytes.
 
     Raises:
-        ValueError: the file is no recipe, an input is gone or is not what it was, or the result differs.
+        ValueError: the file is no recipe, or an input is gone or is not what it was.
     """
     try:
         record = json.loads(recipe.read_text())
         base, experts = record["base"]["name"], [Path(e) for e in record["experts"]]
         settings = validate(Merge, record["settings"], str(recipe))
+        expected = [record["base"]["sha256"], *record["experts_sha256"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{recipe}: expected the merge.json of a deme merge ({error})") from error
-    expected = {base: record["base"]["sha256"], **dict(zip(map(str, experts), record["experts_sha256"], strict=True))}
-    for path, sha256 in expected.items():
-        found = open_expert(pipeline_folder(path)).files.sha256()
-        if found != sha256:
-            raise ValueError(f"{path} is not what the recipe was made with: found {found[:16]}, expected {sha256[:16]}")
-    yield from merge_models(base, experts, settings, out)
+    yield from merge_models(base, experts, settings, out, dry_run, expected)
 
 
 def describe_model(model: Path) -> Iterator[str]:
