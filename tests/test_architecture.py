@@ -10,9 +10,9 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "decouple_merge"
 LAYERS = [
     ["timesteps", "losses", "projection", "rules", "weights", "metrics", "seeds"],
-    ["config", "models", "data", "features", "inception", "runs", "search", "tensors"],
+    ["config", "models", "data", "features", "inception", "runs", "search", "strategies", "tensors"],
     ["finetune", "sample", "evaluate", "merging", "figures"],
-    ["executors", "plan", "card", "objective", "results", "standalone", "workflow", "progress", "cli"],
+    ["executors", "plan", "card", "objective", "results", "selection", "standalone", "workflow", "progress", "cli"],
 ]
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 MATHS, STAGES = LAYERS[0], LAYERS[2]
@@ -21,6 +21,7 @@ ADAPTERS = {
     "diffusers": "models",
     "typer": "cli",
     "optuna": "search",
+    "cmaes": "strategies",
     "accelerate": "finetune",
     "datasets": "data",
     "matplotlib": "figures",

@@ -114,7 +114,7 @@ def test_the_manifest_names_what_the_run_was_made_from(done: Finished) -> None:
     assert manifest["base"]["sha256"] == load_base(str(done.base)).sha256
     assert manifest["data"]["sha256"] == load_images(done.config.data, 1, 8).sha256
     assert manifest["versions"]["torch"] == torch.__version__
-    assert manifest["seeds"] == {"training": 0, "search": [1_000_000, 1_000_009], "report": [0, 19]}
+    assert manifest["seeds"] == {"training": 0, "search": [1_000_000, 1_000_019], "report": [0, 19]}
     assert {"git", "device"} <= manifest.keys()
 
 
@@ -126,7 +126,7 @@ def test_events_show_each_part_of_the_job_in_order(done: Finished) -> None:
         "expert-2",
         "baseline-finetuned",
     }
-    assert kinds.count(Trial) == 9
+    assert kinds.count(Trial) == 9 + 3
     last_of = {kind: len(kinds) - 1 - kinds[::-1].index(kind) for kind in kinds}
     assert last_of[StepRecord] < kinds.index(Trial) < kinds.index(dict) < kinds.index(Row)
     assert last_of[Trial] < kinds.index(dict)
@@ -151,20 +151,29 @@ def test_experts_have_the_bases_keys_and_differ(done: Finished) -> None:
 
 def test_every_trials_hash_is_that_of_its_merged_tensors(done: Finished) -> None:
     base, experts = load_file(done.base / WEIGHTS), done.experts()
-    trials = read_records(done.folder / "search/trials.jsonl")
+    found = read_records(done.folder / "search/trials.jsonl")
+    trials = [t for t in found if t["level"] == "screen"]
+    finalists = [t for t in found if t["level"] == "final"]
     assert [t["number"] for t in trials] == list(range(9))
-    for trial in trials:
+    assert [t["weights"] for t in finalists] == [t["weights"] for t in sorted(trials, key=lambda t: t["value"])[:3]]
+    assert all(t["seeds"] == [1_000_010, 1_000_019] for t in finalists)
+    for trial in found:
         assert trial["merged_sha256"] == tensors_sha256(merge(base, experts, trial["weights"]))
         assert trial["num_images"] == 10
-        assert trial["seeds"] == [1_000_000, 1_000_009]
         assert trial["seconds"] > 0
+    assert all(t["seeds"] == [1_000_000, 1_000_009] for t in trials)
     weights = [tuple(t["weights"]) for t in trials]
     assert {(0.0,) * 3, (1 / 3,) * 3, (1.0,) * 3} <= set(weights)
     assert trials[weights.index((0.0,) * 3)]["merged_sha256"] == load_base(str(done.base)).sha256
 
 
-def test_merged_is_the_best_trial(done: Finished) -> None:
-    best = min(read_records(done.folder / "search/trials.jsonl"), key=lambda t: t["value"])
+def best_finalist(folder: Path) -> dict[str, Any]:
+    found = read_records(folder / "search/trials.jsonl")
+    return min((t for t in found if t["level"] == "final"), key=lambda t: t["value"])
+
+
+def test_merged_is_the_best_on_fresh_seeds(done: Finished) -> None:
+    best = best_finalist(done.folder)
     merged = load_file(done.folder / "merged" / WEIGHTS)
     assert tensors_sha256(merged) == best["merged_sha256"]
     record = json.loads((done.folder / "merged/merge.json").read_text())
@@ -292,7 +301,7 @@ def test_a_run_with_trunk_projections_keeps_them_and_is_scored_with_them(
     stock = load_file(Path(config.base) / WEIGHTS)
     assert len(projections) == 5
     assert load_file(tmp_path / "run/merged" / WEIGHTS).keys() == stock.keys()
-    best = min(read_records(tmp_path / "run/search/trials.jsonl"), key=lambda t: t["value"])
+    best = best_finalist(tmp_path / "run")
     experts = [load_file(tmp_path / f"run/experts/{i}/model.safetensors") for i in range(2)]
     recomputed = merge(stock, experts, best["weights"])
     assert best["merged_sha256"] == tensors_sha256(recomputed)

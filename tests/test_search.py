@@ -1,59 +1,88 @@
-"""The search on cheap objectives: its candidates, its budget, and that an interruption leaves no trace."""
+"""The search on cheap objectives: its candidates, budgets, levels and workers, and that a kill leaves no trace."""
 
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-import optuna
 import pytest
 
-from decouple_merge.config import Search
+from decouple_merge.config import Config, Search
 from decouple_merge.search import (
+    Level,
     Score,
+    Study,
     Trial,
-    Weights,
     best,
     first_candidates,
     fixed_candidates,
+    levels,
     num_candidates,
+    open_storage,
     open_study,
     search,
     trials,
 )
+from decouple_merge.strategies import Weights
 
 TARGET = (1.7, 0.4)
-STRATEGIES = [s for s in get_args(Search.model_fields["strategy"].annotation) if s != "grid"]
+STRATEGIES = [s for s in get_args(Search.model_fields["strategy"].annotation) if s not in ("grid", "greedy")]
 
 
-def objective(weights: Weights) -> Score:
+def objective(weights: Weights, level: Level) -> Score:
     value = sum((w - t) ** 2 for w, t in zip(weights, TARGET, strict=True))
     return Score(value, hashlib.sha256(repr(weights).encode()).hexdigest())
 
 
-def settings(strategy: str, **changes: object) -> Search:
-    return Search.model_validate({"strategy": strategy, "num_trials": 12, **changes})
+def of(function: Callable[[Weights], float]) -> Callable[[Weights, Level], Score]:
+    return lambda weights, level: Score(function(weights), "")
 
 
-def in_memory() -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(direction="minimize")
+def settings(strategy: str, **changes: Any) -> Search:
+    return Search.model_validate({"strategy": strategy, "num_trials": 12, "num_finalists": 0, **changes})
 
 
-def plain(found: list[Trial]) -> list[tuple[int, Weights, float, str]]:
-    return [(t.number, t.weights, t.value, t.merged_sha256) for t in found]
+def config(strategy: str, seed: int = 3, **changes: Any) -> Config:
+    return Config.model_validate({"seed": seed, "search": settings(strategy, **changes).model_dump()})
 
 
-def interrupting(seen: set[Weights]) -> Callable[[Weights], Score]:
+def in_memory() -> Callable[[str], Study]:
+    studies: dict[str, Study] = {}
+    return lambda name: studies.setdefault(name, open_study(None, name))
+
+
+def in_file(folder: Path) -> Callable[[str], Study]:
+    storage = open_storage(f"sqlite:///{folder / 'study.db'}")
+    return lambda name: open_study(storage, name)
+
+
+def plain(found: list[Trial]) -> list[tuple[str, int, Weights, float, str]]:
+    return [(t.level, t.number, t.weights, t.value, t.merged_sha256) for t in found]
+
+
+def interrupting(seen: set[tuple[str, Weights]]) -> Callable[[Weights, Level], Score]:
     """Make an objective that fails on every candidate once."""
 
-    def fail_once(weights: Weights) -> Score:
-        if weights not in seen:
-            seen.add(weights)
+    def fail_once(weights: Weights, level: Level) -> Score:
+        if (level.name, weights) not in seen:
+            seen.add((level.name, weights))
             raise KeyboardInterrupt
-        return objective(weights)
+        return objective(weights, level)
 
     return fail_once
+
+
+def drive(open_level: Callable[[], Callable[[str], Study]], asked: Config, num_experts: int = 2) -> int:
+    """Search with an interruption at every candidate, to the end; returns how many there were."""
+    seen, num_interruptions = set[tuple[str, Weights]](), 0
+    # A search that goes another way after an interruption would meet new candidates, and be interrupted, for ever.
+    while num_interruptions < 100:
+        try:
+            list(search(open_level(), asked, num_experts, interrupting(seen)))
+            break
+        except KeyboardInterrupt:
+            num_interruptions += 1
+    return num_interruptions
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +92,7 @@ def uninterrupted() -> Callable[[str], list[Trial]]:
 
     def run(strategy: str) -> list[Trial]:
         if strategy not in known:
-            known[strategy] = list(search(in_memory(), settings(strategy), 2, objective, 3))
+            known[strategy] = list(search(in_memory(), config(strategy), 2, objective))
         return known[strategy]
 
     return run
@@ -112,7 +141,7 @@ def test_trials_record_the_value_and_the_hash_that_the_objective_gave(
     uninterrupted: Callable[[str], list[Trial]],
 ) -> None:
     for t in uninterrupted("random"):
-        assert objective(t.weights) == Score(t.value, t.merged_sha256)
+        assert objective(t.weights, levels(config("random"), 2)[0]) == Score(t.value, t.merged_sha256)
         assert t.seconds >= 0
 
 
@@ -120,19 +149,11 @@ def test_trials_record_the_value_and_the_hash_that_the_objective_gave(
 def test_a_study_interrupted_at_every_trial_ends_as_one_that_was_not(
     strategy: str, uninterrupted: Callable[[str], list[Trial]], tmp_path: Path
 ) -> None:
-    # A file is slow, and what is not a model of the trials has little to read from it.
-    url = f"sqlite:///{tmp_path / 'study.db'}" if strategy in ("gp", "tpe") else None
-    study = open_study(url) if url else in_memory()
-    seen, num_interruptions = set[Weights](), 0
-    # A search that goes another way after an interruption would meet new candidates, and be interrupted, for ever.
-    while num_interruptions < 13:
-        try:
-            list(search(study, settings(strategy), 2, interrupting(seen), 3))
-            break
-        except KeyboardInterrupt:
-            num_interruptions += 1
-            study = open_study(url) if url else study
-    assert num_interruptions == 12
+    open_level = in_memory()
+    # A file is slow: two strategies are enough to see that the storage keeps all.
+    num = drive(lambda: in_file(tmp_path) if strategy in ("tpe", "cmaes") else open_level, config(strategy))
+    study = in_file(tmp_path)("screen") if strategy in ("tpe", "cmaes") else open_level("screen")
+    assert num == 12
     assert plain(trials(study)) == plain(uninterrupted(strategy))
 
 
@@ -140,31 +161,31 @@ def test_a_study_interrupted_at_every_trial_ends_as_one_that_was_not(
 def test_a_study_stopped_between_trials_goes_on_where_it_stopped(
     stop: int, uninterrupted: Callable[[str], list[Trial]], tmp_path: Path
 ) -> None:
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    running = search(open_study(url), settings("tpe"), 2, objective, 3)
+    running = search(in_file(tmp_path), config("tpe"), 2, objective)
     first = [next(running) for _ in range(stop)]
     running.close()
-    rest = list(search(open_study(url), settings("tpe"), 2, objective, 3))
-    assert plain(first + rest) == plain(uninterrupted("tpe")) == plain(trials(open_study(url)))
+    rest = list(search(in_file(tmp_path), config("tpe"), 2, objective))
+    assert plain(first + rest) == plain(uninterrupted("tpe")) == plain(trials(in_file(tmp_path)("screen")))
 
 
 def test_a_kill_between_queueing_a_candidate_and_starting_it_leaves_no_trace(
-    uninterrupted: Callable[[str], list[Trial]], tmp_path: Path
+    uninterrupted: Callable[[str], list[Trial]],
 ) -> None:
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    open_study(url).enqueue_trial({"w0": 0.0, "w1": 0.0})
-    assert plain(list(search(open_study(url), settings("tpe"), 2, objective, 3))) == plain(uninterrupted("tpe"))
+    open_level = in_memory()
+    attributes = {"level": "screen", "place": 0, "weights": (0.0, 0.0)}
+    open_level("screen").enqueue_trial({"w0": 0.0, "w1": 0.0}, user_attrs=attributes)
+    assert plain(list(search(open_level, config("tpe"), 2, objective))) == plain(uninterrupted("tpe"))
 
 
 def test_a_finished_study_is_not_searched_again(uninterrupted: Callable[[str], list[Trial]]) -> None:
-    study = in_memory()
-    first = list(search(study, settings("random"), 2, objective, 3))
-    assert list(search(study, settings("random"), 2, objective, 3)) == []
-    assert plain(trials(study)) == plain(first) == plain(uninterrupted("random"))
+    open_level = in_memory()
+    first = list(search(open_level, config("random"), 2, objective))
+    assert list(search(open_level, config("random"), 2, objective)) == []
+    assert plain(trials(open_level("screen"))) == plain(first) == plain(uninterrupted("random"))
 
 
 def test_another_seed_proposes_other_candidates(uninterrupted: Callable[[str], list[Trial]]) -> None:
-    other = list(search(in_memory(), settings("random"), 2, objective, 4))
+    other = list(search(in_memory(), config("random", seed=4), 2, objective))
     num = len(first_candidates(settings("random"), 2))
     assert all(a.weights != b.weights for a, b in zip(other[num:], uninterrupted("random")[num:], strict=True))
 
@@ -178,96 +199,170 @@ def test_first_candidates_are_the_fixed_ones_and_then_more_of_the_diagonal_withi
 
 
 def test_first_candidates_are_evaluated_even_where_the_budget_is_smaller() -> None:
-    few = settings("random", num_trials=1)
-    found = list(search(in_memory(), few, 2, objective, 3))
-    assert [t.weights for t in found] == first_candidates(few, 2)
-    assert num_candidates(few, 2) == len(found)
+    few = config("random", num_trials=1)
+    found = list(search(in_memory(), few, 2, objective))
+    assert [t.weights for t in found] == first_candidates(few.search, 2)
+    assert num_candidates(few.search, 2) == len(found)
+
+
+def test_start_points_are_evaluated_after_the_fixed_candidates_and_replace_the_diagonal() -> None:
+    found = list(search(in_memory(), config("random", start=[[1.6, 0.4], [1.0, 1.0]]), 2, objective))
+    assert [t.weights for t in found[:4]] == [*fixed_candidates(2), (1.6, 0.4)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_frozen_weights_stay(strategy: str) -> None:
+    asked = config(strategy, frozen={1: 0.4}, num_trials=16)
+    found = list(search(in_memory(), asked, 2, objective))
+    num = len(first_candidates(asked.search, 2))
+    assert len(found) > num
+    assert {t.weights[1] for t in found[num:]} == {0.4}
+    assert best(found).weights[1] == 0.4
+
+
+def test_everything_frozen_leaves_the_first_candidates() -> None:
+    found = list(search(in_memory(), config("random", frozen={0: 1.0, 1: 0.4}), 2, objective))
+    assert [t.weights for t in found] == first_candidates(settings("random"), 2)
+
+
+# -- budgets
+def test_a_budget_of_images_limits_the_candidates() -> None:
+    found = list(search(in_memory(), config("random", num_images=10, max_images=79), 2, objective))
+    assert len(found) == 7
+
+
+def test_a_budget_of_minutes_ends_the_search_and_a_second_run_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(30.0 * i for i in range(1000))
+    monkeypatch.setattr("decouple_merge.search.time.monotonic", lambda: next(clock))
+    open_level, asked = in_memory(), config("random", num_trials=100, max_minutes=4)
+    found = list(search(open_level, asked, 2, objective))
+    assert 5 <= len(found) < 100
+    assert sum(t.seconds for t in found[:-1]) < 4 * 60 <= sum(t.seconds for t in found)
+    assert list(search(open_level, asked, 2, objective)) == []
+
+
+# -- the levels
+def halved(**changes: Any) -> Config:
+    return config("random", num_trials=12, num_images=5, num_finalists=2, num_final_images=40, num_steps=4, **changes)
+
+
+def test_levels_keep_one_in_three_and_draw_three_times_the_images_until_the_finalists_meet_fresh_seeds() -> None:
+    found = levels(halved(), 2)
+    first = halved().search.first_seed
+    assert found == [
+        Level("screen", 12, range(first, first + 5), 4),
+        Level("rung-1", 4, range(first, first + 15), None),
+        Level("final", 2, range(first + 40, first + 80), None),
+    ]
+
+
+def test_the_seeds_of_the_finalists_chose_nobody_before() -> None:
+    for asked in (halved(), halved(halving=2), config("gp", num_images=50, num_finalists=1, num_final_images=10)):
+        *before, final = levels(asked, 2)
+        assert final.name == "final"
+        assert all(level.seeds.stop <= final.seeds.start for level in before)
+        assert final.seeds.stop == asked.all_search_seeds.stop
+
+
+def test_the_best_of_each_level_are_promoted_by_that_levels_values() -> None:
+    def by_level(weights: Weights, level: Level) -> Score:
+        """Each level has an optimum of its own."""
+        target = {"screen": 1.0, "rung-1": 2.0, "final": 0.0}[level.name]
+        return Score((weights[0] - target) ** 2, "")
+
+    found = list(search(in_memory(), halved(), 2, by_level))
+    screen, rung, final = ([t for t in found if t.level == name] for name in ("screen", "rung-1", "final"))
+    assert (len(screen), len(rung), len(final)) == (12, 4, 2)
+    for above, below in ((screen, rung), (rung, final)):
+        chosen = {t.weights for t in sorted(above, key=lambda t: (t.value, t.number))[: len(below)]}
+        assert {t.weights for t in below} == chosen
+    assert [t.number for t in final] == [0, 1]
+
+
+def test_an_interrupted_search_of_several_levels_ends_as_one_that_was_not() -> None:
+    expected, open_level = list(search(in_memory(), halved(), 2, objective)), in_memory()
+    assert drive(lambda: open_level, halved()) == len(expected) == 18
+    found = [t for level in levels(halved(), 2) for t in trials(open_level(level.name))]
+    assert plain(found) == plain(expected)
 
 
 # -- the grid: (0.5, 0.5) and its neighbours are inside, TARGET is nearest to (1.5, 0.5)
-GRID = settings("grid", low=-0.5, high=2.0, grid_step=0.5)
+GRID = {"low": -0.5, "high": 2.0, "grid_step": 0.5}
 AXIS = [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
 
 
 def test_the_grid_visits_every_coarse_point_then_the_neighbours_of_the_best() -> None:
-    found = list(search(in_memory(), GRID, 2, objective, 0))
+    found = list(search(in_memory(), config("grid", **GRID), 2, objective))
     visited = [t.weights for t in found]
     coarse = {(a, b) for a in AXIS for b in AXIS}
     assert visited[:3] == fixed_candidates(2)
     assert set(visited[: len(coarse)]) == coarse
     around = {(1.5 + a, 0.5 + b) for a in (-0.25, 0, 0.25) for b in (-0.25, 0, 0.25)}
     assert set(visited[len(coarse) :]) == around - coarse
-    assert best_of(found) == (1.75, 0.5)
+    assert best(found).weights == (1.75, 0.5)
 
 
-def best_of(found: list[Trial]) -> Weights:
-    return min(found, key=lambda t: t.value).weights
+def test_no_strategy_evaluates_equal_candidates_twice() -> None:
+    for strategy in get_args(Search.model_fields["strategy"].annotation):
+        asked: list[Weights] = []
+
+        def counted(weights: Weights, level: Level, asked: list[Weights] = asked) -> Score:
+            asked.append(weights)
+            return objective(weights, level)
+
+        limits = config(strategy, **GRID, num_trials=30)
+        found = list(search(in_memory(), limits, 2, counted))
+        assert len(asked) == len(set(asked)) == len(found) <= num_candidates(limits.search, 2)
 
 
-def test_the_grid_does_not_evaluate_equal_candidates_twice() -> None:
-    asked: list[Weights] = []
-
-    def counted(weights: Weights) -> Score:
-        asked.append(weights)
-        return objective(weights)
-
-    found = list(search(in_memory(), GRID, 2, counted, 0))
-    assert len(asked) == len(set(asked)) == len(found) <= num_candidates(GRID, 2)
+def test_a_grid_interrupted_at_every_trial_ends_as_one_that_was_not() -> None:
+    asked = config("grid", low=-0.5, high=1.5, grid_step=0.5)
+    expected, open_level = list(search(in_memory(), asked, 2, objective)), in_memory()
+    assert drive(lambda: open_level, asked) == len(expected)
+    assert plain(trials(open_level("screen"))) == plain(expected)
 
 
-def test_a_grid_interrupted_at_every_trial_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    one = settings("grid", low=-0.5, high=1.5, grid_step=0.5)
-    expected = list(search(in_memory(), one, 1, lambda w: Score((w[0] - 0.6) ** 2, ""), 0))
-    url, seen = f"sqlite:///{tmp_path / 'study.db'}", set[Weights]()
-
-    def fail_once(weights: Weights) -> Score:
-        if weights not in seen:
-            seen.add(weights)
-            raise KeyboardInterrupt
-        return Score((weights[0] - 0.6) ** 2, "")
-
-    while True:
-        try:
-            list(search(open_study(url), one, 1, fail_once, 0))
-            break
-        except KeyboardInterrupt:
-            pass
-    assert plain(trials(open_study(url))) == plain(expected)
-    assert {t.weights for t in expected} == {(-0.5,), (0.0,), (0.5,), (1.0,), (1.5,), (0.25,), (0.75,)}
-
-
-@pytest.mark.filterwarnings("error")
 def test_the_fine_grid_stays_within_the_bounds() -> None:
-    one = settings("grid", low=0.0, high=1.0, grid_step=0.5)
-    found = list(search(in_memory(), one, 1, lambda w: Score(-w[0], ""), 0))
+    asked = config("grid", low=0.0, high=1.0, grid_step=0.5)
+    found = list(search(in_memory(), asked, 1, of(lambda w: -w[0])))
     assert {t.weights for t in found} == {(0.0,), (0.5,), (1.0,), (0.75,)}
 
 
-def test_equal_candidates_of_a_sampler_take_the_value_from_before() -> None:
-    asked: list[Weights] = []
+# -- single strategies
+def test_the_compass_search_ends_at_the_optimum_of_a_quadratic() -> None:
+    found = list(search(in_memory(), config("coordinate", num_trials=500), 2, objective))
+    assert len(found) < 200
+    assert best(found).weights == pytest.approx(TARGET, abs=0.03)
 
-    def counted(weights: Weights) -> Score:
-        asked.append(weights)
-        return Score(float(len(asked)), "")
 
-    study = in_memory()
-    list(search(study, settings("random"), 2, counted, 3))
-    # Everything seen is forgotten by the caller, but not by the study.
-    study.enqueue_trial({"w0": 1.0, "w1": 1.0})
-    repeated = study.ask({f"w{i}": optuna.distributions.FloatDistribution(-0.2, 2.5) for i in range(2)})
-    study.tell(repeated, state=optuna.trial.TrialState.FAIL)
-    list(search(study, settings("random", num_trials=14), 2, counted, 3))
-    assert len(asked) == len(set(asked)) == 14
+@pytest.mark.parametrize("strategy", ["cmaes", "evolution"])
+def test_populations_come_near_the_optimum_of_a_quadratic(strategy: str) -> None:
+    found = list(search(in_memory(), config(strategy, num_trials=150), 2, objective))
+    assert best(found).value < 0.04
+
+
+def test_the_greedy_soup_keeps_an_expert_only_where_it_helps() -> None:
+    values = {(1.0, 0.0, 0.0): 3.0, (0.0, 1.0, 0.0): 1.0, (0.0, 0.0, 1.0): 2.0, (0.0, 0.5, 0.5): 0.5}
+    found = list(search(in_memory(), config("greedy"), 3, of(lambda w: values.get(w, 9.0))))
+    # The pair, and then all three, which the fixed candidates hold already to six digits.
+    assert (0.0, 0.5, 0.5) in [t.weights for t in found[6:]]
+    assert best(found).weights == (0.0, 0.5, 0.5)
+
+
+def test_a_batch_of_proposals_holds_different_candidates() -> None:
+    found = list(search(in_memory(), config("gp", batch_size=3, num_trials=14), 2, objective))
+    assert len({t.weights for t in found}) == 14
+    assert best(found).value < 0.3
 
 
 def test_best_is_the_first_of_equal_trials() -> None:
-    study = in_memory()
-    list(search(study, settings("random"), 2, lambda w: Score(min(w[0], 0.5), ""), 3))
-    lowest = min(t.value for t in trials(study))
-    assert best(study).number == min(t.number for t in trials(study) if t.value == lowest)
+    found = list(search(in_memory(), config("random"), 2, of(lambda w: min(w[0], 0.5))))
+    lowest = min(t.value for t in found)
+    assert best(found).number == min(t.number for t in found if t.value == lowest)
 
 
 def test_a_single_expert_is_searched_too() -> None:
-    found = list(search(in_memory(), settings("tpe", num_trials=6), 1, lambda w: Score((w[0] - 2) ** 2, ""), 0))
-    assert [t.weights for t in found[:2]] == [(0.0,), (1.0,)]
-    assert len(found) == 6
+    for strategy in ("tpe", "cmaes", "evolution", "coordinate"):
+        found = list(search(in_memory(), config(strategy, num_trials=8), 1, of(lambda w: (w[0] - 2) ** 2)))
+        assert [t.weights for t in found[:2]] == [(0.0,), (1.0,)]
+        assert len(found) == 8

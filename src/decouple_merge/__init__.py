@@ -10,7 +10,7 @@ _PUBLIC = {
     "load_config": "config",
     "run": "workflow",
     "finetune_experts": "workflow",
-    "search_weights": "workflow",
+    "search_weights": "selection",
     "pretrain": "workflow",
     "prepare": "plan",
     "merge": "weights",

@@ -3,27 +3,26 @@
 from typing import Any
 
 from . import __version__
-from .models import tensors_sha256
 from .plan import Plan
-from .search import Trial
-from .weights import Tensors
+from .search import Level, Trial
 
 
-def merge_record(plan: Plan, experts: list[Tensors], winner: Trial) -> dict[str, Any]:
+def merge_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:
     """Say how a run's merged model was made. Nothing in it depends on when: equal runs write equal bytes."""
     return {
         "method": plan.config.search.method,
         "density": plan.config.search.density,
         "weights": list(winner.weights),
-        "ranges": [[r.low, r.high] for r in plan.ranges],
+        "ranges": None if plan.config.search.checkpoints else [[r.low, r.high] for r in plan.ranges],
         "base": {"name": plan.config.base, "sha256": plan.base.sha256},
-        "experts_sha256": [tensors_sha256(e) for e in experts],
+        "experts_sha256": experts_sha256,
         "merged_sha256": winner.merged_sha256,
         "search": {
             "strategy": plan.config.search.strategy,
             "metric": plan.config.search.metric,
             "value": winner.value,
-            "seeds": [plan.config.search_seeds.start, plan.config.search_seeds.stop - 1],
+            "num_images": len(level.seeds),
+            "seeds": [level.seeds.start, level.seeds.stop - 1],
         },
         "projection": plan.config.finetune.projection.placement,
         "decouple_merge": __version__,

@@ -90,15 +90,24 @@ def finetune(
 
 
 @app.command()
-def search(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with finished experts")]) -> None:
+def search(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with finished experts")],
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Evaluate candidates of a search that runs elsewhere")
+    ] = False,
+) -> None:
     """Search the merging weights of a run's experts and export the best merge.
 
     Example: `deme search runs/fashion-quick`
     """
-    from . import plan, workflow
+    from . import plan, selection
     from .config import load_config
 
-    _show(workflow.search_weights(plan.prepare(load_config(run_folder / "config.yaml"), run_folder)))
+    opened = plan.prepare(load_config(run_folder / "config.yaml"), run_folder)
+    if worker:
+        _show(selection.help_search(opened))
+        return
+    _show(selection.search_weights(opened))
     console.print(f"merged model: {run_folder / 'merged'}")
 
 

@@ -150,34 +150,51 @@ class Search(Section):
     """The search for merging weights.
 
     Attributes:
-        strategy: ``gp``, ``tpe`` or ``random`` (Optuna samplers), or ``grid``, coarse to fine.
+        strategy: ``gp`` or ``tpe`` (Optuna samplers), ``cmaes``, ``evolution``, ``coordinate``, ``random``, ``greedy``
+            (soup), or ``grid``, coarse to fine.
         method: how candidates are merged, a rule by name.
         density: share of a task vector that TIES keeps.
-        low, high: bounds of every weight.
-        num_trials: candidates to evaluate, for the samplers.
+        checkpoints: pipelines or weight files to combine in place of the run's experts.
+        low, high: bounds of every weight; ``frozen`` fixes some, by the expert's index.
+        start: weight vectors to evaluate before the strategy chooses.
+        num_trials: candidates to screen, at most; less where max_images, the images drawn for screening, or
+            max_minutes, the time spent on it by all workers, are reached before.
+        batch_size: candidates that ``gp`` and ``tpe`` propose at once, to keep several workers busy.
         grid_step: of the coarse grid; the fine grid around its best has half of it.
-        metric: minimised, on num_images images of num_steps steps (None: as ``sample``).
+        metric: minimised; candidates are screened on num_images images of num_steps steps (None: as ``sample``).
+        halving: each level keeps one candidate in so many, and draws so many times the images.
+        num_finalists: compared at last on num_final_images images (None: as many as ``evaluate``) from fresh seeds;
+            0 trusts the screening.
+        first_seed: of the initial noise; the seeds from there on are the search's.
+        storage: URL of the study for workers on several machines; None keeps an SQLite file in the run folder.
     """
 
-    strategy: Literal["gp", "tpe", "random", "grid"] = "gp"
+    strategy: Literal["gp", "tpe", "cmaes", "evolution", "coordinate", "random", "greedy", "grid"] = "gp"
     method: Literal["linear", "ties"] = "linear"
     density: float = Field(1.0, gt=0, le=1)
+    checkpoints: list[str] = []
     low: float = -0.2
     high: float = 2.5
+    frozen: dict[NonNegativeInt, float] = {}
+    start: list[list[float]] = []
     num_trials: PositiveInt = 40
+    max_images: PositiveInt | None = None
+    max_minutes: PositiveFloat | None = None
+    batch_size: PositiveInt = 1
     grid_step: PositiveFloat = 0.4
     metric: str = "fd_effnetlite0"
-    num_images: PositiveInt = 5000
+    num_images: PositiveInt = 1000
     num_steps: PositiveInt | None = None
+    halving: int = Field(3, ge=2)
+    num_finalists: NonNegativeInt = 3
+    num_final_images: PositiveInt | None = None
     first_seed: NonNegativeInt = 1_000_000
+    storage: str | None = None
 
     @model_validator(mode="after")
     def _bounds(self) -> "Search":
-        if self.low > 0 or self.high < 1:
-            raise ValueError(
-                f"low is {self.low} and high is {self.high}, expected low <= 0 and high >= 1: the base (all 0) and the "
-                "sum of the experts (all 1) are always candidates"
-            )
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low} and high is {self.high}, expected low below high")
         return self
 
 
@@ -266,6 +283,19 @@ class Config(Section):
         return range(self.search.first_seed, self.search.first_seed + self.search.num_images)
 
     @property
+    def final_seeds(self) -> range:
+        """The finalists' seeds, after all those that chose them."""
+        num = self.search.num_final_images or self.evaluate.num_images
+        first = self.search.first_seed + max(num, self.search.num_images)
+        return range(first, first + num)
+
+    @property
+    def all_search_seeds(self) -> range:
+        """Every seed that may enter the choice of the model."""
+        last = self.final_seeds if self.search.num_finalists else self.search_seeds
+        return range(self.search.first_seed, last.stop)
+
+    @property
     def report_seeds(self) -> range:
         return range(
             self.evaluate.first_seed,
@@ -275,7 +305,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _seeds(self) -> "Config":
-        check_disjoint(self.search_seeds, self.report_seeds)
+        check_disjoint(self.all_search_seeds, self.report_seeds)
         return self
 
 

@@ -11,7 +11,8 @@ from .features import METRICS, Extractor, load_extractor
 from .models import tensors_sha256
 from .plan import Plan, build_network, default_device
 from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
-from .search import Score, Weights
+from .search import Level, Score
+from .strategies import Weights
 from .weights import Stacked, Tensors, cast, merge
 
 
@@ -70,28 +71,26 @@ class Objective:
                     value.copy_(merged[key])
         return tensors_sha256(merged)
 
-    def score(self, model: Denoiser) -> float:
+    def score(self, model: Denoiser, level: Level) -> float:
         settings = self.plan.config
-        batches = sample_images(
-            model, self.plan.base, settings.search_seeds, settings.sample, self.device, settings.search.num_steps
-        )
+        batches = sample_images(model, self.plan.base, level.seeds, settings.sample, self.device, level.num_steps)
         return score(batches, [settings.search.metric], [self.compared])[settings.search.metric]
 
-    def __call__(self, weights: Weights) -> Score:
+    def __call__(self, weights: Weights, level: Level) -> Score:
         sha256 = self.load(weights)
-        return Score(self.score(denoiser(self.network)), sha256)
+        return Score(self.score(denoiser(self.network), level), sha256)
 
-    def score_ensemble(self) -> float:
+    def score_ensemble(self, level: Level) -> float:
         """Score the ensemble of experts as if it were a candidate."""
         settings = self.plan.config.sample
         networks = [sampling_copy(build_network(self.plan, e), settings, self.device) for e in self.experts]
-        return self.score(ensemble(networks, self.plan.ranges, self.plan.base.num_train_timesteps))
+        return self.score(ensemble(networks, self.plan.ranges, self.plan.base.num_train_timesteps), level)
 
-    def seconds_per_candidate(self) -> float:
-        """Estimate the cost of a candidate from one batch of two steps, after one to warm up."""
+    def seconds_per_image(self, level: Level) -> float:
+        """Estimate the cost of an image from one batch of two steps, after one to warm up."""
         settings = self.plan.config
-        num_steps = settings.search.num_steps or settings.sample.num_steps
-        size = min(settings.sample.batch_size, settings.search.num_images)
+        num_steps = level.num_steps or settings.sample.num_steps
+        size = min(settings.sample.batch_size, len(level.seeds))
         x = torch.randn(size, self.plan.base.channels, self.plan.base.image_size, self.plan.base.image_size)
         model = denoiser(self.network)
         with torch.no_grad():
@@ -99,4 +98,4 @@ class Objective:
             started = time.monotonic()
             for _ in range(2):
                 model(x.to(self.device), 0)
-        return (time.monotonic() - started) / 2 * num_steps * settings.search.num_images / size
+        return (time.monotonic() - started) / 2 * num_steps / size

@@ -18,7 +18,7 @@ from .data import Images, check_held_out, load_images
 from .features import check_metrics
 from .models import Base, load_base, make_scheduler, new_network, num_parameters
 from .runs import Run, read_tensors, write_json, write_text
-from .search import num_candidates
+from .search import check_weights, levels
 from .timesteps import TimestepRange, check_ranges, split_timesteps
 from .weights import Tensors, check_same_keys
 
@@ -59,6 +59,10 @@ def check(config: Config, out: Path) -> Plan:
         make_scheduler(base, config.sample.sampler, num_steps, config.sample.timestep_spacing)
     check_metrics([*config.evaluate.metrics, config.search.metric], config.evaluate.inception_weights)
     check_precision(config.finetune)
+    check_weights(config.search, len(config.search.checkpoints) or len(ranges))
+    for name in config.search.checkpoints:
+        if not Path(name).exists():
+            raise ValueError(f"search.checkpoints: {name} doesn't exist; expected pipelines, folders or weight files")
     check_owner(Run(out), config)
     images = load_images(config.data, base.channels, base.image_size)
     check_held_out(images, config.data)
@@ -136,7 +140,7 @@ def manifest(config: Config, base: Base, images: Images) -> dict[str, Any]:
         "data": {"source": config.data.source, "num_images": len(images), "sha256": images.sha256},
         "seeds": {
             "training": config.seed,
-            "search": [config.search_seeds.start, config.search_seeds.stop - 1],
+            "search": [config.search.first_seed, config.all_search_seeds.stop - 1],
             "report": [config.report_seeds.start, config.report_seeds.stop - 1],
         },
     }
@@ -185,8 +189,11 @@ def describe(config: Config, out: Path) -> Iterator[str]:
         + (f"; baseline: {num * finetune.num_updates} updates" if finetune.baseline else "")
     )
     yield (
-        f"search: {config.search.strategy}, up to {num_candidates(config.search, num)} candidates of "
-        f"{config.search.num_images} images, {config.search.num_steps or config.sample.num_steps} steps"
+        f"search: {config.search.strategy}, up to "
+        + ", then ".join(
+            f"{level.num_candidates} x {len(level.seeds)} images of {level.num_steps or config.sample.num_steps} steps"
+            for level in levels(config, len(config.search.checkpoints) or num)
+        )
     )
     yield (
         f"evaluation: {evaluate.num_seed_sets} x {evaluate.num_images} images a model, {config.sample.sampler} "

@@ -54,6 +54,9 @@ class Run:
     def sample_figure(self) -> Path:
         return self.folder / "figures" / "samples.png"
 
+    def search_figure(self, name: str) -> Path:
+        return self.folder / "figures" / f"search-{name}.png"
+
     def expert(self, index: int) -> Path:
         return self.folder / "experts" / str(index)
 

@@ -1,24 +1,21 @@
 """The one place where the stages meet: the whole job, its parts, and pretraining."""
 
-import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .card import merge_record, model_card
 from .config import Config, Training
 from .data import check_held_out, load_images
 from .executors import run_all
 from .figures import sample_grid, training_curve
 from .finetune import StepRecord, Task, is_main_process, train
 from .models import create_base, export_pipeline
-from .objective import Objective
 from .plan import BASELINE, Plan, check_owner, check_precision, claim, load_experts, manifest, prepare
 from .results import Row, evaluate_run, report_models
-from .runs import Run, read_records, read_tensors, remove_leftovers, write_json, write_records
-from .search import Trial, best, fixed_candidates, num_candidates, open_study, search, trials
+from .runs import Run, read_records, read_tensors, write_records
+from .search import Trial
+from .selection import search_weights
 from .timesteps import TimestepRange, split_timesteps
 from .weights import task_vector_norms
 
@@ -70,50 +67,6 @@ def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[StepRecord
         else:
             unfinished.append(call)
     yield from run_all(_train, unfinished, plan.config.num_processes)
-
-
-def search_weights(plan: Plan) -> Iterator[Event]:
-    """Search the merging weights of a run's experts; leaves the study and the best model in the run folder."""
-    settings, experts = plan.config.search, load_experts(plan)
-    plan.run.study.parent.mkdir(parents=True, exist_ok=True)
-    study = open_study(f"sqlite:///{plan.run.study.resolve()}")
-    objective = Objective(plan, experts)
-    remaining = num_candidates(settings, len(experts)) - len(trials(study))
-    if remaining > 0 and not plan.run.merged.exists():
-        seconds = objective.seconds_per_candidate()
-        yield (
-            f"search: up to {remaining} candidates of {settings.num_images} images, about {seconds:.0f} s each, "
-            f"{remaining * seconds / 60:.0f} min in all"
-        )
-    for trial in search(study, settings, len(experts), objective, plan.config.seed):
-        _write_trials(plan, trials(study))
-        yield trial
-    _write_trials(plan, trials(study))
-    winner = best(study)
-    remove_leftovers(plan.run.merged)
-    record = merge_record(plan, experts, winner)
-    written = plan.run.merged / "merge.json"
-    if not written.exists() or json.loads(written.read_text()) != record:
-        export_pipeline(plan.base, objective.merge(winner.weights), plan.run.merged, model_card(record), record)
-    yield from _write_candidates(plan, objective, trials(study))
-
-
-def _write_candidates(plan: Plan, objective: Objective, done: list[Trial]) -> Iterator[str]:
-    """Report the candidates everyone asks for, on the search seeds: base, uniform, sum of all, ensemble, best."""
-    if not plan.run.candidates.exists():
-        values = {t.weights: t.value for t in done}
-        named = zip(("pretrained", "uniform", "sum"), fixed_candidates(len(plan.ranges)), strict=False)
-        table = {name: values[weights] for name, weights in named}
-        table |= {"ensemble": objective.score_ensemble(), "best": min(values.values())}
-        write_json(plan.run.candidates, {"metric": plan.config.search.metric, **table})
-    found = json.loads(plan.run.candidates.read_text())
-    yield f"on the search seeds, {found.pop('metric')}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items())
-
-
-def _write_trials(plan: Plan, done: list[Trial]) -> None:
-    seeds = plan.config.search_seeds
-    extra = {"num_images": len(seeds), "seeds": [seeds.start, seeds.stop - 1], "metric": plan.config.search.metric}
-    write_records(plan.run.trials, (asdict(t) | extra for t in done))
 
 
 def run(config: Config, out: Path) -> Iterator[Event]:

@@ -1,0 +1,153 @@
+"""The choice of a run's merge: its search, led by one process and helped by others, and the export of the best."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .card import merge_record, model_card
+from .executors import run_all
+from .figures import search_cost, search_surfaces
+from .models import export_pipeline, load_network, tensors_sha256
+from .objective import Objective
+from .plan import Plan, load_experts
+from .runs import remove_leftovers, write_json, write_records
+from .search import Level, Study, Trial, best, fixed_candidates, levels, open_storage, open_study, search, trials, work
+from .weights import Tensors, check_same_keys
+
+Event = str | Trial
+OpenLevel = Callable[[str], Study]
+
+
+def load_combined(plan: Plan) -> list[Tensors]:
+    """Read what the search combines: the run's experts, or the checkpoints that the config lists.
+
+    Raises:
+        ValueError: one is missing, damaged, or doesn't fit the base.
+    """
+    if not plan.config.search.checkpoints:
+        return load_experts(plan)
+    found = []
+    for name in plan.config.search.checkpoints:
+        found.append(load_network(Path(name)))
+        check_same_keys(plan.base.network.state_dict(), found[-1], name)
+    return found
+
+
+def search_weights(plan: Plan) -> Iterator[Event]:
+    """Search the merging weights of a run's experts; leaves the studies and the best model in the run folder.
+
+    The best merge so far is always on disk. ``num_processes`` of the config evaluate candidates side by side, and any
+    number of ``deme search RUN --worker`` with them.
+
+    Raises:
+        ValueError: an expert or checkpoint is missing or doesn't fit, a start point or frozen weight belongs to no
+            expert, or the storage doesn't open.
+    """
+    experts = load_combined(plan)
+    open_level = level_opener(plan, experts)
+    first = open_level("screen")
+    # Whoever helps waits for candidates; nobody need wait for a search that is finished.
+    num = 1 if first.user_attrs.get("finished") else plan.config.num_processes
+    yield from run_all(_lead_or_help, [(plan, i == 0) for i in range(num)], num)
+
+
+def help_search(plan: Plan) -> Iterator[Trial]:
+    """Evaluate the candidates of a search that runs elsewhere, until it is finished.
+
+    Raises:
+        ValueError: as ``search_weights``.
+    """
+    experts = load_combined(plan)
+    yield from work(level_opener(plan, experts), plan.config, len(experts), Objective(plan, experts))
+
+
+def level_opener(plan: Plan, experts: list[Tensors]) -> OpenLevel:
+    """Connect to a run's study storage; the function that it returns opens the study of a level.
+
+    A study's name has the hash of all that a candidate's value depends on, so that several runs may share a server.
+    """
+    settings = plan.config.search
+    if settings.storage is None:
+        plan.run.study.parent.mkdir(parents=True, exist_ok=True)
+    storage = open_storage(settings.storage or f"sqlite:///{plan.run.study.resolve()}")
+    parts = [settings.model_dump_json(exclude={"storage"}), plan.config.sample.model_dump_json(), plan.base.sha256]
+    parts += [str(plan.config.seed), plan.images.sha256, *(tensors_sha256(e) for e in experts)]
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return lambda level: open_study(storage, f"{digest}-{level}")
+
+
+def _lead_or_help(plan: Plan, is_leader: bool) -> Iterator[Event]:
+    if is_leader:
+        yield from _lead(plan)
+    else:
+        for _ in help_search(plan):
+            pass
+
+
+def _lead(plan: Plan) -> Iterator[Event]:
+    experts = load_combined(plan)
+    objective, open_level = Objective(plan, experts), level_opener(plan, experts)
+    every = levels(plan.config, len(experts))
+
+    def done() -> list[list[Trial]]:
+        return [trials(open_level(level.name)) for level in every]
+
+    hashes = [tensors_sha256(e) for e in experts]
+    num_left = sum((lv.num_candidates - len(found)) * len(lv.seeds) for lv, found in zip(every, done(), strict=True))
+    if num_left > 0 and not plan.run.merged.exists():
+        plan_line = ", ".join(f"{lv.name} {lv.num_candidates} x {len(lv.seeds)} images" for lv in every)
+        seconds = sum(objective.seconds_per_image(lv) * lv.num_images for lv in every)
+        yield f"search: {plan_line}; about {seconds / 60:.0f} min on one worker"
+    for trial in search(open_level, plan.config, len(experts), objective):
+        found = done()
+        _write_trials(plan, every, found)
+        if trial.level == "screen" and trial == best(found[0]):
+            _export(plan, objective, hashes, every[0], trial)
+        yield trial
+    found = done()
+    _write_trials(plan, every, found)
+    _export(plan, objective, hashes, every[-1], best(found[-1]))
+    metric = plan.config.search.metric
+    search_cost(list(zip(every, found, strict=True)), metric, plan.run.search_figure("cost"))
+    search_surfaces(found[0], metric, plan.run.search_figure("surfaces"))
+    yield from _write_candidates(plan, objective, every[0], found[0])
+    if plan.config.search.num_finalists:
+        yield f"best on {len(every[-1].seeds)} fresh seeds: {best(found[-1]).value:.5g}"
+
+
+def _export(plan: Plan, objective: Objective, hashes: list[str], level: Level, winner: Trial) -> None:
+    """Write the merged model with its record, unless it is there."""
+    remove_leftovers(plan.run.merged)
+    record = merge_record(plan, hashes, level, winner)
+    written = plan.run.merged / "merge.json"
+    if not written.exists() or json.loads(written.read_text()) != record:
+        export_pipeline(plan.base, objective.merge(winner.weights), plan.run.merged, model_card(record), record)
+
+
+def _write_candidates(plan: Plan, objective: Objective, screen: Level, done: list[Trial]) -> Iterator[str]:
+    """Report the candidates everyone asks for, as screened: base, uniform, sum of all, ensemble, best."""
+    if not plan.run.candidates.exists():
+        values = {t.weights: t.value for t in done}
+        named = zip(("pretrained", "uniform", "sum"), fixed_candidates(len(done[0].weights)), strict=False)
+        table = {name: values[weights] for name, weights in named}
+        if not plan.config.search.checkpoints:
+            table["ensemble"] = objective.score_ensemble(screen)
+        write_json(plan.run.candidates, {"metric": plan.config.search.metric, **table, "best": min(values.values())})
+    found = json.loads(plan.run.candidates.read_text())
+    yield f"on the search seeds, {found.pop('metric')}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items())
+
+
+def _write_trials(plan: Plan, every: list[Level], found: list[list[Trial]]) -> None:
+    records: list[dict[str, Any]] = []
+    for level, done in zip(every, found, strict=True):
+        extra = {
+            "num_images": len(level.seeds),
+            "num_steps": level.num_steps or plan.config.sample.num_steps,
+            "seeds": [level.seeds.start, level.seeds.stop - 1],
+            "metric": plan.config.search.metric,
+        }
+        records += [asdict(t) | extra for t in done]
+    write_records(plan.run.trials, records)
