@@ -177,6 +177,20 @@ def test_a_kill_between_queueing_a_candidate_and_starting_it_leaves_no_trace(
     assert plain(list(search(open_level, config("tpe"), 2, objective))) == plain(uninterrupted("tpe"))
 
 
+def test_a_worker_that_was_ahead_of_a_kill_leaves_no_gap(uninterrupted: Callable[[str], list[Trial]]) -> None:
+    open_level = in_memory()
+    later = uninterrupted("random")[3]
+    attributes = {"level": "screen", "place": later.number, "weights": later.weights, "worker": "another"}
+    study = open_level("screen")
+    study.enqueue_trial({f"w{i}": w for i, w in enumerate(later.weights)}, user_attrs=attributes)
+    taken = study.ask()
+    taken.set_user_attr("merged_sha256", later.merged_sha256)
+    taken.set_user_attr("seconds", 1.0)
+    study.tell(taken, later.value)
+    list(search(open_level, config("random"), 2, objective))
+    assert plain(trials(study)) == plain(uninterrupted("random"))
+
+
 def test_a_finished_study_is_not_searched_again(uninterrupted: Callable[[str], list[Trial]]) -> None:
     open_level = in_memory()
     first = list(search(open_level, config("random"), 2, objective))

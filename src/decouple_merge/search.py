@@ -11,9 +11,11 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
@@ -21,6 +23,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
 
 from .config import Config, Search
 from .seeds import stream_seed
@@ -137,16 +140,35 @@ def open_storage(url: str) -> RDBStorage:
     Raises:
         ValueError: there is nothing at the URL that answers, or its driver isn't installed.
     """
+    is_file = url.startswith("sqlite")
     try:
         # Several workers write to one file: each waits for its turn.
-        patience = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-        return RDBStorage(url, engine_kwargs=patience)
+        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if is_file else {})
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"search.storage is {url!r}, which doesn't open ({type(error).__name__}: {reason}); expected a URL such as "
             "postgresql://user@host/database, with the server running and its driver (psycopg2-binary) installed"
         ) from error
+    if is_file:
+        _lock_before_reading(storage)
+    return storage
+
+
+def _lock_before_reading(storage: RDBStorage) -> None:
+    """Make every SQLite transaction take the file's lock at its start.
+
+    Otherwise Python locks at the first write only: two workers that read the same candidate as waiting both take it.
+    """
+    storage.engine.dispose()
+
+    @event.listens_for(storage.engine, "connect")
+    def leave_transactions_alone(connection: Any, record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(storage.engine, "begin")
+    def begin_with_the_lock(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def open_study(storage: RDBStorage | None, name: str) -> Study:
@@ -308,22 +330,24 @@ def _one_batch(candidates: list[Weights]) -> Strategy:
 
 def _drive(study: Study, batches: Strategy, level: Level, settings: Search, objective: Objective) -> Iterator[Trial]:
     """Evaluate batch after batch until the strategy ends or the budget is spent; yields the new trials."""
-    known: Known = {}
+    # Places are counted over what was proposed, not over what is finished: workers may have been ahead of a kill.
+    proposed: set[Weights] = set()
     batch, num_idle = next(batches), 0
     while True:
-        fresh = [w for w in dict.fromkeys(batch) if w not in known]
-        places = list(enumerate(fresh, start=len(known)))[: level.num_candidates - len(known)]
+        fresh = [w for w in dict.fromkeys(batch) if w not in proposed][: level.num_candidates - len(proposed)]
+        places = list(enumerate(fresh, start=len(proposed)))
+        proposed |= set(fresh)
         for chunk in (places[i : i + NUM_QUEUED] for i in range(0, len(places), NUM_QUEUED)):
             if level.name == "screen" and _out_of_time(study, settings, chunk):
                 return
             yield from _evaluate_all(study, dict(chunk), level, settings, objective)
-        known |= {t.weights: t.value for t in trials(study)}
         num_idle = 0 if fresh else num_idle + 1
         # A strategy that has converged may propose the same for ever.
-        if len(known) >= level.num_candidates or num_idle > 100:
+        if len(proposed) >= level.num_candidates or num_idle > 100:
             return
+        values = {t.weights: t.value for t in trials(study)}
         try:
-            batch = batches.send([known[w] for w in batch])
+            batch = batches.send([values[w] for w in batch])
         except StopIteration:
             return
 
@@ -342,6 +366,8 @@ def _evaluate_all(
     """Queue the candidates that nobody has and evaluate what waits, until all are finished; yields them as they are."""
     reported = {t.number for t in trials(study)}
     beats: dict[int, tuple[int, float]] = {}
+    # A storage may miss, for a moment, a trial that others finish while it is read: what was queued is counted here.
+    queued = Counter(t.user_attrs.get("place") for t in study.get_trials(deepcopy=False))
     while True:
         for trial in trials(study):
             if trial.number not in reported:
@@ -351,10 +377,11 @@ def _evaluate_all(
         if not missing:
             return
         _fail_silent(study, beats)
-        live = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE))
-        taken_places = {t.user_attrs.get("place") for t in live}
+        failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        num_failed = Counter(t.user_attrs.get("place") for t in failed)
         for place in missing:
-            if place not in taken_places:
+            if queued[place] <= num_failed[place]:
+                queued[place] += 1
                 params = {f"w{i}": w for i, w in enumerate(places[place])}
                 attributes = {"level": level.name, "place": place, "weights": places[place]}
                 study.enqueue_trial(params, user_attrs=attributes)
