@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from conftest import make_unet
 from decouple_merge import cli
 from decouple_merge.config import Config
-from decouple_merge.data import to_model
+from decouple_merge.data import to_model, training_batches
 from decouple_merge.fisher import write_fishers
 from decouple_merge.gradient import (
     DenoisingLoss,
@@ -29,9 +29,9 @@ from decouple_merge.gradient import (
     noisy_batch,
 )
 from decouple_merge.models import Base
-from decouple_merge.plan import Plan, prepare
+from decouple_merge.plan import Plan, default_device, prepare
 from decouple_merge.projection import attach_projections
-from decouple_merge.seeds import generator
+from decouple_merge.seeds import generator, stream_seed
 from decouple_merge.timesteps import TimestepRange
 from decouple_merge.weights import Tensors, merge
 
@@ -115,6 +115,20 @@ def test_the_loss_is_that_of_the_merged_network(unet: Base) -> None:
     experts, batch = moved(unet, 3), batch_of(unet)
     found, _ = DenoisingLoss(unet, experts, CPU)(torch.tensor([[0.3, -0.1, 1.2]]), batch)
     assert found == pytest.approx(float(value_at(unet, experts, [0.3, -0.1, 1.2], batch)), rel=1e-6)
+
+
+def test_timestep_weights_choose_the_samples_that_count(unet: Base) -> None:
+    experts, batch = moved(unet, 2), batch_of(unet)
+    weights = torch.tensor([[0.3, 0.6]])
+    is_late = batch.t >= 20
+    assert 0 < int(is_late.sum()) < len(batch.t)
+    late = NoisyBatch(batch.x_t[is_late], batch.t[is_late], batch.target[is_late])
+    chosen = 2.0 * (torch.arange(NUM_TIMESTEPS) >= 20)
+    value, gradient = DenoisingLoss(unet, experts, CPU, timestep_weights=chosen)(weights, batch)
+    alone, its_gradient = DenoisingLoss(unet, experts, CPU)(weights, late)
+    share = 2.0 * len(late.t) / len(batch.t)
+    assert value == pytest.approx(share * alone, rel=1e-9)
+    torch.testing.assert_close(gradient, share * its_gradient, rtol=1e-9, atol=1e-12)
 
 
 @settings(deadline=None, max_examples=10)
@@ -239,6 +253,17 @@ def test_a_record_has_the_loss_at_the_weights_before_its_step() -> None:
     assert start.tolist() == [[0.25, 0.25]]
 
 
+def test_the_learning_rate_falls_to_nothing() -> None:
+    base, experts = solved(2000)
+    records = list(
+        learn_weights(
+            DenoisingLoss(base, experts, CPU), endless(2, 4), torch.zeros(1, 2), 50, seed=0, bounds=(-9.0, 9.0)
+        )
+    )
+    rows = torch.tensor([r.weights[0] for r in records])
+    assert (rows[-1] - rows[-2]).abs().max() < 3 * 0.05 / 50
+
+
 def test_learning_repeats_itself_and_depends_on_the_seed() -> None:
     base, experts = solved(2000)
     start = torch.tensor([[0.25, 0.25]])
@@ -358,6 +383,8 @@ def test_what_cant_be_learned_is_refused() -> None:
         next(learn_weights(loss, endless(2), torch.tensor([[0.0, 2.6]]), 1, seed=0))
     with pytest.raises(ValueError, match="the batches ended after 2, expected one for each of 3 steps"):
         list(learn_weights(loss, iter([images(4, 2)] * 2), torch.zeros(1, 2), 3, seed=0))
+    with pytest.raises(ValueError, match="found 3 timestep weights, the least -1; expected 40, one for each"):
+        DenoisingLoss(base, experts, CPU, timestep_weights=torch.tensor([1.0, -1.0, 1.0]))
     infinite = DenoisingLoss(base, [{**experts[0], "bias": torch.full((4,), torch.inf)}], CPU)
     with pytest.raises(ValueError, match=r"the loss is .* at step 0 with weights .*check the experts"):
         next(learn_weights(infinite, endless(2), torch.ones(1, 1), 1, seed=0))
@@ -398,7 +425,16 @@ def test_fisher_files_of_a_run_merge_it(plan: Plan, tmp_path: Path) -> None:
     a, b = (load_file(e / "model.safetensors")[key].double() for e in experts)
     expected = (one * a + 2 * two * b) / (one + 2 * two)
     torch.testing.assert_close(merged[key], expected.float(), rtol=1e-4, atol=1e-6)
-    assert not torch.equal(one, two)
+
+
+def test_a_runs_fisher_file_is_of_its_expert_at_its_own_timesteps(plan: Plan) -> None:
+    list(write_fishers(plan, 1))
+    for index, own in enumerate(plan.ranges):
+        expert, seed = load_file(plan.run.expert(index) / "model.safetensors"), stream_seed(0, "fisher", index)
+        batches = training_batches(plan.images, plan.config.data, 4, seed, 0, 1)
+        expected = fisher_information(plan.base, expert, own, batches, seed, default_device())
+        found = load_file(plan.run.fisher(index))
+        assert all(torch.equal(found[k], v) for k, v in expected.items())
 
 
 def test_a_fisher_file_is_kept_until_its_expert_or_its_images_change(plan: Plan) -> None:

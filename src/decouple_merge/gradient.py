@@ -86,20 +86,35 @@ def layer_patterns(keys: Iterable[str]) -> list[str]:
 class DenoisingLoss:
     """The denoising loss of a merged model as a function of the merging weights, with its gradient.
 
-    L(w) = mean of ‖target - f_θ(w)(x_t, t)‖² over a batch, with θ(w) = θ + Σ w_i·τ_i (DeMe, Eq. 8) and τ_i = θ_i - θ.
+    L(w) = mean of λ_t·‖target - f_θ(w)(x_t, t)‖² over a batch, with θ(w) = θ + Σ w_i·τ_i (DeMe, Eq. 8), τ_i = θ_i - θ.
     By the chain rule ∂L/∂w_i = ⟨∇L(θ(w)), τ_i⟩: one backward pass of one network, whatever N, and N inner products.
     With several patterns each has its own weights, and the products are over its keys alone.
 
     Args:
         patterns: of keys, as ``down_blocks.*``; the first that matches counts. ``layer_patterns`` has one a layer.
+        timestep_weights: λ >= 0, [T]; 1 where not given. An ε-model's loss is largest at the cleanest timesteps, which
+            then decide; the inverse of the base's loss on each range lets every range count alike.
 
     Raises:
-        ValueError: an expert doesn't have the base's keys and shapes, or the patterns don't fit the keys.
+        ValueError: an expert doesn't have the base's keys and shapes, the patterns don't fit the keys, or the timestep
+            weights are negative or not one for each timestep.
     """
 
     def __init__(
-        self, base: Base, experts: list[Tensors], device: torch.device, patterns: Sequence[str] = ("*",)
+        self,
+        base: Base,
+        experts: list[Tensors],
+        device: torch.device,
+        patterns: Sequence[str] = ("*",),
+        timestep_weights: Float[Tensor, " T"] | None = None,
     ) -> None:
+        num = base.num_train_timesteps
+        self.timestep_weights = torch.ones(num) if timestep_weights is None else timestep_weights
+        if len(self.timestep_weights) != num or not bool((self.timestep_weights >= 0).all()):
+            raise ValueError(
+                f"found {len(self.timestep_weights)} timestep weights, the least {self.timestep_weights.min():g}; "
+                f"expected {num}, one for each timestep, none below 0"
+            )
         start = base.network.state_dict()
         for index, expert in enumerate(experts):
             check_same_keys(start, expert, f"expert {index}")
@@ -133,7 +148,8 @@ class DenoisingLoss:
     ) -> tuple[float, Float[Tensor, "patterns experts"]]:
         """Compute the loss on a batch, and its gradient in the weights, float64 on the CPU."""
         tensors, leaves = _with_leaves(self.merge(weights))
-        loss, found = _loss_and_gradients(self.network, tensors, leaves, batch, self.device)
+        scale = self.timestep_weights[batch.t]
+        loss, found = _loss_and_gradients(self.network, tensors, leaves, batch, scale, self.device)
         gradients = dict(zip(leaves, found, strict=True))
         return loss, torch.stack([s.inner_products(gradients) for s in self.stacks])
 
@@ -147,7 +163,7 @@ def learn_weights(
     bounds: tuple[float, float] = (-0.2, 2.5),
     learning_rate: float = 0.05,
 ) -> Iterator[WeightRecord]:
-    """Learn merging weights by Adam on the denoising loss over all timesteps (Kingma & Ba 2015); yields every step.
+    """Learn merging weights by Adam (Kingma & Ba 2015) on the denoising loss over all timesteps; yields every step.
 
     The rate falls linearly to 0, so that the noise of the last batches hardly moves the result. Weights are clamped to
     the bounds after each step. Noise and timesteps of step s depend only on (seed, s).
@@ -207,11 +223,12 @@ def fisher_information(
     network = _network(base, [expert], device)
     tensors, leaves = _with_leaves(cast({k: v.to(device) for k, v in expert.items()}, _dtype(base)))
     sums = [torch.zeros_like(leaf) for leaf in leaves.values()]
-    num_samples = 0
+    num_samples, scale = 0, torch.ones(1)
     for index, images in enumerate(batches):
         batch = noisy_batch(base, images, own, generator(seed, "fisher", index))
         for x_t, t, target in zip(batch.x_t.split(1), batch.t.split(1), batch.target.split(1), strict=True):
-            _, gradients = _loss_and_gradients(network, tensors, leaves, NoisyBatch(x_t, t, target), device)
+            one = NoisyBatch(x_t, t, target)
+            _, gradients = _loss_and_gradients(network, tensors, leaves, one, scale, device)
             torch._foreach_addcmul_(sums, gradients, gradients)
         num_samples += len(images)
     if num_samples == 0:
@@ -243,9 +260,9 @@ def _with_leaves(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 @torch.enable_grad()
 def _loss_and_gradients(
-    network: nn.Module, tensors: Tensors, leaves: Tensors, batch: NoisyBatch, device: torch.device
+    network: nn.Module, tensors: Tensors, leaves: Tensors, batch: NoisyBatch, scale: Tensor, device: torch.device
 ) -> tuple[float, tuple[Tensor, ...]]:
     x_t, t, target = batch.x_t.to(device), batch.t.to(device), batch.target.to(device)
     output = functional_call(network, tensors, (x_t, t), {"return_dict": False})[0]
-    loss = per_sample_mse(output, target).mean()
+    loss = (scale.to(device) * per_sample_mse(output, target)).mean()
     return loss.item(), torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
