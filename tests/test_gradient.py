@@ -1,6 +1,7 @@
 """Gradients in the merging weights, weights learned with them, and Fisher information, each against a definition."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -435,6 +436,16 @@ def test_a_runs_fisher_file_is_of_its_expert_at_its_own_timesteps(plan: Plan) ->
         expected = fisher_information(plan.base, expert, own, batches, seed, default_device())
         found = load_file(plan.run.fisher(index))
         assert all(torch.equal(found[k], v) for k, v in expected.items())
+
+
+def test_the_example_of_learned_weights_runs(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs/merging.md").read_text(encoding="utf-8")
+    (example,) = [b for b in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "learn_weights" in b]
+    exec(example.replace("runs/fashion-quick", str(plan.run.folder)).replace("), 200", "), 2"), {})
+    *steps, down, _, up, _ = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in steps] == ["1", "2"]
+    assert re.fullmatch(r"--block 'down_blocks\.\*=[-\d.]+,[-\d.]+'", down)
+    assert re.fullmatch(r"--block 'up_blocks\.\*=[-\d.]+,[-\d.]+'", up)
 
 
 def test_a_fisher_file_is_kept_until_its_expert_or_its_images_change(plan: Plan) -> None:
