@@ -11,8 +11,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "decouple_merge"
 LAYERS = [
     ["timesteps", "losses", "projection", "rules", "weights", "metrics", "seeds"],
     ["config", "models", "data", "features", "inception", "runs", "search", "strategies", "tensors"],
-    ["finetune", "sample", "evaluate", "merging", "figures"],
-    ["executors", "plan", "card", "objective", "results", "selection", "standalone", "workflow", "progress", "cli"],
+    ["finetune", "gradient", "sample", "evaluate", "merging", "figures"],
+    ["executors", "plan", "card", "objective", "fisher", "results", "selection", "standalone", "workflow", "progress", "cli"],
 ]
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 MATHS, STAGES = LAYERS[0], LAYERS[2]

@@ -64,6 +64,12 @@ def test_squared_error_is_a_mean_over_elements_for_each_sample_in_float32() -> N
     assert torch.equal(per_sample_mse(a, b), torch.tensor([2.0, 45000.0]))
 
 
+def test_errors_of_float64_are_float64() -> None:
+    # In float32 both would be 1.
+    a, b = torch.tensor([[1.0 + 1e-9, 0.0]], dtype=torch.float64), torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    assert per_sample_mse(a, b).item() == pytest.approx(5e-19, rel=1e-6)
+
+
 def test_gradient_is_zero_at_the_midpoint_of_noise_and_teacher_and_only_there() -> None:
     noise, teacher = draw(4, 1, 3, 3), draw(4, 1, 3, 3, seed=1)
     output = ((noise + teacher) / 2).requires_grad_()

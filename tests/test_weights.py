@@ -101,6 +101,26 @@ def test_a_stacked_merge_reuses_its_memory() -> None:
         stacked.merge([1.0])
 
 
+def test_a_task_vector_far_smaller_than_the_weights_keeps_its_gradient() -> None:
+    # ⟨g, θ_i⟩ - ⟨g, θ⟩ in float32 would be 0.
+    base, expert = {"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([1.0 + 2**-22, 1.0])}
+    gradient = {"w": torch.tensor([1.0, 3.0])}
+    assert Stacked(base, [expert, base], torch.device("cpu")).inner_products(gradient).tolist() == [2**-22, 0.0]
+
+
+def test_inner_products_are_sums_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = torch.Generator().manual_seed(0)
+    shapes = {"a": (10, 7), "b": (3,)}
+    base, one, two, gradient = (
+        {k: torch.randn(s, generator=draws) for k, s in shapes.items()} | {"n": torch.arange(2)} for _ in range(4)
+    )
+    expected = [sum(float(((e[k] - base[k]) * gradient[k]).double().sum()) for k in "ab") for e in (one, two)]
+    for size in (1, 16, 1000):
+        monkeypatch.setattr(Stacked, "CHUNK", size)
+        found = Stacked(base, [one, two], torch.device("cpu")).inner_products(gradient)
+        assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
 def test_merging_is_eq_8() -> None:
     base, experts = {"w": torch.tensor([1.0, 2.0])}, [{"w": torch.tensor([3.0, 2.0])}, {"w": torch.tensor([1.0, 6.0])}]
     assert torch.equal(merge(base, experts, [0.5, -0.25])["w"], torch.tensor([2.0, 1.0]))

@@ -112,6 +112,22 @@ def search(
 
 
 @app.command()
+def fisher(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with finished experts")],
+    num_batches: Annotated[int, typer.Option(min=1, help="For each expert, of finetune.batch_size images")] = 10,
+) -> None:
+    """Write the diagonal Fisher information of a run's experts, for `deme merge --method fisher`.
+
+    Example: `deme fisher runs/fashion-quick`
+    """
+    from . import plan
+    from .config import load_config
+    from .fisher import write_fishers
+
+    _show(write_fishers(plan.prepare(load_config(run_folder / "config.yaml"), run_folder), num_batches))
+
+
+@app.command()
 def merge(
     out: Annotated[Path, typer.Option(help="Folder where BASE is one, .safetensors file where BASE is one")],
     base: Annotated[

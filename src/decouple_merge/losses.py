@@ -45,8 +45,9 @@ def prediction_target(
 
 
 def per_sample_mse(a: Float[Tensor, "batch ..."], b: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
-    """Compute the squared error of each sample, averaged over its elements, in float32."""
-    return (a.float() - b.float()).square().flatten(1).mean(1)
+    """Compute the squared error of each sample, averaged over its elements, in float32, or float64 where one is."""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return (a.to(wide) - b.to(wide)).square().flatten(1).mean(1)
 
 
 def finetune_loss(

@@ -60,6 +60,10 @@ class Run:
     def expert(self, index: int) -> Path:
         return self.folder / "experts" / str(index)
 
+    def fisher(self, index: int) -> Path:
+        # Not in the expert's folder: a folder with two weights files is no model.
+        return self.folder / "fisher" / f"{index}.safetensors"
+
     def baseline(self, name: str) -> Path:
         return self.folder / "baselines" / name
 

@@ -63,14 +63,16 @@ class Stacked:
     """Base and experts as one matrix that is held once: a candidate is one pass over it, into memory that is reused.
 
     Attributes:
-        matrix: float32 [N + 1, P], the base's row first; P counts the elements of all floating tensors.
-        merged: float32 [P], the last candidate.
+        matrix: [N + 1, P] of ``dtype``, the base's row first; P counts the elements of all floating tensors.
+        merged: [P], the last candidate.
     """
 
     # Elements whose sum stays in a core's cache while the rows pass through it.
     CHUNK = 1 << 15
 
-    def __init__(self, base: Tensors, experts: list[Tensors], device: torch.device) -> None:
+    def __init__(
+        self, base: Tensors, experts: list[Tensors], device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.fixed: Tensors = {}
         self.shapes: dict[str, torch.Size] = {}
         for key, (start, *_) in _versions(base, experts):
@@ -79,8 +81,8 @@ class Stacked:
             else:
                 self.fixed[key] = start.to(device)
         total = sum(shape.numel() for shape in self.shapes.values())
-        self.matrix = torch.empty(len(experts) + 1, total, device=device)
-        self.merged = torch.empty(total, device=device)
+        self.matrix = torch.empty(len(experts) + 1, total, device=device, dtype=dtype)
+        self.merged = torch.empty(total, device=device, dtype=dtype)
         rows = [self._views(row) for row in self.matrix]
         for key, versions in _versions(base, experts):
             if key in self.shapes:
@@ -101,7 +103,7 @@ class Stacked:
             raise ValueError(f"{len(weights)} weights for {len(self.matrix) - 1} experts, expected one each")
         coefficients = [1.0 - math.fsum(weights), *weights]
         rows = [(c, row) for c, row in zip(coefficients, self.matrix, strict=True) if c]
-        size = self.CHUNK if self.merged.device.type == "cpu" else len(self.merged)
+        size = self._chunk_size()
         chunks = zip(self.merged.split(size), *(row.split(size) for _, row in rows), strict=True)
         (first, _), *others = rows
         for out, start, *versions in chunks:
@@ -109,6 +111,25 @@ class Stacked:
             for (c, _), version in zip(others, versions, strict=True):
                 out.add_(version, alpha=c)
         return self._views(self.merged) | self.fixed
+
+    def _chunk_size(self) -> int:
+        return self.CHUNK if self.merged.device.type == "cpu" else len(self.merged)
+
+    def inner_products(self, gradients: Tensors) -> Tensor:
+        """Compute ⟨g, θ_i - θ⟩ of each expert over all floating tensors: by the chain rule, ∂L/∂w_i of ``merge``.
+
+        Args:
+            gradients: g, by key.
+
+        Returns:
+            float64 [N] on the CPU. Task vectors are subtracted first: ⟨g, θ_i⟩ - ⟨g, θ⟩ would cancel.
+        """
+        flat = torch.cat([gradients[key].flatten() for key in self.shapes])
+        total = torch.zeros(len(self.matrix) - 1, dtype=torch.float64)
+        size = self._chunk_size()
+        for rows, chunk in zip(self.matrix.split(size, dim=1), flat.split(size), strict=True):
+            total += ((rows[1:] - rows[0]) @ chunk).cpu().double()
+        return total
 
 
 def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
