@@ -69,7 +69,7 @@ def tiny_config(tiny_base: Path, tiny_images: Path) -> Callable[..., Config]:
                 "tracker": "none",
             },
             "sample": {"num_steps": 3, "batch_size": 8},
-            "search": {"num_trials": 5, "num_images": 10},
+            "search": {"num_trials": 5, "num_images": 10, "gradient_batches": 2},
             "evaluate": {"num_images": 10, "num_sample_images": 2},
         }
         for section, changes in sections.items():

@@ -12,7 +12,19 @@ LAYERS = [
     ["timesteps", "losses", "projection", "rules", "weights", "metrics", "seeds"],
     ["config", "models", "data", "features", "inception", "runs", "search", "strategies", "tensors"],
     ["finetune", "gradient", "sample", "evaluate", "merging", "figures"],
-    ["executors", "plan", "card", "objective", "fisher", "results", "selection", "standalone", "workflow", "progress", "cli"],
+    [
+        "executors",
+        "plan",
+        "card",
+        "objective",
+        "fisher",
+        "results",
+        "selection",
+        "standalone",
+        "workflow",
+        "progress",
+        "cli",
+    ],
 ]
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 MATHS, STAGES = LAYERS[0], LAYERS[2]

@@ -60,7 +60,7 @@ def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Unkilled:
                 "baseline": False,
             },
             "sample": {"num_steps": 4, "batch_size": 16},
-            "search": {"num_trials": 9, "num_images": 32},
+            "search": {"num_trials": 9, "num_images": 32, "gradient_batches": 3},
             "evaluate": {
                 "num_images": 4,
                 "num_seed_sets": 1,

@@ -79,7 +79,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Finished:
                 "tracker": "none",
             },
             "sample": {"num_steps": 3, "batch_size": 8},
-            "search": {"num_trials": 9, "num_images": 10},
+            "search": {"num_trials": 9, "num_images": 10, "gradient_batches": 3},
             "evaluate": {"num_images": 10, "num_seed_sets": 2, "num_sample_images": 2},
         }
     )
@@ -165,6 +165,15 @@ def test_every_trials_hash_is_that_of_its_merged_tensors(done: Finished) -> None
     weights = [tuple(t["weights"]) for t in trials]
     assert {(0.0,) * 3, (1 / 3,) * 3, (1.0,) * 3} <= set(weights)
     assert trials[weights.index((0.0,) * 3)]["merged_sha256"] == load_base(str(done.base)).sha256
+
+
+def test_weights_learned_by_the_gradient_are_screened(done: Finished) -> None:
+    learned = json.loads((done.folder / "search/learned.json").read_text())
+    assert learned["num_batches"] == 3
+    assert learned["experts_sha256"] == [tensors_sha256(e) for e in done.experts()]
+    trials = [t for t in read_records(done.folder / "search/trials.jsonl") if t["level"] == "screen"]
+    assert trials[5]["weights"] == pytest.approx(learned["weights"], abs=1e-6)
+    assert learned["weights"] != pytest.approx([1 / 3] * 3, abs=1e-3)
 
 
 def best_finalist(folder: Path) -> dict[str, Any]:
@@ -293,7 +302,7 @@ def test_a_run_with_trunk_projections_keeps_them_and_is_scored_with_them(
 ) -> None:
     config = tiny_config(
         finetune={"projection": {"placement": "trunk", "learning_rate_scale": 100.0}, "baseline": False},
-        search={"num_trials": 3},
+        search={"num_trials": 3, "gradient_batches": 2},
         evaluate={"num_seed_sets": 1, "metrics": ["fd_effnetlite0"]},
     )
     events = list(workflow.run(config, tmp_path / "run"))

@@ -26,7 +26,9 @@ from decouple_merge.search import (
 from decouple_merge.strategies import Weights
 
 TARGET = (1.7, 0.4)
-STRATEGIES = [s for s in get_args(Search.model_fields["strategy"].annotation) if s not in ("grid", "greedy")]
+STRATEGIES = [
+    s for s in get_args(Search.model_fields["strategy"].annotation) if s not in ("grid", "greedy", "gradient")
+]
 
 
 def objective(weights: Weights, level: Level) -> Score:
@@ -39,7 +41,9 @@ def of(function: Callable[[Weights], float]) -> Callable[[Weights, Level], Score
 
 
 def settings(strategy: str, **changes: Any) -> Search:
-    return Search.model_validate({"strategy": strategy, "num_trials": 12, "num_finalists": 0, **changes})
+    return Search.model_validate(
+        {"strategy": strategy, "num_trials": 12, "num_finalists": 0, "gradient_batches": 0} | changes
+    )
 
 
 def config(strategy: str, seed: int = 3, **changes: Any) -> Config:
@@ -317,7 +321,7 @@ def test_the_grid_visits_every_coarse_point_then_the_neighbours_of_the_best() ->
 
 
 def test_no_strategy_evaluates_equal_candidates_twice() -> None:
-    for strategy in get_args(Search.model_fields["strategy"].annotation):
+    for strategy in (*STRATEGIES, "grid", "greedy"):
         asked: list[Weights] = []
 
         def counted(weights: Weights, level: Level, asked: list[Weights] = asked) -> Score:
@@ -361,6 +365,24 @@ def test_the_greedy_soup_keeps_an_expert_only_where_it_helps() -> None:
     # The pair, and then all three, which the fixed candidates hold already to six digits.
     assert (0.0, 0.5, 0.5) in [t.weights for t in found[6:]]
     assert best(found).weights == (0.0, 0.5, 0.5)
+
+
+def test_learned_weights_are_evaluated_before_the_strategy_chooses_and_moved_into_the_space() -> None:
+    asked = config("random", gradient_batches=5, frozen={1: 0.4})
+    found = list(search(in_memory(), asked, 2, objective, (3.0, 1.0)))
+    num = len(first_candidates(asked.search, 2))
+    assert found[num].weights == (2.5, 0.4)
+    assert len(found) == 12
+
+
+def test_the_gradient_strategy_tries_multiples_of_what_was_learned() -> None:
+    asked = config("gradient", gradient_batches=5)
+    found = list(search(in_memory(), asked, 2, objective, (0.9, 0.2)))
+    expected = [(0.9, 0.2), (0.45, 0.1), (1.35, 0.3), (1.8, 0.4)]
+    assert [t.weights for t in found] == [*first_candidates(asked.search, 2), *expected]
+    assert num_candidates(asked.search, 2) == len(found)
+    with pytest.raises(ValueError, match="leaves the strategy gradient nothing to try"):
+        settings("gradient")
 
 
 def test_a_batch_of_proposals_holds_different_candidates() -> None:

@@ -151,12 +151,14 @@ class Search(Section):
 
     Attributes:
         strategy: ``gp`` or ``tpe`` (Optuna samplers), ``cmaes``, ``evolution``, ``coordinate``, ``random``, ``greedy``
-            (soup), or ``grid``, coarse to fine.
+            (soup), ``grid``, coarse to fine, or ``gradient``, which tries what was learned and multiples of it.
         method: how candidates are merged, a rule by name.
         density: share of a task vector that TIES keeps.
         checkpoints: pipelines or weight files to combine in place of the run's experts.
         low, high: bounds of every weight; ``frozen`` fixes some, by the expert's index.
         start: weight vectors to evaluate before the strategy chooses.
+        gradient_batches: training batches on which a weight vector to start with is learned by the gradient of the
+            denoising loss; 0 learns none.
         num_trials: candidates to screen, at most; less where max_images, the images drawn for screening, or
             max_minutes, the time spent on it by all workers, are reached before.
         batch_size: candidates that ``gp`` and ``tpe`` propose at once, to keep several workers busy.
@@ -169,7 +171,7 @@ class Search(Section):
         storage: URL of the study for workers on several machines; None keeps an SQLite file in the run folder.
     """
 
-    strategy: Literal["gp", "tpe", "cmaes", "evolution", "coordinate", "random", "greedy", "grid"] = "gp"
+    strategy: Literal["gp", "tpe", "cmaes", "evolution", "coordinate", "random", "greedy", "grid", "gradient"] = "gp"
     method: Literal["linear", "ties"] = "linear"
     density: float = Field(1.0, gt=0, le=1)
     checkpoints: list[str] = []
@@ -177,6 +179,7 @@ class Search(Section):
     high: float = 2.5
     frozen: dict[NonNegativeInt, float] = {}
     start: list[list[float]] = []
+    gradient_batches: NonNegativeInt = 200
     num_trials: PositiveInt = 40
     max_images: PositiveInt | None = None
     max_minutes: PositiveFloat | None = None
@@ -195,6 +198,8 @@ class Search(Section):
     def _bounds(self) -> "Search":
         if self.low >= self.high:
             raise ValueError(f"low is {self.low} and high is {self.high}, expected low below high")
+        if self.strategy == "gradient" and self.gradient_batches == 0:
+            raise ValueError("gradient_batches is 0, which leaves the strategy gradient nothing to try; set it to 200")
         return self
 
 

@@ -43,6 +43,10 @@ class Run:
         return self.folder / "search" / "trials.jsonl"
 
     @property
+    def learned(self) -> Path:
+        return self.folder / "search" / "learned.json"
+
+    @property
     def candidates(self) -> Path:
         return self.folder / "search" / "candidates.json"
 

@@ -46,6 +46,8 @@ HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30
 # Candidates that wait in the storage at once: enough for any number of workers, few enough to stop soon.
 NUM_QUEUED = 64
 MAIN = "main"
+# Of the learned weights: the loss knows their direction better than their length.
+MULTIPLES = (0.5, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -209,12 +211,14 @@ def first_candidates(settings: Search, num_experts: int) -> list[Weights]:
 
 def num_candidates(settings: Search, num_experts: int) -> int:
     """Count the candidates a search will screen at most."""
-    first = len(first_candidates(settings, num_experts))
+    first = len(first_candidates(settings, num_experts)) + bool(settings.gradient_batches)
     if settings.strategy == "grid":
         num_free = _space(settings, num_experts).num_free
         wanted = first + len(axis(_space(settings, num_experts), settings.grid_step)) ** num_free + 3**num_free
     elif settings.strategy == "greedy":
         wanted = first + 2 * num_experts - 1
+    elif settings.strategy == "gradient":
+        wanted = first + len(MULTIPLES)
     else:
         wanted = settings.num_trials
     if settings.max_images is not None:
@@ -223,7 +227,11 @@ def num_candidates(settings: Search, num_experts: int) -> int:
 
 
 def search(
-    open_level: Callable[[str], Study], config: Config, num_experts: int, objective: Objective
+    open_level: Callable[[str], Study],
+    config: Config,
+    num_experts: int,
+    objective: Objective,
+    learned: Weights | None = None,
 ) -> Iterator[Trial]:
     """Propose candidates, evaluate them beside any workers, promote the best; yields each trial as it is finished.
 
@@ -231,6 +239,7 @@ def search(
 
     Args:
         open_level: returns the study of a level by the level's name.
+        learned: weights to start with, from ``gradient_batches``.
     """
     settings, promoted = config.search, list[Weights]()
     every = levels(config, num_experts)
@@ -244,7 +253,7 @@ def search(
                 study.tell(running.number, state=TrialState.FAIL)
     for level, study in zip(every, studies, strict=True):
         if level.name == "screen":
-            batches = _proposals(settings, num_experts, config.seed)
+            batches = _proposals(settings, num_experts, config.seed, learned)
         else:
             batches = _one_batch(promoted[: level.num_candidates])
         yield from _drive(study, batches, level, settings, objective)
@@ -272,11 +281,16 @@ def _space(settings: Search, num_experts: int) -> Space:
     return Space(settings.low, settings.high, tuple(settings.frozen.get(i) for i in range(num_experts)))
 
 
-def _proposals(settings: Search, num_experts: int, seed: int) -> Strategy:
-    first = first_candidates(settings, num_experts)
-    known = dict(zip(first, (yield first), strict=True))
+def _proposals(settings: Search, num_experts: int, seed: int, learned: Weights | None) -> Strategy:
     space, drawn = _space(settings, num_experts), stream_seed(seed, "search", 0)
+    first = first_candidates(settings, num_experts)
+    if learned is not None:
+        first.append(space.embed(space.free(learned)))
+    known = dict(zip(first, (yield first), strict=True))
     if space.num_free == 0:
+        return
+    if settings.strategy == "gradient" and learned is not None:
+        yield [space.embed([factor * w for w in space.free(learned)]) for factor in MULTIPLES]
         return
     if settings.strategy == "grid":
         yield from grid(space, settings.grid_step)

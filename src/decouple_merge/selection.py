@@ -1,5 +1,6 @@
 """The choice of a run's merge: its search, led by one process and helped by others, and the export of the best."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -7,14 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .card import merge_record, model_card
+from .data import held_out_images, training_batches
 from .executors import run_all
 from .figures import search_cost, search_surfaces
+from .finetune import validation_losses
+from .gradient import DenoisingLoss, learn_weights
 from .models import export_pipeline, load_network, tensors_sha256
 from .objective import Objective
-from .plan import Plan, load_experts
+from .plan import Plan, default_device, load_experts
 from .runs import remove_leftovers, write_json, write_records
 from .search import Level, Study, Trial, best, fixed_candidates, levels, open_storage, open_study, search, trials, work
+from .seeds import stream_seed
+from .strategies import Weights
 from .weights import Tensors, check_same_keys
 
 Event = str | Trial
@@ -101,7 +109,8 @@ def _lead(plan: Plan) -> Iterator[Event]:
         plan_line = ", ".join(f"{lv.name} {lv.num_candidates} x {len(lv.seeds)} images" for lv in every)
         seconds = sum(objective.seconds_per_image(lv) * lv.num_images for lv in every)
         yield f"search: {plan_line}; about {seconds / 60:.0f} min on one worker"
-    for trial in search(open_level, plan.config, len(experts), objective):
+    learned = _learned(plan, experts) if plan.config.search.gradient_batches else None
+    for trial in search(open_level, plan.config, len(experts), objective, learned):
         found = done()
         _write_trials(plan, every, found)
         if trial.level == "screen" and trial == best(found[0]):
@@ -116,6 +125,32 @@ def _lead(plan: Plan) -> Iterator[Event]:
     yield from _write_candidates(plan, objective, every[0], found[0])
     if plan.config.search.num_finalists:
         yield f"best on {len(every[-1].seeds)} fresh seeds: {best(found[-1]).value:.5g}"
+
+
+def _learned(plan: Plan, experts: list[Tensors]) -> Weights:
+    """Learn weights to start with by the gradient of the denoising loss, once in a run.
+
+    The loss is divided by the square root of the base's own on each range. By the plain loss the cleanest timesteps
+    decide alone, and the merges it likes best draw worse images than the base (docs/lab-notes.md).
+    """
+    path, config, base = plan.run.learned, plan.config, plan.base
+    record = {"num_batches": config.search.gradient_batches, "experts_sha256": [tensors_sha256(e) for e in experts]}
+    if path.exists() and (found := json.loads(path.read_text())) | record == found:
+        return tuple(found["weights"])
+    device = default_device()
+    network = copy.deepcopy(base.network).to(device).eval()
+    losses = validation_losses(network, held_out_images(plan.images, config.data), base, plan.ranges, device)
+    scale = torch.zeros(base.num_train_timesteps)
+    for own, loss in zip(plan.ranges, losses, strict=True):
+        scale[own.low : own.high] = loss**-0.5
+    seed = stream_seed(config.seed, "merging weights")
+    num = config.search.gradient_batches
+    batches = training_batches(plan.images, config.data, config.finetune.batch_size, seed, 0, num)
+    start = torch.full((1, len(experts)), min(max(1 / len(experts), config.search.low), config.search.high))
+    loss_of = DenoisingLoss(base, experts, device, timestep_weights=scale)
+    *_, last = learn_weights(loss_of, batches, start, num, seed, (config.search.low, config.search.high))
+    write_json(path, record | {"weights": last.weights[0]})
+    return tuple(last.weights[0])
 
 
 def _export(plan: Plan, objective: Objective, hashes: list[str], level: Level, winner: Trial) -> None:
