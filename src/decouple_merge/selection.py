@@ -109,7 +109,7 @@ def _lead(plan: Plan) -> Iterator[Event]:
         plan_line = ", ".join(f"{lv.name} {lv.num_candidates} x {len(lv.seeds)} images" for lv in every)
         seconds = sum(objective.seconds_per_image(lv) * lv.num_images for lv in every)
         yield f"search: {plan_line}; about {seconds / 60:.0f} min on one worker"
-    learned = _learned(plan, experts) if plan.config.search.gradient_batches else None
+    learned = learn_start(plan, experts) if plan.config.search.gradient_batches else None
     for trial in search(open_level, plan.config, len(experts), objective, learned):
         found = done()
         _write_trials(plan, every, found)
@@ -127,7 +127,7 @@ def _lead(plan: Plan) -> Iterator[Event]:
         yield f"best on {len(every[-1].seeds)} fresh seeds: {best(found[-1]).value:.5g}"
 
 
-def _learned(plan: Plan, experts: list[Tensors]) -> Weights:
+def learn_start(plan: Plan, experts: list[Tensors]) -> Weights:
     """Learn weights to start with by the gradient of the denoising loss, once in a run.
 
     The loss is divided by the square root of the base's own on each range. By the plain loss the cleanest timesteps

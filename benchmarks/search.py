@@ -1,0 +1,101 @@
+"""Every search strategy against the paper's grid: the distance on held-out seeds for what it spent.
+
+    python benchmarks/search.py runs/fashion-1
+
+All strategies choose on the same few images of few steps, so that the whole grid can be run; their best candidates
+after so many evaluations are then scored on images from other seeds, which chose nothing. One expert's weight is
+frozen, or the grid would take hours. Repeated with other search seeds.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from decouple_merge.config import Config, load_config
+from decouple_merge.objective import Objective
+from decouple_merge.plan import check, git_commit, load_experts
+from decouple_merge.search import Level, Score, Trial, best, open_study, search
+from decouple_merge.selection import learn_start
+from decouple_merge.strategies import Weights
+
+STRATEGIES = ["gp", "tpe", "cmaes", "evolution", "coordinate", "random", "gradient"]
+BUDGETS = [10, 20, 40, 80]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder with finished experts")
+    parser.add_argument("--images", type=int, default=128, help="a candidate")
+    parser.add_argument("--held-out", type=int, default=1000, help="images from seeds that chose nothing")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--frozen", default="0:0.0", help="expert:weight")
+    parser.add_argument("--low", type=float, default=-0.2)
+    parser.add_argument("--high", type=float, default=1.8)
+    parser.add_argument("--out", type=Path, help="where the values go, as JSON lines")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+
+    index, weight = arguments.frozen.split(":")
+    values = load_config(arguments.run / "config.yaml").model_dump(mode="json")
+    values["search"] |= {
+        "num_images": arguments.images,
+        "num_steps": arguments.steps,
+        "num_finalists": 0,
+        "low": arguments.low,
+        "high": arguments.high,
+        "frozen": {int(index): float(weight)},
+    }
+    plan = check(load_config(arguments.run / "config.yaml"), arguments.run)
+    experts = load_experts(plan)
+    objective, known = Objective(plan, experts), dict[tuple[str, Weights], Score]()
+
+    def scored(weights: Weights, level: Level) -> Score:
+        # Strategies meet at some candidates; each counts it, nobody need draw it again.
+        if (level.name, weights) not in known:
+            known[level.name, weights] = objective(weights, level)
+        return known[level.name, weights]
+
+    rows: dict[tuple[str, int], list[float]] = {}
+    learned = learn_start(plan, experts)
+    for repeat in range(arguments.repeats):
+        first_seed = 2_000_000 + 100_000 * repeat
+        held_out = Level(
+            "held-out", 1, range(first_seed + 50_000, first_seed + 50_000 + arguments.held_out), arguments.steps
+        )
+
+        def chosen(found: list[Trial], held_out: Level = held_out, repeat: int = repeat) -> float:
+            return scored(best(found).weights, Level(f"held-out-{repeat}", 1, held_out.seeds, held_out.num_steps)).value
+
+        for strategy in ["grid", *STRATEGIES]:
+            changed = {"strategy": strategy, "num_trials": max(BUDGETS), "first_seed": first_seed}
+            config = Config.model_validate({**values, "seed": repeat, "search": values["search"] | changed})
+            study = open_study(None, f"{strategy}-{repeat}")
+
+            def on_this_seed(weights: Weights, level: Level, repeat: int = repeat) -> Score:
+                return scored(weights, Level(f"screen-{repeat}", 1, level.seeds, level.num_steps))
+
+            found = list(search(lambda name, study=study: study, config, len(experts), on_this_seed, learned))
+            budgets = [b for b in BUDGETS if b < len(found)] if strategy != "grid" else []
+            for budget in [*budgets, len(found)]:
+                value = chosen(found[:budget])
+                rows.setdefault((strategy, budget), []).append(value)
+                record = {"strategy": strategy, "repeat": repeat, "num_candidates": budget, "held_out": value}
+                record |= {"screened": best(found[:budget]).value, "weights": best(found[:budget]).weights}
+                if arguments.out:
+                    with arguments.out.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+                print(record, flush=True)
+    calls = arguments.images * arguments.steps
+    print(f"\ncommit {git_commit()}, {arguments.run}, {plan.config.search.metric}, {arguments.repeats} repeats")
+    print("| strategy | candidates | network calls × images | held-out distance | range |\n|---|---|---|---|---|")
+    for (strategy, budget), found_values in rows.items():
+        mean, spread = statistics.fmean(found_values), f"{min(found_values):.1f} to {max(found_values):.1f}"
+        print(f"| {strategy} | {budget} | {budget * calls:,} | {mean:.1f} | {spread} |")
+
+
+if __name__ == "__main__":
+    main()
