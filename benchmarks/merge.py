@@ -1,115 +1,157 @@
-"""Time merging against its limits: python benchmarks/merge.py --in-memory 36, or --files 400.
+"""Time merging of files against copying them, and against other tools.
 
-In memory: one candidate of the search against the loop over state dicts that one would write (a dict of scaled
-differences for each expert, summed, added, loaded), and against the memory's bandwidth, taken as a copy of as many
-bytes as a candidate reads and writes. Files: ``deme merge`` of synthetic fp16 networks against copying the same bytes,
-that is reading every input and writing one output. Contenders run in turn; ratios are medians of the repeats.
+    python benchmarks/merge.py --millions 160 640 --experts 2 4 8
+    python benchmarks/merge.py --sdxl --peers FOLDER
+
+Synthetic fp16 networks are merged linearly. The first row is the limit: reading every input and writing one output.
+Every contender is a process of its own, with its start and imports, in turn, in an order that is reversed from repeat
+to repeat; ratios to the first row are medians. Peak memory is what is resident less mapped file pages. FOLDER has
+sd-mecha and mergekit (``pip install --no-deps --target FOLDER sd-mecha mergekit …``); sd-mecha only merges what it
+knows, so that it takes part with the tensors of the SDXL U-Net alone.
 """
 
 import argparse
-import resource
-import shutil
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from decouple_merge.config import Merge
-from decouple_merge.standalone import merge_models
-from decouple_merge.weights import Stacked
+WEIGHTS = [0.3, 0.9, -0.2, 1.4, 0.5, 0.1, 0.7, -0.4]
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+MECHA = """
+import sys, torch, sd_mecha
+out, base, *experts = sys.argv[1:]
+weights = {weights}
+model = lambda path: sd_mecha.model(path, config="sdxl-diffusers_unet_only")
+recipe = model(base)
+for path, w in zip(experts, weights):
+    recipe = sd_mecha.add_difference(recipe, sd_mecha.subtract(model(path), model(base)), alpha=w)
+sd_mecha.merge(recipe, output=out, merge_dtype=torch.float32, output_dtype=torch.float16, threads=2)
+"""
 
-WEIGHTS = [0.3, 0.9, -0.2, 1.4]
+
+def shapes(num_millions: float | None) -> dict[str, torch.Size]:
+    """List the tensors of the SDXL U-Net, or square matrices of a million elements."""
+    if num_millions is not None:
+        return {f"blocks.{i}.weight": torch.Size((1000, 1000)) for i in range(int(num_millions))}
+    with torch.device("meta"):
+        return {k: v.shape for k, v in UNet2DConditionModel(**SDXL).state_dict().items()}
 
 
-def layers(num_millions: float, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Make random weights in square matrices of a million elements, as many as asked for."""
+def random_tensors(wanted: dict[str, torch.Size], seed: int) -> dict[str, Tensor]:
     draws = torch.Generator().manual_seed(seed)
-    return {f"blocks.{i}.weight": torch.randn(1000, 1000, generator=draws).to(dtype) for i in range(int(num_millions))}
+    # Cut from one block of noise: billions of normal numbers would take longer to draw than to merge.
+    noise = torch.randn(1 << 24, generator=draws).half()
+    return {k: noise.roll(i)[: s.numel()].clone().view(s) for i, (k, s) in enumerate(wanted.items())}
 
 
-def timed(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+def run_and_watch(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Run a command; returns its seconds and its peak of resident memory less mapped file pages, in GB."""
+    started, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=errors, stderr=errors)
+        while process.poll() is None:
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                peak = max(peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")))
+            except (OSError, TypeError):
+                pass
+            time.sleep(0.02)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(command[:4])}: {errors.read().decode()[-2000:]}")
+    return seconds, peak / 1e6
 
 
-def compare(contenders: dict[str, Callable[[], object]], num_repeats: int) -> None:
-    """Print each contender's median time and its ratio to the first, from interleaved repeats after one to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(num_repeats + 1):
-        for name, function in list(contenders.items())[:: 1 if repeat % 2 else -1]:
-            seconds = timed(function)
-            if repeat:
-                times[name].append(seconds)
-    first = next(iter(times.values()))
-    for name, found in times.items():
-        ratio = statistics.median(t / f for t, f in zip(found, first, strict=True))
-        print(f"| {name} | {statistics.median(found):.4g} s | {ratio:.3g} |")
-
-
-def in_memory(num_millions: float, num_repeats: int) -> None:
-    base, *experts = [layers(num_millions, torch.float32, seed) for seed in range(5)]
-    network = {k: v.clone() for k, v in base.items()}
-    stacked = Stacked(base, experts, torch.device("cpu"))
-    num_rows = len(stacked.matrix) + 1
-    # Half of the bytes are read, half written.
-    source = torch.zeros(num_rows * stacked.merged.numel() // 2)
-    target = torch.zeros_like(source)
-
-    def loop() -> None:
-        scaled = [{k: w * (e[k] - base[k]) for k in base} for w, e in zip(WEIGHTS, experts, strict=True)]
-        total = {k: sum(s[k] for s in scaled) for k in base}
-        for k, v in network.items():
-            v.copy_(base[k] + total[k])
-
-    compare(
-        {
-            "copy of as many bytes": lambda: target.copy_(source),
-            "ours": lambda: stacked.merge(WEIGHTS),
-            "loop over state dicts": loop,
-        },
-        num_repeats,
+def contenders(folder: Path, num_experts: int, peers: Path | None, is_sdxl: bool) -> dict[str, tuple[list[str], dict]]:
+    base, *experts = [str(folder / f"{i}.safetensors") for i in range(num_experts + 1)]
+    weights = ",".join(map(str, WEIGHTS[:num_experts]))
+    copied = f"cat {base} {' '.join(experts)} > /dev/null && cp {base} {folder}/copy.safetensors"
+    deme = [sys.executable, "-m", "decouple_merge.cli", "merge", base, *experts, "--weights", weights]
+    found = {
+        "read every input, write one": (["sh", "-c", copied], {}),
+        "deme merge": ([*deme, "--out", f"{folder}/deme.safetensors"], {}),
+    }
+    if peers is None:
+        return found
+    path = {"PYTHONPATH": str(peers)}
+    settings = "".join(
+        f"  - model: {e}\n    parameters: {{weight: {w}}}\n" for e, w in zip(experts, WEIGHTS, strict=False)
     )
+    recipe = folder / "mergekit.yaml"
+    recipe.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {base}\nparameters: {{normalize: false}}\ndtype: float32\n"
+        f"out_dtype: float16\nmodels:\n{settings}"
+    )
+    code = "from mergekit.scripts.merge_raw_pytorch import main; main()"
+    found["mergekit-pytorch"] = (
+        [sys.executable, "-c", code, str(recipe), f"{folder}/mergekit", "--out-shard-size", "100B"],
+        path,
+    )
+    if is_sdxl:
+        code = MECHA.format(weights=WEIGHTS[:num_experts])
+        found["sd-mecha"] = ([sys.executable, "-c", code, f"{folder}/mecha.safetensors", base, *experts], path)
+    return found
 
 
-def files(num_millions: float, num_repeats: int, folder: Path) -> None:
-    paths = [folder / f"{i}.safetensors" for i in range(5)]
-    for seed, path in enumerate(paths):
-        save_file(layers(num_millions, torch.float16, seed), path, {"format": "pt"})
-
-    def copied() -> None:
-        for path in paths:
-            with path.open("rb") as file:
-                while file.read(1 << 24):
-                    pass
-        shutil.copyfile(paths[0], folder / "copy.safetensors")
-
-    def merged() -> None:
-        for _ in merge_models(str(paths[0]), paths[1:], Merge(weights=WEIGHTS), folder / "merged.safetensors"):
-            pass
-
-    compare({"copy": copied, "deme merge": merged}, num_repeats)
-    print(f"peak memory with mapped files: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+def compare(num_millions: float | None, num_experts: int, peers: Path | None, num_repeats: int, where: Path) -> None:
+    """Print a row for each contender."""
+    with tempfile.TemporaryDirectory(dir=where) as name:
+        folder, wanted = Path(name), shapes(num_millions)
+        for seed in range(num_experts + 1):
+            save_file(random_tensors(wanted, seed), folder / f"{seed}.safetensors", {"format": "pt"})
+        size = (folder / "0.safetensors").stat().st_size / 1e9
+        times: dict[str, list[float]] = {}
+        peaks: dict[str, float] = {}
+        for repeat in range(num_repeats):
+            for who, (command, environment) in list(
+                contenders(folder, num_experts, peers, num_millions is None).items()
+            )[:: -1 if repeat % 2 else 1]:
+                seconds, peaks[who] = run_and_watch(command, environment)
+                times.setdefault(who, []).append(seconds)
+        first = times["read every input, write one"]
+        for who, seconds_of in times.items():
+            ratio = statistics.median(t / f for t, f in zip(seconds_of, first, strict=True))
+            median = statistics.median(seconds_of)
+            print(
+                f"| {size:.2f} GB | {num_experts} | {who} | {median:.1f} | {ratio:.2f} | {peaks[who]:.2f} |", flush=True
+            )
 
 
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--in-memory", type=float, metavar="M", help="millions of parameters")
-    parser.add_argument("--files", type=float, metavar="M", help="millions of parameters")
-    parser.add_argument("--num-repeats", type=int, default=5)
+    parser.add_argument("--millions", type=float, nargs="*", default=[], help="of parameters")
+    parser.add_argument("--experts", type=int, nargs="*", default=[4])
+    parser.add_argument("--sdxl", action="store_true", help="the tensors of the SDXL U-Net, 2.6 billion parameters")
+    parser.add_argument("--peers", type=Path)
+    parser.add_argument("--num-repeats", type=int, default=3)
+    parser.add_argument("--where", type=Path, help="folder for the files: six times the network's size")
     arguments = parser.parse_args()
-    print("| | median | / first |\n|---|---|---|")
-    if arguments.in_memory:
-        in_memory(arguments.in_memory, arguments.num_repeats)
-    if arguments.files:
-        with tempfile.TemporaryDirectory() as folder:
-            files(arguments.files, arguments.num_repeats, Path(folder))
+    print("| a file | experts | | seconds | / first | memory, GB |\n|---|---|---|---|---|---|")
+    for num_millions in [*arguments.millions, *([None] if arguments.sdxl else [])]:
+        for num_experts in arguments.experts:
+            compare(num_millions, num_experts, arguments.peers, arguments.num_repeats, arguments.where)
 
 
 if __name__ == "__main__":

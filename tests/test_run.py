@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import make_unet
 from decouple_merge import finetune, standalone, workflow
@@ -439,3 +439,26 @@ def test_a_search_of_ties_merges_exports_what_it_scored(done: Finished, tmp_path
     base, experts = load_file(done.base / WEIGHTS), done.experts()
     assert tensors_sha256(merge(base, experts, record["weights"], "ties", 0.5)) == record["merged_sha256"]
     assert tensors_sha256(merge(base, experts, record["weights"])) != record["merged_sha256"]
+
+
+def test_a_search_combines_listed_checkpoints_in_place_of_the_experts(done: Finished, tmp_path: Path) -> None:
+    checkpoints = [done.folder / "merged", done.folder / "experts/2/model.safetensors"]
+    values = load_config(done.folder / "config.yaml").model_dump(mode="json")
+    values["search"] |= {"checkpoints": [str(c) for c in checkpoints], "strategy": "evolution", "num_trials": 6}
+    config = Config.model_validate(values)
+    list(workflow.search_weights(prepare(config, tmp_path / "run")))
+    record = json.loads((tmp_path / "run/merged/merge.json").read_text())
+    sources = [load_file(checkpoints[0] / WEIGHTS), load_file(checkpoints[1])]
+    assert record["experts_sha256"] == [tensors_sha256(s) for s in sources]
+    assert record["ranges"] is None
+    merged = merge(load_file(done.base / WEIGHTS), sources, record["weights"])
+    assert tensors_sha256(load_file(tmp_path / "run/merged" / WEIGHTS)) == tensors_sha256(merged)
+    assert "ensemble" not in json.loads((tmp_path / "run/search/candidates.json").read_text())
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(done: Finished, tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    values = load_config(done.folder / "config.yaml").model_dump(mode="json")
+    values["search"] |= {"checkpoints": [str(tmp_path / "other.safetensors")]}
+    with pytest.raises(ValueError, match=r"other.safetensors doesn't fit the base: missing: .*; unknown: weight"):
+        prepare(Config.model_validate(values), tmp_path / "run")

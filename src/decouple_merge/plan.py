@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from . import __version__
-from .config import Config, Training, dump_config, load_config
+from .config import Config, Search, Training, dump_config, load_config
 from .data import Images, check_held_out, load_images
 from .features import check_metrics
-from .models import Base, load_base, make_scheduler, new_network, num_parameters
+from .models import Base, load_base, load_network, make_scheduler, new_network, num_parameters
 from .runs import Run, read_tensors, write_json, write_text
 from .search import check_weights, levels
 from .timesteps import TimestepRange, check_ranges, split_timesteps
@@ -60,9 +60,7 @@ def check(config: Config, out: Path) -> Plan:
     check_metrics([*config.evaluate.metrics, config.search.metric], config.evaluate.inception_weights)
     check_precision(config.finetune)
     check_weights(config.search, len(config.search.checkpoints) or len(ranges))
-    for name in config.search.checkpoints:
-        if not Path(name).exists():
-            raise ValueError(f"search.checkpoints: {name} doesn't exist; expected pipelines, folders or weight files")
+    load_checkpoints(config.search, base)
     check_owner(Run(out), config)
     images = load_images(config.data, base.channels, base.image_size)
     check_held_out(images, config.data)
@@ -167,6 +165,21 @@ def load_experts(plan: Plan) -> list[Tensors]:
         check_same_keys(plan.base.network.state_dict(), tensors, str(folder))
         experts.append(tensors)
     return experts
+
+
+def load_checkpoints(settings: Search, base: Base) -> list[Tensors]:
+    """Read the checkpoints that a search combines in place of the experts.
+
+    Raises:
+        ValueError: one is missing, damaged, or doesn't fit the base.
+    """
+    found = []
+    for name in settings.checkpoints:
+        if not Path(name).exists():
+            raise ValueError(f"search.checkpoints: {name} doesn't exist; expected pipelines, folders or weight files")
+        found.append(load_network(Path(name)))
+        check_same_keys(base.network.state_dict(), found[-1], name)
+    return found
 
 
 def build_network(plan: Plan, weights: Tensors) -> nn.Module:

@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,32 +15,22 @@ from .executors import run_all
 from .figures import search_cost, search_surfaces
 from .finetune import validation_losses
 from .gradient import DenoisingLoss, learn_weights
-from .models import export_pipeline, load_network, tensors_sha256
+from .models import export_pipeline, tensors_sha256
 from .objective import Objective
-from .plan import Plan, default_device, load_experts
+from .plan import Plan, default_device, load_checkpoints, load_experts
 from .runs import remove_leftovers, write_json, write_records
 from .search import Level, Study, Trial, best, fixed_candidates, levels, open_storage, open_study, search, trials, work
 from .seeds import stream_seed
 from .strategies import Weights
-from .weights import Tensors, check_same_keys
+from .weights import Tensors
 
 Event = str | Trial
 OpenLevel = Callable[[str], Study]
 
 
 def load_combined(plan: Plan) -> list[Tensors]:
-    """Read what the search combines: the run's experts, or the checkpoints that the config lists.
-
-    Raises:
-        ValueError: one is missing, damaged, or doesn't fit the base.
-    """
-    if not plan.config.search.checkpoints:
-        return load_experts(plan)
-    found = []
-    for name in plan.config.search.checkpoints:
-        found.append(load_network(Path(name)))
-        check_same_keys(plan.base.network.state_dict(), found[-1], name)
-    return found
+    """Read what the search combines: the checkpoints that the config lists, or the run's experts."""
+    return load_checkpoints(plan.config.search, plan.base) or load_experts(plan)
 
 
 def search_weights(plan: Plan) -> Iterator[Event]:

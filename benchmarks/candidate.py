@@ -1,0 +1,72 @@
+"""Time one candidate of the search: python benchmarks/candidate.py --millions 36 --experts 4.
+
+``weights.Stacked.merge`` against the loop over state dicts that one would write (a dict of scaled differences for each
+expert, summed, added, loaded), and against the memory's bandwidth: a copy of as many bytes as a candidate reads and
+writes. Contenders run in turn; ratios to the copy are medians of the repeats.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from decouple_merge.weights import Stacked
+
+WEIGHTS = [0.3, 0.9, -0.2, 1.4]
+
+
+def compare(num_millions: int, num_experts: int, num_repeats: int) -> None:
+    """Print a row for each contender."""
+    names = [f"blocks.{i}.weight" for i in range(num_millions)]
+    base: dict[str, Tensor] = {k: torch.randn(1000, 1000) for k in names}
+    weights = WEIGHTS[:num_experts]
+    stacked = Stacked(base, [base] * num_experts, torch.device("cpu"))
+    # The loop's dicts are the matrix's own rows, or two copies of everything would not fit.
+    versions = [stacked._views(row) for row in stacked.matrix]
+    network = stacked._views(stacked.merged)
+    # Half of the bytes are read, half written.
+    source = torch.zeros((num_experts + 2) * stacked.merged.numel() // 2)
+    target = torch.zeros_like(source)
+
+    def loop() -> None:
+        first, *others = versions
+        scaled = [{k: w * (e[k] - first[k]) for k in names} for w, e in zip(weights, others, strict=True)]
+        total = {k: sum(s[k] for s in scaled) for k in names}
+        for k, v in network.items():
+            v.copy_(first[k] + total[k])
+
+    contenders: dict[str, Callable[[], object]] = {
+        "copy of as many bytes": lambda: target.copy_(source),
+        "ours": lambda: stacked.merge(weights),
+        "loop over state dicts": loop,
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(num_repeats + 1):
+        for name, function in list(contenders.items())[:: -1 if repeat % 2 else 1]:
+            started = time.perf_counter()
+            function()
+            if repeat:
+                times[name].append(time.perf_counter() - started)
+    first = times["copy of as many bytes"]
+    for name, found in times.items():
+        ratio = statistics.median(t / f for t, f in zip(found, first, strict=True))
+        print(f"| {num_millions}M | {num_experts} | {name} | {1000 * statistics.median(found):.1f} | {ratio:.2f} |")
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--millions", type=int, nargs="*", default=[36])
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--num-repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    print("| parameters | experts | | ms | / first |\n|---|---|---|---|---|")
+    for num_millions in arguments.millions:
+        compare(num_millions, arguments.experts, arguments.num_repeats)
+
+
+if __name__ == "__main__":
+    main()
