@@ -71,6 +71,10 @@ def test_a_good_config_passes_and_checking_writes_nothing(tiny_config: MakeConfi
         ),
         ({"search": {"frozen": {2: 1.0}}}, "search.frozen fixes weight 2, which doesn't exist: expected 0 to 1"),
         ({"search": {"start": [[1.0, 1.0, 1.0]]}}, r"search.start holds \[1.0, 1.0, 1.0\], expected 2 weights"),
+        (
+            {"search": {"blocks": ["up_blocks.*"]}},
+            r"no pattern of up_blocks.\* matches conv_in",
+        ),
         ({"search": {"checkpoints": ["nowhere"]}}, "search.checkpoints: nowhere doesn't exist"),
         ({"search": {"first_seed": 25}}, r"search seeds \[25, 45\) overlap report seeds \[0, 30\)"),
         ({"data": {"num_held_out": 48}}, "the data has 48 images and data.num_held_out is 48: nothing is left"),

@@ -16,15 +16,17 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_unet
 from decouple_merge import finetune, standalone, workflow
+from decouple_merge.card import merge_record, model_card
 from decouple_merge.config import Config, Merge, dump_config, load_config
 from decouple_merge.data import load_images
 from decouple_merge.features import load_extractor
 from decouple_merge.finetune import StepRecord
 from decouple_merge.models import load_base, tensors_sha256
+from decouple_merge.objective import Objective
 from decouple_merge.plan import check, prepare
 from decouple_merge.results import Row
 from decouple_merge.runs import read_records
-from decouple_merge.search import Trial
+from decouple_merge.search import Trial, levels
 from decouple_merge.weights import merge
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -462,3 +464,23 @@ def test_a_checkpoint_of_another_architecture_is_refused(done: Finished, tmp_pat
     values["search"] |= {"checkpoints": [str(tmp_path / "other.safetensors")]}
     with pytest.raises(ValueError, match=r"other.safetensors doesn't fit the base: missing: .*; unknown: weight"):
         prepare(Config.model_validate(values), tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_blocks_are_merged_by_weights_of_their_own(method: str, done: Finished, tmp_path: Path) -> None:
+    values = load_config(done.folder / "config.yaml").model_dump(mode="json")
+    values["search"] |= {"blocks": ["up_blocks.*", "*"], "method": method}
+    plan = prepare(Config.model_validate(values), tmp_path / "run")
+    base, experts = load_file(done.base / WEIGHTS), done.experts()
+    rows = [(0.2, 0.9, 0.4), (1.1, 0.3, -0.6)]
+    expected = {}
+    for is_up, weights in zip((True, False), rows, strict=True):
+        keys = [k for k in base if k.startswith("up_blocks.") == is_up]
+        parts = [{k: t[k] for k in keys} for t in (base, *experts)]
+        expected |= merge(parts[0], parts[1:], list(weights), method)
+    score = Objective(plan, experts)(sum(rows, ()), levels(plan.config, 3)[0])
+    assert score.merged_sha256 == tensors_sha256(expected)
+    winner = Trial("final", 0, sum(rows, ()), score.value, score.merged_sha256, 1.0, "main")
+    record = merge_record(plan, [], levels(plan.config, 3)[-1], winner)
+    assert (record["blocks"], record["weights"]) == ({"up_blocks.*": list(rows[0])}, list(rows[1]))
+    assert "Tensors that match `up_blocks.*` have the weights 0.2000, 0.9000, 0.4000." in model_card(record)

@@ -243,6 +243,13 @@ def test_everything_frozen_leaves_the_first_candidates() -> None:
     assert [t.weights for t in found] == first_candidates(settings("random"), 2)
 
 
+def test_blocks_have_weights_of_their_own() -> None:
+    asked = config("coordinate", blocks=["up.*", "*"], num_trials=300, high=2.0, frozen={3: 0.5})
+    found = list(search(in_memory(), asked, 2, of(lambda w: abs(w[0] - 2) + abs(w[1]) + abs(w[2] - 1) + abs(w[3] - 1))))
+    assert [t.weights for t in found[:3]] == [(0.0,) * 4, (0.5,) * 4, (1.0,) * 4]
+    assert best(found).weights == pytest.approx((2, 0, 1, 0.5), abs=0.05)
+
+
 # -- budgets
 def test_a_budget_of_images_limits_the_candidates() -> None:
     found = list(search(in_memory(), config("random", num_images=10, max_images=79), 2, objective))

@@ -9,10 +9,14 @@ from .search import Level, Trial
 
 def merge_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:
     """Say how a run's merged model was made. Nothing in it depends on when: equal runs write equal bytes."""
+    blocks = plan.config.search.blocks
+    num = len(winner.weights) // len(blocks)
+    rows = [list(winner.weights[i * num : (i + 1) * num]) for i in range(len(blocks))]
     return {
         "method": plan.config.search.method,
         "density": plan.config.search.density,
-        "weights": list(winner.weights),
+        "weights": rows[-1],
+        "blocks": dict(zip(blocks[:-1], rows[:-1], strict=True)),
         "ranges": None if plan.config.search.checkpoints else [[r.low, r.high] for r in plan.ranges],
         "base": {"name": plan.config.base, "sha256": plan.base.sha256},
         "experts_sha256": experts_sha256,
@@ -40,6 +44,10 @@ def model_card(record: dict[str, Any]) -> str:
         if found
         else ""
     )
+    blocks = "".join(
+        f"Tensors that match `{pattern}` have the weights {', '.join(f'{w:.4f}' for w in weights)}.\n\n"
+        for pattern, weights in record.get("blocks", {}).items()
+    )
     trunk = (
         "It keeps its channel-wise projections (placement: trunk) in `projections.safetensors`, which stock diffusers "
         "ignores: load it with decouple_merge.\n\n"
@@ -63,7 +71,7 @@ Made with decouple-merge {record["decouple_merge"]} by Decouple-then-Merge (CVPR
 | expert | timesteps | weight |
 |---|---|---|
 {rows}
-{chosen}`merge.json` has every hash.
+{blocks}{chosen}`merge.json` has every hash.
 
 {trunk}```python
 from diffusers import DiffusionPipeline

@@ -154,8 +154,10 @@ class Search(Section):
             (soup), ``grid``, coarse to fine, or ``gradient``, which tries what was learned and multiples of it.
         method: how candidates are merged, a rule by name.
         density: share of a task vector that TIES keeps.
+        blocks: patterns of keys such as ``down_blocks.*``, each with weights of its own; the first that matches counts,
+            and the last is ``*`` for all others. A candidate holds the weights of the first, then of the second, ….
         checkpoints: pipelines or weight files to combine in place of the run's experts.
-        low, high: bounds of every weight; ``frozen`` fixes some, by the expert's index.
+        low, high: bounds of every weight; ``frozen`` fixes some, by their place in a candidate.
         start: weight vectors to evaluate before the strategy chooses.
         gradient_batches: training batches on which a weight vector to start with is learned by the gradient of the
             denoising loss; 0 learns none.
@@ -174,6 +176,7 @@ class Search(Section):
     strategy: Literal["gp", "tpe", "cmaes", "evolution", "coordinate", "random", "greedy", "grid", "gradient"] = "gp"
     method: Literal["linear", "ties"] = "linear"
     density: float = Field(1.0, gt=0, le=1)
+    blocks: list[str] = Field(["*"], min_length=1)
     checkpoints: list[str] = []
     low: float = -0.2
     high: float = 2.5

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .evaluate import Reference, make_reference, score
 from .features import METRICS, Extractor, load_extractor
+from .gradient import group_keys
 from .models import tensors_sha256
 from .plan import Plan, build_network, default_device
 from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
@@ -31,8 +32,16 @@ class Objective:
 
     # Made when the first candidate is scored: a search that is finished needs neither features nor networks.
     @cached_property
-    def stacked(self) -> Stacked:
-        return Stacked(self.plan.base.network.state_dict(), self.experts, self.device)
+    def blocks(self) -> list[tuple[Tensors, list[Tensors]]]:
+        """Base and experts, cut into the blocks that have weights of their own."""
+        start = self.plan.base.network.state_dict()
+        keys = [*start, *sorted({k for e in self.experts for k in e} - start.keys())]
+        cut = [set(group) for group in group_keys(keys, self.plan.config.search.blocks)]
+        return [(_part(start, keys), [_part(e, keys) for e in self.experts]) for keys in cut]
+
+    @cached_property
+    def stacked(self) -> list[Stacked]:
+        return [Stacked(start, experts, self.device) for start, experts in self.blocks]
 
     @cached_property
     def compared(self) -> tuple[Extractor, Reference]:
@@ -42,7 +51,7 @@ class Objective:
 
     @cached_property
     def network(self) -> nn.Module:
-        untouched = self.stacked.merge([0.0] * len(self.experts))
+        untouched = self._stacked_merge([[0.0] * len(self.experts)] * len(self.stacked))
         network = sampling_copy(build_network(self.plan, untouched), self.plan.config.sample, self.device)
         for name, parameter in network.named_parameters():
             if self._in_place(parameter):
@@ -55,11 +64,20 @@ class Objective:
 
     def merge(self, weights: Weights) -> Tensors:
         """Merge the experts; the next candidate may overwrite the tensors."""
-        settings, dtype = self.plan.config.search, self.plan.base.dtype
+        settings, dtype, num = self.plan.config.search, self.plan.base.dtype, len(self.experts)
+        rows = [list(weights[i : i + num]) for i in range(0, len(weights), num)]
         if settings.method == "linear":
-            return cast(self.stacked.merge(weights), dtype)
-        start = self.plan.base.network.state_dict()
-        return cast(merge(start, self.experts, list(weights), settings.method, settings.density), dtype)
+            return cast(self._stacked_merge(rows), dtype)
+        merged: Tensors = {}
+        for (start, experts), row in zip(self.blocks, rows, strict=True):
+            merged |= merge(start, experts, row, settings.method, settings.density)
+        return cast(merged, dtype)
+
+    def _stacked_merge(self, rows: list[list[float]]) -> Tensors:
+        merged: Tensors = {}
+        for stack, row in zip(self.stacked, rows, strict=True):
+            merged |= stack.merge(row)
+        return merged
 
     def load(self, weights: Weights) -> str:
         """Put a merge into the network's own storage; returns the hash of its tensors."""
@@ -99,3 +117,7 @@ class Objective:
             for _ in range(2):
                 model(x.to(self.device), 0)
         return (time.monotonic() - started) / 2 * num_steps / size
+
+
+def _part(tensors: Tensors, keys: set[str]) -> Tensors:
+    return {k: v for k, v in tensors.items() if k in keys}

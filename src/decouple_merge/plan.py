@@ -16,6 +16,7 @@ from . import __version__
 from .config import Config, Search, Training, dump_config, load_config
 from .data import Images, check_held_out, load_images
 from .features import check_metrics
+from .gradient import group_keys
 from .models import Base, load_base, load_network, make_scheduler, new_network, num_parameters
 from .runs import Run, read_tensors, write_json, write_text
 from .search import check_weights, levels
@@ -60,6 +61,7 @@ def check(config: Config, out: Path) -> Plan:
     check_metrics([*config.evaluate.metrics, config.search.metric], config.evaluate.inception_weights)
     check_precision(config.finetune)
     check_weights(config.search, len(config.search.checkpoints) or len(ranges))
+    group_keys(list(base.network.state_dict()), config.search.blocks)
     load_checkpoints(config.search, base)
     check_owner(Run(out), config)
     images = load_images(config.data, base.channels, base.image_size)

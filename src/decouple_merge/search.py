@@ -126,14 +126,17 @@ def check_weights(settings: Search, num_experts: int) -> None:
     Raises:
         ValueError: one doesn't.
     """
+    num_weights = num_experts * len(settings.blocks)
     for index in settings.frozen:
-        if index >= num_experts:
+        if index >= num_weights:
             raise ValueError(
-                f"search.frozen fixes weight {index}, which doesn't exist: expected 0 to {num_experts - 1}"
+                f"search.frozen fixes weight {index}, which doesn't exist: expected 0 to {num_weights - 1}"
             )
     for point in settings.start:
-        if len(point) != num_experts:
-            raise ValueError(f"search.start holds {point}, expected {num_experts} weights, one for each expert")
+        if len(point) != num_weights:
+            raise ValueError(
+                f"search.start holds {point}, expected {num_weights} weights, one for each expert and block"
+            )
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -206,7 +209,8 @@ def first_candidates(settings: Search, num_experts: int) -> list[Weights]:
     given = [tuple(map(float, point)) for point in settings.start]
     diagonal = [] if given or settings.strategy == "grid" else [(0.5,) * num_experts, (1.5,) * num_experts]
     inside = [w for w in diagonal if settings.low <= w[0] <= settings.high]
-    return list(dict.fromkeys([*fixed_candidates(num_experts), *given, *inside]))
+    equal = [w * len(settings.blocks) for w in (*fixed_candidates(num_experts), *inside)]
+    return list(dict.fromkeys([*equal[:3], *given, *equal[3:]]))
 
 
 def num_candidates(settings: Search, num_experts: int) -> int:
@@ -216,7 +220,7 @@ def num_candidates(settings: Search, num_experts: int) -> int:
         num_free = _space(settings, num_experts).num_free
         wanted = first + len(axis(_space(settings, num_experts), settings.grid_step)) ** num_free + 3**num_free
     elif settings.strategy == "greedy":
-        wanted = first + 2 * num_experts - 1
+        wanted = first + 2 * num_experts * len(settings.blocks) - 1
     elif settings.strategy == "gradient":
         wanted = first + len(MULTIPLES)
     else:
@@ -278,7 +282,8 @@ def work(open_level: Callable[[str], Study], config: Config, num_experts: int, o
 
 
 def _space(settings: Search, num_experts: int) -> Space:
-    return Space(settings.low, settings.high, tuple(settings.frozen.get(i) for i in range(num_experts)))
+    num_weights = num_experts * len(settings.blocks)
+    return Space(settings.low, settings.high, tuple(settings.frozen.get(i) for i in range(num_weights)))
 
 
 def _proposals(settings: Search, num_experts: int, seed: int, learned: Weights | None) -> Strategy:
@@ -301,7 +306,7 @@ def _proposals(settings: Search, num_experts: int, seed: int, learned: Weights |
     elif settings.strategy == "evolution":
         yield from evolution(space, known, drawn)
     elif settings.strategy == "greedy":
-        yield from greedy_soup(num_experts)
+        yield from greedy_soup(num_experts * len(settings.blocks))
     elif settings.strategy == "random":
         yield from uniform_random(space, drawn)
     else:

@@ -124,6 +124,7 @@ def learn_start(plan: Plan, experts: list[Tensors]) -> Weights:
     """
     path, config, base = plan.run.learned, plan.config, plan.base
     record = {"num_batches": config.search.gradient_batches, "experts_sha256": [tensors_sha256(e) for e in experts]}
+    record |= {"blocks": config.search.blocks}
     if path.exists() and (found := json.loads(path.read_text())) | record == found:
         return tuple(found["weights"])
     device = default_device()
@@ -135,11 +136,13 @@ def learn_start(plan: Plan, experts: list[Tensors]) -> Weights:
     seed = stream_seed(config.seed, "merging weights")
     num = config.search.gradient_batches
     batches = training_batches(plan.images, config.data, config.finetune.batch_size, seed, 0, num)
-    start = torch.full((1, len(experts)), min(max(1 / len(experts), config.search.low), config.search.high))
-    loss_of = DenoisingLoss(base, experts, device, timestep_weights=scale)
-    *_, last = learn_weights(loss_of, batches, start, num, seed, (config.search.low, config.search.high))
-    write_json(path, record | {"weights": last.weights[0]})
-    return tuple(last.weights[0])
+    blocks, low, high = config.search.blocks, config.search.low, config.search.high
+    start = torch.full((len(blocks), len(experts)), min(max(1 / len(experts), low), high))
+    loss_of = DenoisingLoss(base, experts, device, blocks, scale)
+    *_, last = learn_weights(loss_of, batches, start, num, seed, (low, high))
+    weights = [w for row in last.weights for w in row]
+    write_json(path, record | {"weights": weights})
+    return tuple(weights)
 
 
 def _export(plan: Plan, objective: Objective, hashes: list[str], level: Level, winner: Trial) -> None:
@@ -155,8 +158,9 @@ def _write_candidates(plan: Plan, objective: Objective, screen: Level, done: lis
     """Report the candidates everyone asks for, as screened: base, uniform, sum of all, ensemble, best."""
     if not plan.run.candidates.exists():
         values = {t.weights: t.value for t in done}
-        named = zip(("pretrained", "uniform", "sum"), fixed_candidates(len(done[0].weights)), strict=False)
-        table = {name: values[weights] for name, weights in named}
+        num_blocks = len(plan.config.search.blocks)
+        fixed = fixed_candidates(len(done[0].weights) // num_blocks)
+        table = {n: values[w * num_blocks] for n, w in zip(("pretrained", "uniform", "sum"), fixed, strict=False)}
         if not plan.config.search.checkpoints:
             table["ensemble"] = objective.score_ensemble(screen)
         write_json(plan.run.candidates, {"metric": plan.config.search.metric, **table, "best": min(values.values())})
