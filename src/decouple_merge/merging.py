@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +29,7 @@ from .tensors import (
     model_files,
     network_folder,
     num_bytes_of,
+    replace_metadata,
     shards,
     weight_files,
     write_stream,
@@ -216,21 +219,24 @@ def merge_files(
 ) -> Iterator[Progress]:
     """Write the merge; ``out`` appears whole or not at all.
 
+    The inputs are hashed while they are merged, in the same order, so that the disk is read once.
+
     Args:
         base: a pipeline folder or a network's, copied with other weights into the folder ``out``, or a weights file,
             and then ``out`` is one.
-        record: how it was made. A folder gets it as merge.json, with the hash of the result, and as a model card; a
-            file carries it in its metadata under ``merge``.
+        record: how it was made, to which the inputs' hashes are added. A folder gets it as merge.json, with the hash
+            of the result, and as a model card; a file carries it in its metadata under ``merge``.
 
     Raises:
         ValueError: an input has NaN or infinity.
     """
     total, done = sum(num_bytes_of(*tensor) for tensor in sources.output.values()), 0
     metadata = {"format": "pt", **sources.base.metadata}
-    with atomic_path(out) as temporary:
+    with atomic_path(out) as temporary, _hashing(sources) as hashes:
         if not base.is_dir():
             files = {temporary: shards(sources.output, total)[0]}
-            metadata["merge"] = json.dumps(record)
+            # The header is written first, and the hashes are known last: their place is kept.
+            metadata["merge"] = json.dumps(_with_hashes(record, ["0" * 64] * (1 + len(sources.experts))))
         else:
             network = network_folder(base)
             # Weights in other formats and precisions would be stale copies of the base's.
@@ -243,10 +249,32 @@ def merge_files(
             for num_bytes in write_stream(path, layout, _ahead(sources, layout), metadata):
                 done += num_bytes
                 yield Progress(done, total)
-        if base.is_dir():
+        record = _with_hashes(record, [found.result() for found in hashes])
+        if not base.is_dir():
+            replace_metadata(temporary, metadata | {"merge": json.dumps(record)})
+        else:
             record = {**record, "merged_sha256": open_expert(temporary).files.sha256()}
             (temporary / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
             (temporary / "README.md").write_text(card(record))
+
+
+def _with_hashes(record: dict[str, Any], found: list[str]) -> dict[str, Any]:
+    return {**record, "base": {**record["base"], "sha256": found[0]}, "experts_sha256": found[1:]}
+
+
+@contextmanager
+def _hashing(sources: Sources) -> Iterator[list[Future[str]]]:
+    """Hash the base and every expert, each in a thread of its own that ends when the context does."""
+    inputs, stop = [sources.base, *(e.files for e in sources.experts)], threading.Event()
+
+    def hashed(files: TensorFiles) -> str:
+        return hash_tensors((key, files[key]) for key in files.entries if not stop.is_set())
+
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        try:
+            yield [pool.submit(hashed, files) for files in inputs]
+        finally:
+            stop.set()
 
 
 def _shard_files(folder: Path, original: Path, sources: Sources, total: int) -> dict[Path, Layout]:

@@ -60,9 +60,9 @@ def merge_models(
     yield from _merge_plan(sources, settings)
     if dry_run and expected_sha256 is None:
         return
-    found = [sources.base.sha256(), *(e.files.sha256() for e in sources.experts)]
-    for path, sha256, expected in zip([base, *experts], found, expected_sha256 or found, strict=True):
-        if sha256 != expected:
+    inputs = zip([base, *experts], [sources.base, *(e.files for e in sources.experts)], strict=True)
+    for (path, files), expected in zip(inputs, expected_sha256 or [], strict=expected_sha256 is not None):
+        if (sha256 := files.sha256()) != expected:
             raise ValueError(
                 f"{path} is not what the recipe was made with: found {sha256[:16]}, expected {expected[:16]}"
             )
@@ -71,9 +71,9 @@ def merge_models(
     record = {
         "method": settings.method,
         "weights": settings.weights,
-        "base": {"name": base, "sha256": found[0]},
+        "base": {"name": base},
         "experts": [str(e) for e in experts],
-        "experts_sha256": found[1:],
+        "experts_sha256": [],
         "settings": settings.model_dump(mode="json"),
         "decouple_merge": __version__,
     }

@@ -198,6 +198,17 @@ def write_stream(
         os.fsync(file.fileno())
 
 
+def replace_metadata(path: Path, metadata: dict[str, str]) -> None:
+    """Put other metadata of the same length in a safetensors file's header; the tensors stay where they are."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size)) | {"__metadata__": metadata}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
 def shards(layout: Layout, max_bytes: int) -> list[Layout]:
     """Split a layout into files of at most ``max_bytes``; a tensor that is larger has a file of its own.
 
