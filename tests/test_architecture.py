@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "decouple_merge"
 LAYERS = [
-    ["timesteps", "losses", "projection", "rules", "weights", "metrics", "seeds"],
+    ["timesteps", "losses", "projection", "rules", "weights", "metrics", "neighbours", "seeds"],
     ["config", "models", "data", "features", "inception", "runs", "search", "tensors"],
     ["finetune", "sample", "evaluate", "merging", "figures"],
     ["executors", "plan", "card", "objective", "results", "standalone", "workflow", "progress", "cli"],
