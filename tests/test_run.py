@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import make_unet
-from decouple_merge import finetune, standalone, workflow
+from decouple_merge import finetune, scoring, standalone, workflow
 from decouple_merge.config import Config, Merge, dump_config, load_config
 from decouple_merge.data import load_images
 from decouple_merge.features import load_extractor
@@ -357,9 +357,9 @@ def test_merging_refuses_an_output_of_the_wrong_kind_and_too_few_weights(done: F
 
 
 def test_statistics_are_the_mean_and_covariance_of_the_features(done: Finished, tmp_path: Path) -> None:
-    standalone.write_reference(str(done.images), tmp_path / "reference.npz", "fd_effnetlite0", None)
+    scoring.write_reference(str(done.images), tmp_path / "reference.npz", "fd_effnetlite0", None)
     images = torch.from_numpy(np.load(done.images)["images"])[:, None]
-    features = load_extractor("effnetlite0", torch.device("cpu")).extract(images).double().numpy()
+    features = load_extractor("effnetlite0", torch.device("cpu")).extract(images)["features"].double().numpy()
     written = np.load(tmp_path / "reference.npz")
     assert sorted(written.files) == ["mu", "sigma"]
     np.testing.assert_allclose(written["mu"], features.mean(0), rtol=1e-9, atol=1e-9)
@@ -368,10 +368,11 @@ def test_statistics_are_the_mean_and_covariance_of_the_features(done: Finished, 
 
 def test_images_have_no_distance_to_their_own_statistics_and_one_to_others(done: Finished, tmp_path: Path) -> None:
     reference = tmp_path / "reference.npz"
-    standalone.write_reference(str(done.images), reference, "fd_effnetlite0", None)
+    scoring.write_reference(str(done.images), reference, "fd_effnetlite0", None)
 
     def distance(model: str, to: str, metric: str = "fd_effnetlite0") -> dict[str, Any]:
-        (record,) = standalone.evaluate_model(model, to, [metric], 8, 0, tmp_path / "metrics.jsonl", None)
+        num_images = 8 if model == str(done.base) else None
+        *_, record = scoring.evaluate_model(model, to, [metric], num_images, 0, tmp_path / "metrics.jsonl")
         return record
 
     own = distance(str(done.images), str(reference))
@@ -391,10 +392,10 @@ def test_images_have_no_distance_to_their_own_statistics_and_one_to_others(done:
 
 def test_drawn_pictures_score_as_the_model_that_drew_them(done: Finished, tmp_path: Path) -> None:
     standalone.sample_model(str(done.base), tmp_path / "out", 8, 0, 50, "DDIM")
-    values = [
-        next(standalone.evaluate_model(m, str(done.images), METRICS[:1], 8, 0, tmp_path / "m.jsonl", None))["value"]
-        for m in (str(done.base), str(tmp_path / "out"))
-    ]
+    values = []
+    for model in (str(done.base), str(tmp_path / "out")):
+        *_, record = scoring.evaluate_model(model, str(done.images), METRICS[:1], 8)
+        values.append(record["value"])
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 

@@ -17,7 +17,7 @@ _PUBLIC = {
     "merge_models": "standalone",
     "sample_images": "sample",
     "sample_model": "standalone",
-    "evaluate_model": "standalone",
+    "evaluate_model": "scoring",
     "frechet_distance": "metrics",
     "kernel_distance": "metrics",
     "split_timesteps": "timesteps",

@@ -38,7 +38,8 @@ class Data(Section):
     """Where training and reference images come from.
 
     Attributes:
-        source: ``fashion-mnist``, an image folder, an ``.npz``/``.npy`` array, or ``datasets:NAME``.
+        source: ``fashion-mnist``, an image folder, a ``.zip`` or ``.tar`` of one, an ``.npz``/``.npy`` array, or
+            ``datasets:NAME``.
         path: folder with the files of a known data set, where they are not in their usual place.
         split, column: for ``datasets:`` sources.
         fit: ``exact`` refuses images whose size or channels differ from the model's; ``resize`` crops them to a
