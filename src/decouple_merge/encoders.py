@@ -1,5 +1,6 @@
 """The one adapter to transformers: image encoders whose features the Fréchet and kernel distances are taken on."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .tensors import hash_tensors
+
+
+def resize_pillow(x: Float[Tensor, "n c h w"], side: int) -> Float[Tensor, "n c {side} {side}"]:
+    """Resize bicubically with antialiasing as Pillow does uint8 images: rows, then columns, each rounded to levels."""
+    for size in [(x.shape[2], side), (side, side)]:
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255).round()
+    return x
+
+
+def resize_plain(x: Float[Tensor, "n c h w"], side: int) -> Float[Tensor, "n c {side} {side}"]:
+    """Resize bicubically without antialiasing, by torch's cubic; values may leave [0, 255]."""
+    return x if x.shape[2:] == (side, side) else F.interpolate(x, (side, side), mode="bicubic")
 
 
 class Kind(NamedTuple):
@@ -21,16 +35,18 @@ class Kind(NamedTuple):
 
     model_types: tuple[str, ...]
     example: str
+    resize: Callable[[Tensor, int], Tensor]
     side: int | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
-# DINOv2 takes any multiple of its patch; at 224 Stein et al. 2023 compared generative models.
+# As the programs do it that published the numbers: of Stein et al. 2023 for DINOv2, of Jayasumana et al. 2024 for CLIP.
 ENCODERS = {
     "dinov2": Kind(
         ("dinov2", "dinov2_with_registers"),
         "facebook/dinov2-large",
+        resize_pillow,
         224,
         (0.485, 0.456, 0.406),
         (0.229, 0.224, 0.225),
@@ -38,6 +54,7 @@ ENCODERS = {
     "clip": Kind(
         ("clip", "clip_vision_model"),
         "openai/clip-vit-large-patch14-336",
+        resize_plain,
         None,
         (0.48145466, 0.4578275, 0.40821073),
         (0.26862954, 0.26130258, 0.27577711),
@@ -64,16 +81,14 @@ class Encoder(nn.Module):
         self.sha256 = hash_tensors(sorted(network.state_dict().items()))
 
     def forward(self, images: UInt8[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n d"]]:
-        """Resize bicubically with antialiasing to a square, normalise, encode.
+        """Resize to a square, normalise, encode.
 
         Raises:
             ValueError: the images have neither one nor three channels.
         """
         if images.shape[1] not in (1, 3):
             raise ValueError(f"images have {images.shape[1]} channels, expected 3 (RGB) or 1 (grey): convert them")
-        x = images.float()
-        if x.shape[2:] != (self.side, self.side):
-            x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255)
+        x = self.kind.resize(images.float(), self.side).expand(-1, 3, -1, -1)
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.kind.mean, self.kind.std))
         output = self.network(pixel_values=(x / 255 - mean) / std)
         return {"features": output.image_embeds if self.is_clip else output.pooler_output}

@@ -94,7 +94,7 @@ def check_reference(metric: str, reference: Reference | None) -> None:
 
 
 def score(
-    batches: Iterable[UInt8[Tensor, "batch c h w"]],
+    batches: Iterable[UInt8[Tensor, "_ c h w"]],
     metrics: list[str],
     compared: list[tuple[Extractor, Reference | None]],
 ) -> dict[str, float]:
