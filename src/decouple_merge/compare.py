@@ -66,7 +66,7 @@ def compare(a: str, b: str) -> Iterator[Difference]:
 
 def _select(source: str) -> list[Record]:
     path, model = Path(source), ""
-    if not path.exists():
+    if not path.exists() and ":" in source:
         name, _, model = source.rpartition(":")
         path = Path(name)
     file = path / "metrics.jsonl" if path.is_dir() else path
@@ -99,7 +99,7 @@ def _check_comparable(metric: str, records: list[Record], where: str) -> None:
 
 
 def _by_seeds(records: list[Record]) -> dict[tuple[int, ...] | None, float]:
-    return {tuple(r["seeds"]) if r.get("seeds") else None: r["value"] for r in records}
+    return {tuple(r["seeds"]) if r.get("seeds") else None: float(r["value"]) for r in records}
 
 
 def _difference(metric: str, a: dict[Any, float], b: dict[Any, float]) -> Difference:

@@ -144,7 +144,7 @@ def _collect(batches: Iterable[Tensor]) -> Images:
 
 def _is_model(name: str) -> bool:
     path = Path(name)
-    is_hub_name = not path.exists() and "/" in name and ":" not in name
+    is_hub_name = not path.exists() and name.count("/") == 1 and name[0] not in "./~" and ":" not in name
     return is_hub_name or (path / "model_index.json").exists() or (path / "config.yaml").exists()
 
 
