@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 # The outputs that images are compared in, with their widths; the logits are for the Inception Score.
@@ -41,8 +43,8 @@ class _Unit(nn.Module):
     def __init__(self, num_in: int, num_out: int, kernel: tuple[int, int], stride: int = 1, same: bool = True) -> None:
         super().__init__()
         padding = (kernel[0] // 2, kernel[1] // 2) if same else (0, 0)
-        self.conv = nn.Conv2d(num_in, num_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(num_out, eps=0.001)
+        self.conv: nn.Conv2d = nn.Conv2d(num_in, num_out, kernel, stride, padding, bias=False)
+        self.bn: Any = nn.BatchNorm2d(num_out, eps=0.001)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
         return F.relu(self.bn(self.conv(x)))
@@ -160,6 +162,9 @@ class InceptionFeatures(nn.Module):
         state = _read_weights(weights, expected | {"fc.bias": (1008,)})
         self.load_state_dict({name: state[name].float() for name in expected}, assign=True)
         self.requires_grad_(False).eval()
+        for unit in self.modules():
+            if isinstance(unit, _Unit):
+                unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), nn.Identity()
 
     def train(self, mode: bool = True) -> "InceptionFeatures":
         """Stay in evaluation mode, whatever the mode asked for."""
