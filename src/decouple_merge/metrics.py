@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -178,8 +179,8 @@ def inception_score(logits: Float[Tensor, "n classes"], num_splits: int = 10) ->
     """Compute exp(E KL(p(y|x) ‖ p(y))) with p = softmax(logits) (Salimans et al. 2016, section 4).
 
     Returns:
-        Mean and standard deviation over ``num_splits`` consecutive parts of nearly equal size; the deviation is that
-        of the parts themselves (divisor ``num_splits``), as the authors report it. Between 1 and the number of classes.
+        Mean and standard deviation over ``num_splits`` consecutive parts, cut where the authors' program does; the
+        deviation is that of the parts themselves (divisor ``num_splits``). Between 1 and the number of classes.
 
     Raises:
         ValueError: there are fewer rows than splits.
@@ -187,7 +188,9 @@ def inception_score(logits: Float[Tensor, "n classes"], num_splits: int = 10) ->
     if not 1 <= num_splits <= len(logits):
         raise ValueError(f"found {len(logits)} images in {num_splits} splits, expected at least one image in each")
     scores = []
-    for part in torch.tensor_split(logits, num_splits):
+    cuts = [i * len(logits) // num_splits for i in range(num_splits + 1)]
+    for start, stop in pairwise(cuts):
+        part = logits[start:stop]
         log_p = part.double().log_softmax(1)
         divergence = (log_p.exp() * (log_p - log_p.logsumexp(0) + math.log(len(part)))).sum(1).mean()
         scores.append(divergence.exp())
