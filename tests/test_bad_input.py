@@ -66,6 +66,7 @@ def test_a_good_config_passes_and_checking_writes_nothing(tiny_config: MakeConfi
             {"evaluate": {"metrics": ["fdi"]}},
             "metric is 'fdi', expected one of fd_effnetlite0, kd_effnetlite0, fd_infinity",
         ),
+        ({"search": {"metric": "recall_inception"}}, "expected a distance, which is smaller for better images"),
         ({"search": {"metric": "loss"}}, "metric is 'loss', expected one of fd_effnetlite0"),
         ({"evaluate": {"metrics": ["fid"]}}, "metric 'fid' needs the TensorFlow Inception weights: set evaluate.incep"),
         ({"search": {"metric": "kid"}}, "metric 'kid' needs the TensorFlow Inception weights"),

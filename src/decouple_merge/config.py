@@ -172,6 +172,13 @@ class Search(Section):
     num_steps: PositiveInt | None = None
     first_seed: NonNegativeInt = 1_000_000
 
+    @field_validator("metric")
+    @classmethod
+    def _distance(cls, metric: str) -> str:
+        if metric.startswith(("precision", "recall", "density", "coverage", "inception_score")):
+            raise ValueError("expected a distance, which is smaller for better images: the search minimises")
+        return metric
+
     @model_validator(mode="after")
     def _bounds(self) -> "Search":
         if self.low > 0 or self.high < 1:
@@ -219,7 +226,8 @@ class Evaluate(Section):
     """What is reported.
 
     Attributes:
-        metrics: of ``fd_effnetlite0``, ``kd_effnetlite0`` and, with ``inception_weights``, ``fid`` and ``kid``.
+        metrics: ``fd_effnetlite0``, ``kd_effnetlite0`` and others of that network; with ``inception_weights``, ``fid``,
+            ``kid``, ``sfid``, ``inception_score`` and others: all of ``features.METRICS`` but those on DINOv2 and CLIP.
         num_images: in each of num_seed_sets sets of consecutive seeds from first_seed on.
         num_reference_images: of the data, from the start; None takes all.
         num_sample_images: written as PNG for each model.
