@@ -84,6 +84,16 @@ def test_records_that_are_not_comparable_are_refused_by_the_field(field: str, si
         list(compare(a, b))
 
 
+def test_a_reference_is_known_by_its_hash_and_not_by_its_path(tmp_path: Path) -> None:
+    names = [f"{name}:0123456789abcdef:60000" for name in ("datasets:org/name", "/data/images")]
+    a = write(tmp_path / "a.jsonl", record("a", 10, reference=names[0]))
+    b = write(tmp_path / "b.jsonl", record("b", 9, reference=names[1]))
+    assert next(compare(a, b)).paired == [-1]
+    b = write(tmp_path / "b.jsonl", record("b", 9, reference=names[1].replace("60000", "10000")))
+    with pytest.raises(ValueError, match="records of fid differ in reference"):
+        list(compare(a, b))
+
+
 def test_nothing_is_printed_before_every_metric_is_known_to_be_comparable(tmp_path: Path) -> None:
     a = write(tmp_path / "a.jsonl", record("a", 1), record("a", 2, metric="kid"))
     b = write(tmp_path / "b.jsonl", record("b", 1), record("b", 2, metric="kid", num_steps=10))

@@ -179,6 +179,8 @@ def test_mistakes_are_found_before_an_image_is_drawn(
     tiny_base: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.savez(tmp_path / "stats.npz", mu=np.zeros(5), sigma=np.eye(5))
+    other = str(tmp_path / "other.npy")
+    np.save(other, np.zeros((9, 9, 9, 3), np.uint8))
 
     def no_pass(*arguments: Any) -> None:
         raise AssertionError("scored")
@@ -191,6 +193,7 @@ def test_mistakes_are_found_before_an_image_is_drawn(
         ((model, None, METRICS), {}, "fd_effnetlite0 needs a reference to compare with: give --reference"),
         ((model, str(tmp_path / "stats.npz"), METRICS), {}, "kd_effnetlite0 needs the reference's images; stats.npz:"),
         ((model, str(tmp_path / "nowhere"), METRICS), {}, "nowhere"),
+        ((model, other, METRICS), {}, r"found images 9×9 with 3 channel\(s\), expected 8×8 with 1, as what is scored"),
         ((str(tmp_path / "nowhere.zip"), reference, METRICS), {}, "is no model and holds no images"),
     ]
     for arguments, options, message in mistakes:

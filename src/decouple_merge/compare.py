@@ -1,5 +1,6 @@
 """Compare the records of two models, and refuse where they differ in more than the model."""
 
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,12 +91,17 @@ def _select(source: str) -> list[Record]:
 
 def _check_comparable(metric: str, records: list[Record], where: str) -> None:
     for field in FIELDS:
-        values = list(dict.fromkeys(r.get(field) for r in records))
+        values = list({_identity(field, r.get(field)): r.get(field) for r in records}.values())
         if len(values) > 1:
             raise ValueError(
                 f"{where}: records of {metric} differ in {field} ({', '.join(map(str, values))}), expected the same: "
                 "they are not comparable; score both alike"
             )
+
+
+def _identity(field: str, value: Any) -> Any:
+    """Reduce a reference, NAME:HASH or NAME:HASH:COUNT, to what doesn't depend on where its files lie."""
+    return re.sub(r"^.*:(?=[0-9a-f]{16}(:\d+)?$)", "", value) if field == "reference" and value else value
 
 
 def _by_seeds(records: list[Record]) -> dict[tuple[int, ...] | None, float]:

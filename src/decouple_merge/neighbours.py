@@ -19,6 +19,8 @@ def squared_radii(features: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]
     """
     if len(features) <= k:
         raise ValueError(f"found {len(features)} features, expected more than k = {k}: each needs k neighbours")
+    # Once, and not for every block.
+    features = features.double()
     radii = []
     for rows in torch.arange(len(features)).split(1024):
         distances = squared_distances(features[rows], features)
@@ -40,6 +42,7 @@ def precision_recall(real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"]
     Raises:
         ValueError: a sample has no more than k features.
     """
+    real, generated = real.double(), generated.double()
     real_radii, generated_radii = squared_radii(real, k), squared_radii(generated, k)
     num_precise, recalled = 0, torch.zeros(len(real), dtype=torch.bool)
     for rows in torch.arange(len(generated)).split(1024):
@@ -63,6 +66,7 @@ def density_coverage(real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"]
     """
     if len(generated) == 0:
         raise ValueError("found no generated features, expected at least 1")
+    real, generated = real.double(), generated.double()
     radii = squared_radii(real, k)
     num_pairs, covered = 0, torch.zeros(len(real), dtype=torch.bool)
     for rows in torch.arange(len(generated)).split(1024):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Data, Sample
-from .data import ArrayImages, Images, holds_jpeg, load_images, open_images
+from .config import Sample
+from .data import ArrayImages, Images, holds_jpeg, open_images
 from .evaluate import check_reference, metrics_record, needs_reference, needs_rows, score
 from .features import MEASURED, METRICS, Extractor, check_metrics, load_extractor
 from .models import make_scheduler
@@ -164,7 +164,14 @@ def _any_reference(
         first = scored.seeds.stop if scored.seeds else 0
         drawn = _open_scored(reference, scored.num_images, first, settings, device)
         return make_reference(reference, _collect(drawn.batches), extractor)
-    return make_reference(reference, load_images(Data(source=reference), scored.channels, scored.size), extractor)
+    images = open_images(reference)
+    channels, height, width = images[0].shape
+    if (channels, height, width) != (scored.channels, scored.size, scored.size):
+        raise ValueError(
+            f"--reference {reference}: found images {width}×{height} with {channels} channel(s), expected "
+            f"{scored.size}×{scored.size} with {scored.channels}, as what is scored: resize or convert one of them"
+        )
+    return make_reference(reference, images, extractor)
 
 
 def write_reference(
