@@ -6,6 +6,7 @@ that are made below; the spatial features are what its Mixed_6d gave.
 """
 
 import copy
+import hashlib
 import pickle
 import zlib
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from decouple_merge.features import load_extractor
 from decouple_merge.inception import OUTPUTS, InceptionFeatures, resize_tensorflow1
 
 # Block, then its convolutions: name, channels out, channels in, kernel height and width.
@@ -222,6 +224,17 @@ def test_features_do_not_depend_on_the_batch_and_grey_is_repeated(network: Incep
     alone = network(grey[1:])
     for output, values in colour.items():
         torch.testing.assert_close(alone[output], values[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_the_extractor_gives_the_networks_outputs(network: InceptionFeatures, weights_file: Path) -> None:
+    extractor = load_extractor("inception", torch.device("cpu"), weights_file)
+    images_ = images()["small"].repeat(2, 1, 1, 1)
+    found, expected = extractor.extract(images_), network(images_)
+    assert list(found) == ["features", "spatial", "logits"]
+    assert {output: found[output].shape[1] for output in extractor.outputs} == {"features": 2048, "spatial": 2023}
+    for output, values in expected.items():
+        torch.testing.assert_close(found[output], values, rtol=1e-4, atol=1e-4)
+    assert extractor.sha256 == hashlib.sha256(weights_file.read_bytes()).hexdigest()
 
 
 def test_network_is_frozen_and_stays_in_evaluation_mode(network: InceptionFeatures) -> None:

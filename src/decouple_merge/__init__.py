@@ -20,6 +20,9 @@ _PUBLIC = {
     "evaluate_model": "scoring",
     "frechet_distance": "metrics",
     "kernel_distance": "metrics",
+    "inception_score": "metrics",
+    "precision_recall": "neighbours",
+    "density_coverage": "neighbours",
     "split_timesteps": "timesteps",
 }
 __all__ = [*_PUBLIC, "__version__"]
