@@ -9,7 +9,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from .features import MEASURED, METRICS, Extractor
+from .features import MEASURED, METRICS, Extractor, Metric
 from .metrics import (
     FeatureStats,
     frechet_distance,
@@ -22,6 +22,8 @@ from .neighbours import density_coverage, precision_recall
 from .references import Reference as Reference
 from .references import make_reference as make_reference
 
+# An extractor's name and the name of one of its outputs.
+Output = tuple[str, str]
 # Which of a reference's rows a measure needs; measures that aren't here do with its moments.
 ROWS = {
     "kd": "kernel",
@@ -113,28 +115,7 @@ def score(
     references = {extractor.name: reference for extractor, reference in compared}
     for metric in metrics:
         check_reference(metric, references[METRICS[metric]])
-    measured = [MEASURED[m] for m in metrics]
-    stats = {
-        (extractor.name, output): FeatureStats.empty(width)
-        for extractor, _ in compared
-        for output, width in extractor.outputs.items()
-        if any(m[1:] == (extractor.name, output) and m.measure == "fd" for m in measured)
-    }
-    kept: dict[tuple[str, str], list[Tensor]] = {m[1:]: [] for m in measured if m.measure != "fd"}
-    num = 0
-    for batch in batches:
-        if batch.dtype != torch.uint8:
-            raise ValueError(f"found {batch.dtype} images, expected uint8 [N, C, H, W], 0 to 255: quantise them")
-        num += len(batch)
-        for extractor, _ in compared:
-            for output, features in extractor.extract(batch).items():
-                if (extractor.name, output) in stats:
-                    stats[extractor.name, output].add(features)
-                if (extractor.name, output) in kept:
-                    kept[extractor.name, output].append(features)
-    if num < 2:
-        raise ValueError(f"found {num} image(s) to score, expected at least 2")
-    rows = {key: torch.cat(kept.pop(key)) for key in list(kept)}
+    stats, rows = _extract(batches, [MEASURED[m] for m in metrics], [extractor for extractor, _ in compared])
 
     @cache
     def neighbours(function: Callable[[Tensor, Tensor], tuple[float, float]], name: str) -> tuple[float, float]:
@@ -144,9 +125,9 @@ def score(
 
     def value(metric: str) -> float:
         measure, name, output = MEASURED[metric]
-        if measure == "precision" or measure == "recall":
+        if measure in ("precision", "recall"):
             return neighbours(precision_recall, name)[measure == "recall"]
-        if measure == "density" or measure == "coverage":
+        if measure in ("density", "coverage"):
             return neighbours(density_coverage, name)[measure == "coverage"]
         if measure == "inception_score":
             return inception_score(rows[name, output])[0]
@@ -163,3 +144,26 @@ def score(
         return frechet_distance(found.mean, found.covariance, moments.mean, moments.covariance, moments.root)
 
     return {metric: value(metric) for metric in metrics}
+
+
+def _extract(
+    batches: Iterable[Tensor], measured: list[Metric], extractors: list[Extractor]
+) -> tuple[dict[Output, FeatureStats], dict[Output, Tensor]]:
+    """Run the extractors over the images: moments of outputs for the Fréchet distance, all features for the rest."""
+    widths = {(e.name, output): width for e in extractors for output, width in e.outputs.items()}
+    stats = {m[1:]: FeatureStats.empty(widths[m[1:]]) for m in measured if m.measure == "fd"}
+    kept: dict[Output, list[Tensor]] = {m[1:]: [] for m in measured if m.measure != "fd"}
+    num = 0
+    for batch in batches:
+        if batch.dtype != torch.uint8:
+            raise ValueError(f"found {batch.dtype} images, expected uint8 [N, C, H, W], 0 to 255: quantise them")
+        num += len(batch)
+        for extractor in extractors:
+            for output, features in extractor.extract(batch).items():
+                if (extractor.name, output) in stats:
+                    stats[extractor.name, output].add(features)
+                if (extractor.name, output) in kept:
+                    kept[extractor.name, output].append(features)
+    if num < 2:
+        raise ValueError(f"found {num} image(s) to score, expected at least 2")
+    return stats, {key: torch.cat(kept.pop(key)) for key in list(kept)}

@@ -65,31 +65,34 @@ def make_reference(name: str, images: Images, extractor: Extractor, num_images: 
     key = f"{images.sha256} {extractor.label} {num} {sorted(extractor.outputs)} {NUM_ROWS}"
     path = cache_folder() / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
     if not path.exists():
-        stats = {output: FeatureStats.empty(width) for output, width in extractor.outputs.items()}
-        wanted = {kind: set(np.linspace(0, num - 1, min(num, limit)).astype(int).tolist())
-                  for kind, limit in NUM_ROWS.items()}  # fmt: skip
-        rows: dict[str, list[Tensor]] = {kind: [] for kind in NUM_ROWS}
-        for batch in torch.arange(num).split(256):
-            features = extractor.extract(images.stack(batch.tolist()))
-            for output in extractor.outputs:
-                stats[output].add(features[output])
-            for kind, kept in rows.items():
-                kept.append(features["features"][[i for i, n in enumerate(batch.tolist()) if n in wanted[kind]]])
-        tensors = {f"rows.{kind}": torch.cat(kept) for kind, kept in rows.items()}
-        for output, found in stats.items():
-            covariance = found.covariance
-            tensors |= {
-                f"{output}.mean": found.mean,
-                f"{output}.covariance": covariance,
-                f"{output}.root": matrix_root(covariance),
-            }
-        write_tensors(path, tensors)
+        write_tensors(path, _statistics(images, num, extractor))
     tensors, _ = read_tensors(path)
     moments = {
         o: Moments(*(tensors[f"{o}.{part}"] for part in ("mean", "covariance", "root"))) for o in extractor.outputs
     }
     kept_rows = {kind: tensors[f"rows.{kind}"] for kind in NUM_ROWS}
     return Reference(f"{name}:{images.sha256[:16]}:{num}", num, moments, kept_rows)
+
+
+def _statistics(images: Images, num: int, extractor: Extractor) -> dict[str, Tensor]:
+    stats = {output: FeatureStats.empty(width) for output, width in extractor.outputs.items()}
+    wanted = {k: set(np.linspace(0, num - 1, min(num, limit)).astype(int).tolist()) for k, limit in NUM_ROWS.items()}
+    rows: dict[str, list[Tensor]] = {kind: [] for kind in NUM_ROWS}
+    for batch in torch.arange(num).split(256):
+        features = extractor.extract(images.stack(batch.tolist()))
+        for output, found in stats.items():
+            found.add(features[output])
+        for kind, kept in rows.items():
+            kept.append(features["features"][[i for i, n in enumerate(batch.tolist()) if n in wanted[kind]]])
+    tensors = {f"rows.{kind}": torch.cat(kept) for kind, kept in rows.items()}
+    for output, found in stats.items():
+        covariance = found.covariance
+        tensors |= {
+            f"{output}.mean": found.mean,
+            f"{output}.covariance": covariance,
+            f"{output}.root": matrix_root(covariance),
+        }
+    return tensors
 
 
 def write_statistics(reference: Reference, path: Path) -> None:
