@@ -19,9 +19,10 @@ from conftest import make_unet
 from decouple_merge import cli, models, runs
 from decouple_merge.config import Config, Data, dump_config
 from decouple_merge.data import decode, load_images, open_images
-from decouple_merge.evaluate import read_statistics
+from decouple_merge.features import Extractor
 from decouple_merge.models import export_pipeline, load_base, load_network
 from decouple_merge.plan import check, prepare
+from decouple_merge.references import read_statistics
 from decouple_merge.runs import read_tensors, write_json, write_tensors
 
 MakeConfig = Callable[..., Config]
@@ -61,7 +62,11 @@ def test_a_good_config_passes_and_checking_writes_nothing(tiny_config: MakeConfi
         ({"sample": {"sampler": "DIMM"}}, "sampler is 'DIMM', expected one of .*DDIM, "),
         ({"sample": {"num_steps": 50}}, "sampler DDIMScheduler with 50 steps: .*40"),
         ({"search": {"num_steps": 50}}, "sampler DDIMScheduler with 50 steps: .*40"),
-        ({"evaluate": {"metrics": ["fdi"]}}, "metric is 'fdi', expected one of fd_effnetlite0, kd_effnetlite0, fid"),
+        (
+            {"evaluate": {"metrics": ["fdi"]}},
+            "metric is 'fdi', expected one of fd_effnetlite0, kd_effnetlite0, fd_infinity",
+        ),
+        ({"search": {"metric": "recall_inception"}}, "expected a distance, which is smaller for better images"),
         ({"search": {"metric": "loss"}}, "metric is 'loss', expected one of fd_effnetlite0"),
         ({"evaluate": {"metrics": ["fid"]}}, "metric 'fid' needs the TensorFlow Inception weights: set evaluate.incep"),
         ({"search": {"metric": "kid"}}, "metric 'kid' needs the TensorFlow Inception weights"),
@@ -197,7 +202,7 @@ def test_an_empty_folder_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere.npz", "fashion_mnist"])
 def test_an_unknown_source_lists_the_known_ones(tiny_config: MakeConfig, tmp_path: Path, source: str) -> None:
-    with pytest.raises(ValueError, match=f"data.source is '{source}', expected fashion-mnist, a folder of images, an"):
+    with pytest.raises(ValueError, match=f"data.source is '{source}', expected fashion-mnist, a folder or a .zip"):
         check(tiny_config(data={"source": source}), tmp_path / "run")
 
 
@@ -285,7 +290,7 @@ def test_a_damaged_image_in_a_data_set_is_refused_and_skipped_only_if_asked(tmp_
 def test_damaged_reference_statistics_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "reference.npz").write_bytes(content)
     with pytest.raises(ValueError, match=r"reference\.npz: expected an npz file with arrays mu and sigma"):
-        read_statistics(tmp_path / "reference.npz", 4)
+        read_statistics(tmp_path / "reference.npz", Extractor("pixels", "0" * 64, {"features": 4}, dict))
 
 
 # -- the run folder

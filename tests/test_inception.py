@@ -1,10 +1,12 @@
 """The Inception network against torch-fidelity 0.4.0: its names and shapes, and stored features of random weights.
 
 torch-fidelity pulls torchvision, so it isn't installed here. The table UNITS and the numbers in EXPECTED come from its
-``FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], file)`` on the file and the images that are made below.
+``FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], file)`` on the file and the images
+that are made below; the spatial features are what its Mixed_6d gave.
 """
 
 import copy
+import hashlib
 import pickle
 import zlib
 from collections.abc import Callable
@@ -15,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from decouple_merge.inception import InceptionFeatures, resize_tensorflow1
+from decouple_merge.features import load_extractor
+from decouple_merge.inception import OUTPUTS, InceptionFeatures, resize_tensorflow1
 
 # Block, then its convolutions: name, channels out, channels in, kernel height and width.
 UNITS = """
@@ -52,12 +55,25 @@ Mixed_7c branch1x1,320,2048,1,1 branch3x3_1,384,2048,1,1 branch3x3_2a,384,384,1,
 Mixed_7c branch3x3dbl_1,448,2048,1,1 branch3x3dbl_2,384,448,3,3 branch3x3dbl_3a,384,384,1,3 branch3x3dbl_3b,384,384,3,1
 Mixed_7c branch_pool,192,2048,1,1
 """
-# Two channels of each branch of the last block; EXPECTED holds the mean feature, then these.
-CHECKED = [113, 269, 343, 687, 717, 909, 1145, 1439, 1527, 1695, 1914, 1983]
+# Two channels of each branch of the last block; EXPECTED holds the mean of an output, then these of its values.
+CHECKED = {
+    "features": [113, 269, 343, 687, 717, 909, 1145, 1439, 1527, 1695, 1914, 1983],
+    "spatial": [2, 191, 397, 605, 818, 1045, 1276, 1517, 1752, 2021],
+    "logits": [0, 1, 6, 7, 118, 119, 500, 800, 1000, 1007],
+}
 EXPECTED = {
-    "small": "2.90079 6.49895 6.22137 7.26664 8.10162 5.84003 6.6492 5.38133 7.3297 8.86446 8.25075 10.0742 11.4613",
-    "large": "3.24634 6.82688 7.27763 8.43791 8.85016 6.36916 7.57556 5.20815 7.98246 9.77043 8.88583 11.6964 13.0903",
-    "grey": "2.33705 5.15536 5.24166 5.7723 6.49439 4.57621 5.47829 4.50528 5.59195 6.96831 6.59921 8.43842 9.45181",
+    ("small", "features"): "2.90079 6.49895 6.22137 7.26664 8.10162 5.84003 6.6492 5.38133 7.3297 8.86446 8.25075 "
+    "10.0742 11.4613",
+    ("large", "features"): "3.24634 6.82688 7.27763 8.43791 8.85016 6.36916 7.57556 5.20815 7.98246 9.77043 8.88583 "
+    "11.6964 13.0903",
+    ("grey", "features"): "2.33705 5.15536 5.24166 5.7723 6.49439 4.57621 5.47829 4.50528 5.59195 6.96831 6.59921 "
+    "8.43842 9.45181",
+    ("small", "spatial"): "1.97875 1.17886 0.402376 6.2734 0.999009 0.953412 2.39112 2.98513 9.62099 1.73147 3.27148",
+    ("large", "spatial"): "2.33142 1.28914 1.48284 7.96515 1.05403 0.753365 2.70099 2.82317 9.43153 1.78057 4.16416",
+    ("grey", "spatial"): "1.56883 1.03442 0.443968 4.24309 1.51139 0.705103 1.99523 1.74907 6.98774 1.11248 2.11821",
+    ("small", "logits"): "0.218359 19.4275 25.5763 -8.20891 38.7813 49.9337 -41.918 -48.8748 -19.6072 15.0129 -33.8402",
+    ("large", "logits"): "0.245818 22.3974 30.8069 -9.20102 43.4058 57.3735 -46.7454 -54.5441 -19.8 16.373 -37.5676",
+    ("grey", "logits"): "0.209461 14.8976 21.0826 -7.17604 30.0312 40.2835 -34.382 -39.0563 -16.6765 12.6991 -28.5928",
 }
 
 
@@ -107,13 +123,23 @@ def network(weights_file: Path) -> InceptionFeatures:
     return InceptionFeatures(weights_file)
 
 
-@pytest.mark.parametrize("name", list(EXPECTED))
-def test_features_equal_those_of_torch_fidelity(network: InceptionFeatures, name: str) -> None:
-    features = network(images()[name])
-    assert features.shape == (1, 2048)
-    assert features.dtype == torch.float32
-    found = [features.mean().item(), *features[0, CHECKED].tolist()]
-    assert found == pytest.approx(list(map(float, EXPECTED[name].split())), rel=1e-4)
+@pytest.mark.parametrize("name", list(images()))
+def test_outputs_equal_those_of_torch_fidelity(network: InceptionFeatures, name: str) -> None:
+    for output, values in network(images()[name]).items():
+        assert values.shape == (1, OUTPUTS.get(output, 1008))
+        assert values.dtype == torch.float32
+        found = [values.mean().item(), *values[0, CHECKED[output]].tolist()]
+        assert found == pytest.approx(list(map(float, EXPECTED[name, output].split())), rel=1e-4)
+
+
+def test_spatial_features_are_in_the_order_of_tensorflow(network: InceptionFeatures) -> None:
+    """Row, column, channel: in another order, mu_s of ADM's files would not belong to them."""
+    captured: list[Tensor] = []
+    network = copy.deepcopy(network)
+    network.get_submodule("Mixed_6d").register_forward_hook(lambda *call: captured.append(call[2]))
+    spatial = network(images()["small"])["spatial"]
+    for row, column, channel in [(0, 0, 6), (3, 9, 2), (16, 15, 0)]:
+        assert spatial[0, (row * 17 + column) * 7 + channel] == captured[0][0, channel, row, column]
 
 
 def test_resize_reads_row_i_at_i_times_h_over_side_and_clamps() -> None:
@@ -138,14 +164,10 @@ def pass_through(network: InceptionFeatures) -> InceptionFeatures:
     """Copy the network and let output channel o of each convolution be its input channel o modulo their number."""
     network = copy.deepcopy(network)
     for name, value in network.state_dict().items():
+        value.zero_()
         if name.endswith("conv.weight"):
             num_out, num_in, height, width = value.shape
-            value.zero_()
             value[torch.arange(num_out), torch.arange(num_out) % num_in, height // 2, width // 2] = 1
-        elif name.endswith("running_var"):
-            value.fill_(1 - 0.001)
-        else:
-            value.fill_(1 if name.endswith("bn.weight") else 0)
     return network
 
 
@@ -199,7 +221,20 @@ def test_features_do_not_depend_on_the_batch_and_grey_is_repeated(network: Incep
     grey = torch.randint(0, 256, (2, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     colour = network(grey.expand(-1, 3, -1, -1))
     torch.testing.assert_close(network(grey), colour)
-    torch.testing.assert_close(network(grey[1:]), colour[1:], rtol=1e-5, atol=1e-5)
+    alone = network(grey[1:])
+    for output, values in colour.items():
+        torch.testing.assert_close(alone[output], values[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_the_extractor_gives_the_networks_outputs(network: InceptionFeatures, weights_file: Path) -> None:
+    extractor = load_extractor("inception", torch.device("cpu"), weights_file)
+    images_ = images()["small"].repeat(2, 1, 1, 1)
+    found, expected = extractor.extract(images_), network(images_)
+    assert list(found) == ["features", "spatial", "logits"]
+    assert {output: found[output].shape[1] for output in extractor.outputs} == {"features": 2048, "spatial": 2023}
+    for output, values in expected.items():
+        torch.testing.assert_close(found[output], values, rtol=1e-4, atol=1e-4)
+    assert extractor.sha256 == hashlib.sha256(weights_file.read_bytes()).hexdigest()
 
 
 def test_network_is_frozen_and_stays_in_evaluation_mode(network: InceptionFeatures) -> None:
@@ -211,7 +246,7 @@ def test_batch_counts_in_the_file_are_ignored(tmp_path: Path, network: Inception
     counts = {name.replace("running_var", "num_batches_tracked"): torch.tensor(7) for name in shapes() if "var" in name}
     torch.save(random_weights() | counts, tmp_path / "counts.pth")
     grey = images()["grey"]
-    assert torch.equal(InceptionFeatures(tmp_path / "counts.pth")(grey), network(grey))
+    torch.testing.assert_close(InceptionFeatures(tmp_path / "counts.pth")(grey), network(grey), rtol=0, atol=0)
 
 
 def test_channels_other_than_one_or_three_are_refused(network: InceptionFeatures) -> None:

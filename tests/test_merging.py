@@ -17,8 +17,8 @@ from conftest import make_unet
 from decouple_merge import cli, merging
 from decouple_merge.config import Merge
 from decouple_merge.merging import Sources, open_expert
+from decouple_merge.recipes import describe_model, merge_models, repeat_merge
 from decouple_merge.rules import RULES, Coefficients, Context
-from decouple_merge.standalone import describe_model, merge_models, repeat_merge
 from decouple_merge.tensors import TensorFiles, shards, weight_files
 from decouple_merge.weights import merge
 

@@ -3,11 +3,22 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from torch import Tensor
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 
-from decouple_merge.metrics import FeatureStats, frechet_distance, kernel_distance, matrix_root
+from decouple_merge.metrics import (
+    FeatureStats,
+    frechet_distance,
+    frechet_infinity,
+    gaussian_kernel_distance,
+    inception_score,
+    kernel_distance,
+    matrix_root,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -157,3 +168,120 @@ def test_kernel_distance_of_equal_distributions_is_zero_on_average() -> None:
 def test_kernel_distance_refuses_fewer_than_two_samples(n: int, m: int) -> None:
     with pytest.raises(ValueError, match=f"{n} and {m} samples, expected at least 2 each"):
         kernel_distance(draw(n, 3), draw(m, 3))
+
+
+def reference_of(num_features: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(num_features).double(), torch.eye(num_features).double()
+
+
+def test_extrapolated_distance_is_nearer_the_true_one() -> None:
+    """Features of the reference's own distribution: the true distance is 0, the bias of 400 of them is 20²/400."""
+    mean, covariance = reference_of(20)
+    plain, extrapolated = [], []
+    for seed in range(10):
+        features = draw(400, 20, seed=seed)
+        stats = stats_of(features, 100)
+        plain.append(frechet_distance(stats.mean, stats.covariance, mean, covariance))
+        extrapolated.append(frechet_infinity(features, mean, covariance, seed=seed))
+    assert np.mean(plain) > 0.2
+    assert abs(np.mean(extrapolated)) < 0.25 * np.mean(plain)
+
+
+def test_extrapolation_is_the_intercept_of_the_line_through_its_subsets() -> None:
+    features, (mean, covariance) = draw(300, 4).float(), reference_of(4)
+    generator = torch.Generator().manual_seed(7)
+    inverse, distances = [], []
+    for size in (150, 225, 300):
+        subset = features[torch.randperm(300, generator=generator)[:size]].double().numpy()
+        moments = torch.from_numpy(subset.mean(0)), torch.from_numpy(np.cov(subset, rowvar=False))
+        inverse.append(1 / size)
+        distances.append(frechet_distance(*moments, mean, covariance))
+    expected = np.polyfit(inverse, distances, 1)[1]
+    found = frechet_infinity(features, mean, covariance, num_points=3, seed=7)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert frechet_infinity(features, mean, covariance, matrix_root(covariance), 3, 7) == pytest.approx(found, rel=1e-9)
+
+
+def test_extrapolation_refuses_few_images() -> None:
+    with pytest.raises(ValueError, match="has 19 images and 15 points, expected at least 20 and 2"):
+        frechet_infinity(draw(19, 3), *reference_of(3))
+
+
+def test_gaussian_kernel_distance_is_that_of_a_double_loop() -> None:
+    a, b = draw(11, 6).float(), draw(8, 6, seed=1).float() + 0.5
+    x, y = (v.double().numpy() / np.linalg.norm(v.double().numpy(), axis=1, keepdims=True) for v in (a, b))
+
+    def mean_kernel(p: np.ndarray, q: np.ndarray) -> float:
+        return float(np.mean([[np.exp(-np.sum((i - j) ** 2) / (2 * 0.7**2)) for j in q] for i in p]))
+
+    expected = mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
+    assert gaussian_kernel_distance(a, b, 0.7) == pytest.approx(expected, rel=1e-12)
+
+
+def test_gaussian_kernel_distance_depends_on_directions_only_and_is_zero_for_equal_samples() -> None:
+    a, b = draw(1100, 5).float(), draw(1030, 5, seed=1).float() + 0.3
+    distance = gaussian_kernel_distance(a, b)
+    assert distance > 1e-4
+    assert gaussian_kernel_distance(a * 3, b * 0.1) == pytest.approx(distance, rel=1e-5)
+    assert gaussian_kernel_distance(b, a) == pytest.approx(distance, rel=1e-10)
+    # In float32 the difference of three means of about 1 would be off by 1e-7.
+    assert abs(gaussian_kernel_distance(a, a.flip(0))) < 1e-13
+
+
+def naive_inception_score(logits: np.ndarray, num_splits: int) -> tuple[float, float]:
+    scores = []
+    n = len(logits)
+    for i in range(num_splits):
+        part = logits[i * n // num_splits : (i + 1) * n // num_splits].astype(np.float64)
+        p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
+        marginal = p.mean(0)
+        scores.append(np.exp(np.mean([scipy.stats.entropy(row, marginal) for row in p])))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+@pytest.mark.parametrize("num_splits", [1, 4, 10])
+def test_inception_score_is_its_definition(num_splits: int) -> None:
+    logits = (draw(103, 12) * 2).float()
+    assert inception_score(logits, num_splits) == pytest.approx(
+        naive_inception_score(logits.numpy(), num_splits), rel=1e-10
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Metric `InceptionScore` will save all extracted features")
+@pytest.mark.filterwarnings("ignore:std\\(\\). degrees of freedom")
+def test_inception_score_is_that_of_torchmetrics() -> None:
+    logits = (draw(120, 9) * 2).float()
+    # One split, since torchmetrics shuffles.
+    metric = InceptionScore(feature=torch.nn.Identity(), splits=1)
+    metric.update(logits)
+    assert inception_score(logits, 1)[0] == pytest.approx(float(metric.compute()[0]), rel=1e-5)
+
+
+def test_inception_score_of_sure_and_varied_images_is_the_number_of_classes() -> None:
+    assert inception_score(1000 * torch.eye(7), 1)[0] == pytest.approx(7)
+    assert inception_score(1000 * torch.eye(7)[[2] * 5], 1)[0] == pytest.approx(1)
+    assert inception_score(torch.zeros(5, 7), 1)[0] == pytest.approx(1)
+
+
+def test_inception_score_refuses_more_splits_than_images() -> None:
+    with pytest.raises(ValueError, match="found 9 images in 10 splits"):
+        inception_score(draw(9, 4))
+
+
+class Flat(torch.nn.Module):
+    """Images to features for torchmetrics: the pixels."""
+
+    num_features = 12
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).double()
+
+
+def test_frechet_distance_is_that_of_torchmetrics() -> None:
+    a, b = draw(90, 3, 2, 2), draw(70, 3, 2, 2, seed=1) * 1.3 + 0.2
+    metric = FrechetInceptionDistance(feature=Flat()).set_dtype(torch.float64)
+    metric.update(b, real=True)
+    metric.update(a, real=False)
+    found, reference = stats_of(a.flatten(1), 32), stats_of(b.flatten(1), 32)
+    distance = frechet_distance(found.mean, found.covariance, reference.mean, reference.covariance)
+    assert distance == pytest.approx(float(metric.compute()), rel=1e-6)

@@ -31,6 +31,15 @@ def test_the_file_map_names_every_file_of_the_package() -> None:
     assert sorted(named) == sorted(package)
 
 
+def test_the_tests_that_the_precision_page_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/precision.md").read_text(encoding="utf-8")))
+    defined = {
+        name for p in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", p.read_text())
+    }
+    assert named
+    assert sorted(named - defined) == []
+
+
 @pytest.mark.parametrize("command", [c for c in commands() if c[0] == "deme"], ids=" ".join)
 def test_every_command_parses(command: list[str]) -> None:
     verbs = typer.main.get_command(cli.app)

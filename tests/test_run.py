@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import make_unet
-from decouple_merge import finetune, standalone, workflow
-from decouple_merge.card import merge_record, model_card
+from decouple_merge import finetune, recipes, scoring, standalone, workflow
+from decouple_merge.card import model_card
 from decouple_merge.config import Config, Merge, dump_config, load_config
 from decouple_merge.data import load_images
 from decouple_merge.features import load_extractor
@@ -27,6 +27,7 @@ from decouple_merge.plan import check, prepare
 from decouple_merge.results import Row
 from decouple_merge.runs import read_records
 from decouple_merge.search import Trial, levels
+from decouple_merge.selection import merge_record
 from decouple_merge.weights import merge
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -355,13 +356,13 @@ def test_pictures_are_named_by_their_seeds(done: Finished, tmp_path: Path) -> No
 def test_merging_a_runs_experts_by_hand_gives_its_merged_model(done: Finished, tmp_path: Path) -> None:
     weights = json.loads((done.folder / "merged/merge.json").read_text())["weights"]
     experts = [done.folder / f"experts/{i}" for i in range(3)]
-    list(standalone.merge_models(str(done.base), experts, Merge(weights=weights), tmp_path / "merged"))
+    list(recipes.merge_models(str(done.base), experts, Merge(weights=weights), tmp_path / "merged"))
     assert (tmp_path / "merged" / WEIGHTS).read_bytes() == (done.folder / "merged" / WEIGHTS).read_bytes()
     record = json.loads((tmp_path / "merged/merge.json").read_text())
     assert record["weights"] == weights
     single = [e / "model.safetensors" for e in experts]
     out = tmp_path / "merged.safetensors"
-    list(standalone.merge_models(str(done.base / WEIGHTS), single, Merge(weights=weights), out))
+    list(recipes.merge_models(str(done.base / WEIGHTS), single, Merge(weights=weights), out))
     merged = load_file(tmp_path / "merged.safetensors")
     expected = load_file(done.folder / "merged" / WEIGHTS)
     assert merged.keys() == expected.keys()
@@ -371,15 +372,15 @@ def test_merging_a_runs_experts_by_hand_gives_its_merged_model(done: Finished, t
 def test_merging_refuses_an_output_of_the_wrong_kind_and_too_few_weights(done: Finished, tmp_path: Path) -> None:
     expert = done.folder / "experts/0"
     with pytest.raises(ValueError, match="expected a folder, as the base is one"):
-        list(standalone.merge_models(str(done.base), [expert], Merge(weights=[1.0]), tmp_path / "out.safetensors"))
+        list(recipes.merge_models(str(done.base), [expert], Merge(weights=[1.0]), tmp_path / "out.safetensors"))
     with pytest.raises(ValueError, match="1 weights for 2 experts"):
-        list(standalone.merge_models(str(done.base), [expert, expert], Merge(weights=[1.0]), tmp_path / "out"))
+        list(recipes.merge_models(str(done.base), [expert, expert], Merge(weights=[1.0]), tmp_path / "out"))
 
 
 def test_statistics_are_the_mean_and_covariance_of_the_features(done: Finished, tmp_path: Path) -> None:
-    standalone.write_reference(str(done.images), tmp_path / "reference.npz", "fd_effnetlite0", None)
+    scoring.write_reference(str(done.images), tmp_path / "reference.npz", "fd_effnetlite0", None)
     images = torch.from_numpy(np.load(done.images)["images"])[:, None]
-    features = load_extractor("effnetlite0", torch.device("cpu")).extract(images).double().numpy()
+    features = load_extractor("effnetlite0", torch.device("cpu")).extract(images)["features"].double().numpy()
     written = np.load(tmp_path / "reference.npz")
     assert sorted(written.files) == ["mu", "sigma"]
     np.testing.assert_allclose(written["mu"], features.mean(0), rtol=1e-9, atol=1e-9)
@@ -388,10 +389,11 @@ def test_statistics_are_the_mean_and_covariance_of_the_features(done: Finished, 
 
 def test_images_have_no_distance_to_their_own_statistics_and_one_to_others(done: Finished, tmp_path: Path) -> None:
     reference = tmp_path / "reference.npz"
-    standalone.write_reference(str(done.images), reference, "fd_effnetlite0", None)
+    scoring.write_reference(str(done.images), reference, "fd_effnetlite0", None)
 
     def distance(model: str, to: str, metric: str = "fd_effnetlite0") -> dict[str, Any]:
-        (record,) = standalone.evaluate_model(model, to, [metric], 8, 0, tmp_path / "metrics.jsonl", None)
+        num_images = 8 if model == str(done.base) else None
+        *_, record = scoring.evaluate_model(model, to, [metric], num_images, 0, tmp_path / "metrics.jsonl")
         return record
 
     own = distance(str(done.images), str(reference))
@@ -411,10 +413,10 @@ def test_images_have_no_distance_to_their_own_statistics_and_one_to_others(done:
 
 def test_drawn_pictures_score_as_the_model_that_drew_them(done: Finished, tmp_path: Path) -> None:
     standalone.sample_model(str(done.base), tmp_path / "out", 8, 0, 50, "DDIM")
-    values = [
-        next(standalone.evaluate_model(m, str(done.images), METRICS[:1], 8, 0, tmp_path / "m.jsonl", None))["value"]
-        for m in (str(done.base), str(tmp_path / "out"))
-    ]
+    values = []
+    for model in (str(done.base), str(tmp_path / "out")):
+        *_, record = scoring.evaluate_model(model, str(done.images), METRICS[:1], 8)
+        values.append(record["value"])
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 

@@ -14,12 +14,15 @@ _PUBLIC = {
     "pretrain": "workflow",
     "prepare": "plan",
     "merge": "weights",
-    "merge_models": "standalone",
+    "merge_models": "recipes",
     "sample_images": "sample",
     "sample_model": "standalone",
-    "evaluate_model": "standalone",
+    "evaluate_model": "scoring",
     "frechet_distance": "metrics",
     "kernel_distance": "metrics",
+    "inception_score": "metrics",
+    "precision_recall": "neighbours",
+    "density_coverage": "neighbours",
     "split_timesteps": "timesteps",
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -1,36 +1,6 @@
-"""The record and the model card of a merged model."""
+"""The model card of a merged model."""
 
 from typing import Any
-
-from . import __version__
-from .plan import Plan
-from .search import Level, Trial
-
-
-def merge_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:
-    """Say how a run's merged model was made. Nothing in it depends on when: equal runs write equal bytes."""
-    blocks = plan.config.search.blocks
-    num = len(winner.weights) // len(blocks)
-    rows = [list(winner.weights[i * num : (i + 1) * num]) for i in range(len(blocks))]
-    return {
-        "method": plan.config.search.method,
-        "density": plan.config.search.density,
-        "weights": rows[-1],
-        "blocks": dict(zip(blocks[:-1], rows[:-1], strict=True)),
-        "ranges": None if plan.config.search.checkpoints else [[r.low, r.high] for r in plan.ranges],
-        "base": {"name": plan.config.base, "sha256": plan.base.sha256},
-        "experts_sha256": experts_sha256,
-        "merged_sha256": winner.merged_sha256,
-        "search": {
-            "strategy": plan.config.search.strategy,
-            "metric": plan.config.search.metric,
-            "value": winner.value,
-            "num_images": len(level.seeds),
-            "seeds": [level.seeds.start, level.seeds.stop - 1],
-        },
-        "projection": plan.config.finetune.projection.placement,
-        "decouple_merge": __version__,
-    }
 
 
 def model_card(record: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -36,6 +37,18 @@ def _show(events: Iterable[Any]) -> None:
     rows = show(events, console)
     if rows:
         console.print(result_table(rows))
+
+
+def _show_bytes(events: Iterable[Any]) -> None:
+    """Print lines as they come, and the bytes written so far with their rate."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("merge", total=None)
+        for event in events:
+            if isinstance(event, str):
+                console.print(event)
+            else:
+                progress.update(bar, completed=event.num_done, total=event.num_bytes)
 
 
 def result_table(rows: "list[Row]") -> Table:
@@ -159,12 +172,11 @@ def merge(
     Example: `deme merge models/fashion-ddpm runs/fashion-quick/experts/0 runs/fashion-quick/experts/1
     --weights 0.5,0.5 --out merged`
     """
-    from . import standalone
+    from . import recipes
     from .config import Merge, validate
-    from .progress import show_bytes
 
     if recipe is not None:
-        show_bytes(standalone.repeat_merge(recipe, out, dry_run), console)
+        _show_bytes(recipes.repeat_merge(recipe, out, dry_run))
     elif base is None or not experts or weights is None:
         raise ValueError("expected BASE, at least one EXPERT and --weights, or --recipe")
     else:
@@ -179,7 +191,7 @@ def merge(
             "max_shard_bytes": max_shard_bytes,
             "allow_non_finite": allow_non_finite,
         }
-        show_bytes(standalone.merge_models(base, experts, validate(Merge, settings, "merge"), out, dry_run), console)
+        _show_bytes(recipes.merge_models(base, experts, validate(Merge, settings, "merge"), out, dry_run))
     if not dry_run:
         console.print(f"merged model: {out}")
 
@@ -204,9 +216,9 @@ def info(
 
     Example: `deme info models/fashion-ddpm`
     """
-    from . import standalone
+    from . import recipes
 
-    for line in standalone.describe_model(model):
+    for line in recipes.describe_model(model):
         console.print(line)
 
 
@@ -231,25 +243,59 @@ def sample(
     console.print(f"images: {out}")
 
 
+InceptionWeights = Annotated[Path | None, typer.Option(help="For fid, kid and other metrics of Inception")]
+DinoV2 = Annotated[str | None, typer.Option("--dinov2", help="Folder or hub name, for fd_dinov2 and others")]
+Clip = Annotated[str | None, typer.Option(help="Folder or hub name, for cmmd, fd_clip and others")]
+
+
+def _encoders(dinov2: str | None, clip: str | None) -> dict[str, str]:
+    return {name: path for name, path in (("dinov2", dinov2), ("clip", clip)) if path is not None}
+
+
 @app.command()
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_IMAGES", help="Pipeline, or images in any form data.source takes")
-    ],
-    reference: Annotated[str, typer.Option(metavar="REF", help="Images, or statistics from deme stats")],
+        str | None,
+        typer.Argument(metavar="MODEL_OR_IMAGES", help="Pipeline, or images in any form data.source takes"),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="REF", help="Images, a model, or statistics of deme stats, pytorch-fid or ADM")
+    ] = None,
     metrics: Annotated[str, typer.Option(help="Separated by commas")] = "fd_effnetlite0",
-    num_images: Annotated[int, typer.Option(min=2, help="To draw, where MODEL is a model")] = 5000,
+    num_images: Annotated[
+        int | None, typer.Option(min=2, help="5000 of a model, all of images, where not given")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    num_steps: Annotated[int, typer.Option(min=1)] = 50,
+    sampler: Annotated[str, typer.Option(help="Any diffusers scheduler by name")] = "DDIM",
     out: Annotated[Path, typer.Option(help="Records are appended here")] = Path("metrics.jsonl"),
-    inception_weights: Annotated[Path | None, typer.Option(help="For fid and kid")] = None,
+    inception_weights: InceptionWeights = None,
+    dinov2: DinoV2 = None,
+    clip: Clip = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Metrics files or runs to compare instead, each as PATH or PATH:MODEL"),
+    ] = None,
 ) -> None:
     """Score a model or images against a reference; the records go to a metrics file.
 
     Example: `deme evaluate models/fashion-ddpm --reference fashion-mnist --num-images 500`
     """
-    from . import standalone
+    if compare is not None:
+        from .compare import compare as compare_records
 
-    _show(standalone.evaluate_model(model, reference, metrics.split(","), num_images, seed, out, inception_weights))
+        _show(compare_records(*compare))
+        return
+    if model is None:
+        raise ValueError("expected MODEL_OR_IMAGES, or --compare A B")
+    from .config import Sample
+    from .scoring import evaluate_model
+
+    settings, encoders = Sample(sampler=sampler, num_steps=num_steps), _encoders(dinov2, clip)
+    names = metrics.split(",")
+    _show(
+        evaluate_model(model, reference, names, num_images, seed, out, inception_weights, encoders, settings=settings)
+    )
 
 
 @app.command()
@@ -257,15 +303,17 @@ def stats(
     images: Annotated[str, typer.Argument(metavar="IMAGES", help="In any form data.source takes")],
     out: Annotated[Path, typer.Option(metavar="REF.npz")],
     metric: Annotated[str, typer.Option(help="The metric whose features are meant")] = "fd_effnetlite0",
-    inception_weights: Annotated[Path | None, typer.Option(help="For fid")] = None,
+    inception_weights: InceptionWeights = None,
+    dinov2: DinoV2 = None,
+    clip: Clip = None,
 ) -> None:
     """Write reference statistics (mu, sigma) that other FID tools read too.
 
     Example: `deme stats fashion-mnist --out fashion.npz`
     """
-    from . import standalone
+    from . import scoring
 
-    standalone.write_reference(images, out, metric, inception_weights)
+    scoring.write_reference(images, out, metric, inception_weights, _encoders(dinov2, clip))
     console.print(f"statistics: {out}")
 
 

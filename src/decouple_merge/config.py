@@ -38,7 +38,8 @@ class Data(Section):
     """Where training and reference images come from.
 
     Attributes:
-        source: ``fashion-mnist``, an image folder, an ``.npz``/``.npy`` array, or ``datasets:NAME``.
+        source: ``fashion-mnist``, an image folder, a ``.zip`` or ``.tar`` of one, an ``.npz``/``.npy`` array, or
+            ``datasets:NAME``.
         path: folder with the files of a known data set, where they are not in their usual place.
         split, column: for ``datasets:`` sources.
         fit: ``exact`` refuses images whose size or channels differ from the model's; ``resize`` crops them to a
@@ -197,6 +198,13 @@ class Search(Section):
     first_seed: NonNegativeInt = 1_000_000
     storage: str | None = None
 
+    @field_validator("metric")
+    @classmethod
+    def _distance(cls, metric: str) -> str:
+        if metric.startswith(("precision", "recall", "density", "coverage", "inception_score")):
+            raise ValueError("expected a distance, which is smaller for better images: the search minimises")
+        return metric
+
     @model_validator(mode="after")
     def _bounds(self) -> "Search":
         if self.low >= self.high:
@@ -243,7 +251,8 @@ class Evaluate(Section):
     """What is reported.
 
     Attributes:
-        metrics: of ``fd_effnetlite0``, ``kd_effnetlite0`` and, with ``inception_weights``, ``fid`` and ``kid``.
+        metrics: ``fd_effnetlite0``, ``kd_effnetlite0`` and others of that network; with ``inception_weights``, ``fid``,
+            ``kid``, ``sfid``, ``inception_score`` and others: all of ``features.METRICS`` but those on DINOv2 and CLIP.
         num_images: in each of num_seed_sets sets of consecutive seeds from first_seed on.
         num_reference_images: of the data, from the start; None takes all.
         num_sample_images: written as PNG for each model.

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .archives import ARCHIVE_SUFFIXES, Archive, DamagedError, Member
 from .config import Data
 from .runs import cache_folder, write_json
 from .seeds import generator
@@ -88,10 +89,6 @@ class DecodedImages(Images):
         return decode(self.items[self.kept[index]], self.channels, self.size, self.fit)
 
 
-class DamagedError(ValueError):
-    """An image that can't be decoded."""
-
-
 def _open(item: Any) -> Image.Image:
     try:
         with nullcontext(item) if isinstance(item, Image.Image) else Image.open(item) as image:
@@ -111,7 +108,7 @@ def decode(item: Any, channels: int, size: int, fit: str) -> UInt8[Tensor, "c h 
     """
     image = _open(item)
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
-    name = item if isinstance(item, str | Path) else "an image of the data set"
+    name = item if isinstance(item, str | Path | Member) else "an image of the data set"
     if fit == "resize":
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -160,7 +157,10 @@ def _array_file(path: Path) -> np.ndarray:
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            pixels = loaded[loaded.files[0]] if path.suffix == ".npz" else loaded
+            if path.suffix == ".npz":
+                # Where ADM's files have images, they are arr_0; the others are labels or statistics.
+                loaded = loaded["arr_0" if "arr_0" in loaded.files else loaded.files[0]]
+            pixels = loaded
     except (OSError, ValueError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: can't be read as a plain array ({error})") from error
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
@@ -168,6 +168,15 @@ def _array_file(path: Path) -> np.ndarray:
             f"{path}: found {pixels.dtype} of shape {pixels.shape}, expected uint8 [N, H, W] or [N, H, W, C]"
         )
     return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+
+
+def array_images(path: Path) -> ArrayImages:
+    """Read the images of an npz (``arr_0``, or its first array) or npy file.
+
+    Raises:
+        ValueError: the file is damaged, or the array is not uint8 [N, H, W] or [N, H, W, C].
+    """
+    return ArrayImages(_array_file(path))
 
 
 def _checked(items: Sequence[Any], identity: str, channels: int, size: int, data: Data) -> DecodedImages:
@@ -204,8 +213,24 @@ def _try_decode(items: Sequence[Any], index: int, channels: int, size: int, data
         raise
 
 
+def _image_files(path: Path) -> Iterator[Path]:
+    return (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _is_archive(path: Path) -> bool:
+    return path.suffix.lower() in ARCHIVE_SUFFIXES and path.is_file()
+
+
+def _archive(path: Path, channels: int, size: int, data: Data) -> DecodedImages:
+    files = Archive(path, IMAGE_SUFFIXES)
+    if len(files) == 0:
+        raise ValueError(f"{path}: found no images, expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    stamp = path.stat()
+    return _checked(files, repr((str(path.resolve()), stamp.st_size, stamp.st_mtime_ns)), channels, size, data)
+
+
 def _folder(path: Path, channels: int, size: int, data: Data) -> DecodedImages:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(_image_files(path))
     if not files:
         raise ValueError(f"{path}: found no images, expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
     stamps = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
@@ -228,7 +253,8 @@ class _Column(Sequence):
             ) from error
 
 
-def _datasets(name: str, channels: int, size: int, data: Data) -> DecodedImages:
+def _column(name: str, data: Data) -> tuple[_Column, str]:
+    """Open the images of a ``datasets`` data set; returns them and what identifies them."""
     import datasets
 
     local = Path(name).is_dir() and (Path(name) / "dataset_info.json").is_file()
@@ -242,7 +268,7 @@ def _datasets(name: str, channels: int, size: int, data: Data) -> DecodedImages:
         )
     if len(rows) == 0:
         raise ValueError(f"data set {name!r}, split {data.split!r}: has no rows")
-    return _checked(_Column(rows, data.column), f"{name} {data.column} {rows._fingerprint}", channels, size, data)
+    return _Column(rows, data.column), f"{name} {data.column} {rows._fingerprint}"
 
 
 @lru_cache(maxsize=2)
@@ -254,17 +280,20 @@ def load_images(data: Data, channels: int, size: int) -> Images:
     """
     source = data.source
     if source.startswith("datasets:"):
-        return _datasets(source.removeprefix("datasets:"), channels, size, data)
+        column, identity = _column(source.removeprefix("datasets:"), data)
+        return _checked(column, identity, channels, size, data)
     if source == "fashion-mnist":
         pixels = _fashion_mnist(data.path, data.split)
     elif Path(source).is_dir():
         return _folder(Path(source), channels, size, data)
+    elif _is_archive(Path(source)):
+        return _archive(Path(source), channels, size, data)
     elif Path(source).suffix in (".npz", ".npy") and Path(source).is_file():
         pixels = _array_file(Path(source))
     else:
         raise ValueError(
-            f"data.source is {source!r}, expected fashion-mnist, a folder of images, an .npz or .npy file, or "
-            "datasets:NAME"
+            f"data.source is {source!r}, expected fashion-mnist, a folder or a .zip or .tar of images, an .npz "
+            "or .npy file, or datasets:NAME"
         )
     if pixels.shape[1:] != (channels, size, size):
         if data.fit == "exact":
@@ -293,13 +322,31 @@ def open_images(source: str) -> Images:
     if path.suffix in (".npz", ".npy") and path.is_file():
         pixels = _array_file(path)
         return load_images(data, pixels.shape[1], pixels.shape[2])
-    first = next((p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES), None)
-    if first is None:
+    items: Sequence[Any]
+    if source.startswith("datasets:"):
+        items = _column(source.removeprefix("datasets:"), data)[0]
+    elif _is_archive(path):
+        items = Archive(path, IMAGE_SUFFIXES)
+    else:
+        items = [min(found)] if (found := list(_image_files(path))) else []
+    if len(items) == 0:
         raise ValueError(
-            f"{source} is no model and holds no images; expected a pipeline, a folder of images or an array"
+            f"{source} is no model and holds no images; expected a pipeline, a folder or archive of images, an array "
+            "or datasets:NAME"
         )
-    image = _open(first)
+    image = _open(items[0])
     return load_images(data, 1 if image.mode in ("L", "1", "I;16") else 3, image.width)
+
+
+def holds_jpeg(images: Images) -> bool:
+    """Say whether files are JPEG, whose compression changes features; of a data set the first image is looked at."""
+    if not isinstance(images, DecodedImages):
+        return False
+    items = images.items
+    if isinstance(items, _Column):
+        return getattr(items[0], "format", None) == "JPEG"
+    names = items.names if isinstance(items, Archive) else items
+    return any(Path(name).suffix.lower() in (".jpg", ".jpeg") for name in names)
 
 
 def to_model(pixels: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:

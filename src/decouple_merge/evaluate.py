@@ -1,104 +1,45 @@
-"""Score images against a reference, whose statistics are computed once and cached."""
+"""Score images against a reference, and record the numbers with all that they depend on."""
 
-import hashlib
-import zipfile
-import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
-from .data import Images
-from .features import METRICS, Extractor
-from .metrics import FeatureStats, frechet_distance, kernel_distance, matrix_root
-from .runs import atomic_path, cache_folder, read_tensors, write_tensors
+from .features import MEASURED, METRICS, Extractor, Metric
+from .metrics import (
+    FeatureStats,
+    frechet_distance,
+    frechet_infinity,
+    gaussian_kernel_distance,
+    inception_score,
+    kernel_distance,
+)
+from .neighbours import density_coverage, precision_recall
+from .references import Reference as Reference
+from .references import make_reference as make_reference
 
-# The kernel distance needs features themselves; this many, evenly spaced, keep its cache small.
-NUM_KERNEL_FEATURES = 5000
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What images are compared with.
-
-    Attributes:
-        name: of the data, with its hash, as records carry it.
-        mean, covariance: float64 moments of the features; ``root`` is the covariance's square root.
-        features: float32 rows for the kernel distance; none where the reference is statistics only.
-    """
-
-    name: str
-    num_images: int
-    mean: Float[Tensor, " d"]
-    covariance: Float[Tensor, "d d"]
-    root: Float[Tensor, "d d"]
-    features: Float[Tensor, "n d"] | None
+# An extractor's name and the name of one of its outputs.
+Output = tuple[str, str]
+# Which of a reference's rows a measure needs; measures that aren't here do with its moments.
+ROWS = {
+    "kd": "kernel",
+    "cmmd": "neighbours",
+    **dict.fromkeys(["precision", "recall", "density", "coverage"], "neighbours"),
+}
 
 
-def make_reference(name: str, images: Images, extractor: Extractor, num_images: int | None = None) -> Reference:
-    """Compute the statistics of the first images of a data set, or read them from the cache.
-
-    The cache's key is the hash of the data, of the extractor and the number of images.
-
-    Raises:
-        ValueError: there are fewer than two images.
-    """
-    num = min(num_images or len(images), len(images))
-    if num < 2:
-        raise ValueError(f"{name}: found {num} image(s), expected at least 2 to compare with")
-    key = hashlib.sha256(f"{images.sha256} {extractor.label} {num}".encode()).hexdigest()[:24]
-    path = cache_folder() / "reference" / f"{key}.safetensors"
-    if not path.exists():
-        stats = FeatureStats.empty(extractor.num_features)
-        wanted = set(np.linspace(0, num - 1, min(num, NUM_KERNEL_FEATURES)).astype(int).tolist())
-        kept = []
-        for batch in torch.arange(num).split(256):
-            features = extractor.extract(images.stack(batch.tolist()))
-            stats.add(features)
-            kept.append(features[[i for i, index in enumerate(batch.tolist()) if index in wanted]])
-        covariance = stats.covariance
-        tensors = {
-            "mean": stats.mean,
-            "covariance": covariance,
-            "root": matrix_root(covariance),
-            "features": torch.cat(kept),
-        }
-        write_tensors(path, tensors)
-    tensors, _ = read_tensors(path)
-    return Reference(f"{name}:{images.sha256[:16]}:{num}", num, **tensors)
+def needs_reference(metric: str) -> bool:
+    """Say whether a metric compares with a reference: all do but the Inception Score."""
+    return MEASURED[metric].measure != "inception_score"
 
 
-def write_statistics(reference: Reference, path: Path) -> None:
-    """Write mean and covariance as ``mu`` and ``sigma`` of an npz file, which pytorch-fid and others read."""
-    if path.suffix != ".npz":
-        raise ValueError(f"{path}: expected a name that ends in .npz")
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, mu=reference.mean.numpy(), sigma=reference.covariance.numpy())
-
-
-def read_statistics(path: Path, num_features: int) -> Reference:
-    """Read ``mu`` and ``sigma`` from an npz file as pytorch-fid and ADM write them.
-
-    Raises:
-        ValueError: the file is damaged, lacks the two arrays, or is of another extractor's size.
-    """
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            mean, covariance = torch.from_numpy(file["mu"]).double(), torch.from_numpy(file["sigma"]).double()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected an npz file with arrays mu and sigma ({error})") from error
-    if mean.shape != (num_features,) or covariance.shape != (num_features, num_features):
-        raise ValueError(
-            f"{path}: found {tuple(mean.shape)} features, expected {num_features}: made by another extractor"
-        )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Reference(f"{path.name}:{digest[:16]}", 0, mean, covariance, matrix_root(covariance), None)
+def needs_rows(metric: str) -> bool:
+    """Say whether a metric needs the features of the reference's images, not only their moments."""
+    return MEASURED[metric].measure in ROWS
 
 
 def metrics_record(
@@ -107,7 +48,7 @@ def metrics_record(
     value: float,
     num_images: int,
     seeds: range | None,
-    compared: tuple[Extractor, Reference],
+    compared: tuple[Extractor, Reference | None],
     sampling: dict[str, Any],
     git: str | None,
 ) -> dict[str, Any]:
@@ -125,7 +66,7 @@ def metrics_record(
         "num_images": num_images,
         "seeds": None if seeds is None else [seeds.start, seeds.stop - 1],
         "extractor": extractor.label,
-        "reference": reference.name,
+        "reference": reference.name if reference and needs_reference(metric) else None,
         "sampler": sampling.get("sampler"),
         "num_steps": sampling.get("num_steps"),
         "timestep_spacing": sampling.get("timestep_spacing"),
@@ -135,46 +76,94 @@ def metrics_record(
     }
 
 
+def check_reference(metric: str, reference: Reference | None) -> None:
+    """Require that a reference has what a metric compares with.
+
+    Raises:
+        ValueError: as said.
+    """
+    if not needs_reference(metric):
+        return
+    if reference is None:
+        raise ValueError(f"{metric} needs a reference to compare with: give --reference")
+    if needs_rows(metric) and not reference.rows:
+        raise ValueError(f"{metric} needs the reference's images; {reference.name} holds only mean and covariance")
+    if not needs_rows(metric) and MEASURED[metric].output not in reference.moments:
+        raise ValueError(
+            f"{metric} needs the reference's {MEASURED[metric].output} statistics (mu_s, sigma_s); {reference.name} "
+            "has none: give images, or a file of deme stats"
+        )
+
+
 def score(
-    batches: Iterable[UInt8[Tensor, "batch c h w"]], metrics: list[str], compared: list[tuple[Extractor, Reference]]
+    batches: Iterable[UInt8[Tensor, "_ c h w"]],
+    metrics: list[str],
+    compared: list[tuple[Extractor, Reference | None]],
 ) -> dict[str, float]:
     """Compute metrics in one pass over the images, which feeds every extractor.
+
+    Moments are summed as the images come, whatever their number; all metrics but the Fréchet distances keep the
+    features of every image.
 
     Args:
         metrics: of ``METRICS``.
         compared: the extractors that the metrics need, each with its reference.
 
     Raises:
-        ValueError: the kernel distance is asked of a reference that has only statistics, or there are under two images.
+        ValueError: a reference lacks what a metric needs, the images are not uint8, or there are under two.
     """
-    by_name = {extractor.name: (extractor, reference) for extractor, reference in compared}
-    kernel = [m for m in metrics if m.startswith("k")]
-    for metric in kernel:
-        reference = by_name[METRICS[metric]][1]
-        if reference.features is None:
-            raise ValueError(f"{metric} needs the reference's images; {reference.name} holds only mean and covariance")
-    keeps_rows = {METRICS[m] for m in kernel}
-    stats = {e.name: FeatureStats.empty(e.num_features) for e, _ in compared}
-    rows: dict[str, list[Tensor]] = {e.name: [] for e, _ in compared}
+    references = {extractor.name: reference for extractor, reference in compared}
+    for metric in metrics:
+        check_reference(metric, references[METRICS[metric]])
+    stats, rows = _extract(batches, [MEASURED[m] for m in metrics], [extractor for extractor, _ in compared])
+
+    @cache
+    def neighbours(function: Callable[[Tensor, Tensor], tuple[float, float]], name: str) -> tuple[float, float]:
+        reference = references[name]
+        assert reference is not None
+        return function(reference.rows["neighbours"], rows[name, "features"])
+
+    def value(metric: str) -> float:
+        measure, name, output = MEASURED[metric]
+        if measure in ("precision", "recall"):
+            return neighbours(precision_recall, name)[measure == "recall"]
+        if measure in ("density", "coverage"):
+            return neighbours(density_coverage, name)[measure == "coverage"]
+        if measure == "inception_score":
+            return inception_score(rows[name, output])[0]
+        reference = references[name]
+        assert reference is not None
+        if measure == "kd":
+            return kernel_distance(rows[name, output], reference.rows["kernel"])
+        if measure == "cmmd":
+            return 1000 * gaussian_kernel_distance(rows[name, output], reference.rows["neighbours"])
+        moments = reference.moments[output]
+        if measure == "fd_infinity":
+            return frechet_infinity(rows[name, output], moments.mean, moments.covariance, moments.root)
+        found = stats[name, output]
+        return frechet_distance(found.mean, found.covariance, moments.mean, moments.covariance, moments.root)
+
+    return {metric: value(metric) for metric in metrics}
+
+
+def _extract(
+    batches: Iterable[Tensor], measured: list[Metric], extractors: list[Extractor]
+) -> tuple[dict[Output, FeatureStats], dict[Output, Tensor]]:
+    """Run the extractors over the images: moments of outputs for the Fréchet distance, all features for the rest."""
+    widths = {(e.name, output): width for e in extractors for output, width in e.outputs.items()}
+    stats = {m[1:]: FeatureStats.empty(widths[m[1:]]) for m in measured if m.measure == "fd"}
+    kept: dict[Output, list[Tensor]] = {m[1:]: [] for m in measured if m.measure != "fd"}
+    num = 0
     for batch in batches:
-        for extractor, _ in compared:
-            features = extractor.extract(batch)
-            stats[extractor.name].add(features)
-            if extractor.name in keeps_rows:
-                rows[extractor.name].append(features)
-    num = max(s.num for s in stats.values())
+        if batch.dtype != torch.uint8:
+            raise ValueError(f"found {batch.dtype} images, expected uint8 [N, C, H, W], 0 to 255: quantise them")
+        num += len(batch)
+        for extractor in extractors:
+            for output, features in extractor.extract(batch).items():
+                if (extractor.name, output) in stats:
+                    stats[extractor.name, output].add(features)
+                if (extractor.name, output) in kept:
+                    kept[extractor.name, output].append(features)
     if num < 2:
         raise ValueError(f"found {num} image(s) to score, expected at least 2")
-    values = {}
-    for metric in metrics:
-        name = METRICS[metric]
-        reference = by_name[name][1]
-        if metric in kernel:
-            assert reference.features is not None
-            values[metric] = kernel_distance(torch.cat(rows[name]), reference.features)
-        else:
-            found = stats[name]
-            values[metric] = frechet_distance(
-                found.mean, found.covariance, reference.mean, reference.covariance, reference.root
-            )
-    return values
+    return stats, {key: torch.cat(kept.pop(key)) for key in list(kept)}

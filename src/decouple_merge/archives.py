@@ -1,0 +1,94 @@
+"""Image files in zip and tar archives, read when they are asked for, by any number of threads and processes."""
+
+import io
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ARCHIVE_SUFFIXES = {".zip", ".tar"}
+
+
+class DamagedError(ValueError):
+    """An image that can't be decoded."""
+
+
+class Member(io.BytesIO):
+    """The content of a file in an archive; as text it is the archive's path and the file's name."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class _Place(NamedTuple):
+    offset: int
+    size: int
+    entry: zipfile.ZipInfo | None
+
+
+class Archive(Sequence):
+    """The files of an archive whose names have one of some suffixes, sorted by name.
+
+    Raises:
+        ValueError: the file is damaged, or a compressed tar, in which nothing is found without unpacking all.
+    """
+
+    def __init__(self, path: Path, suffixes: set[str]) -> None:
+        self.path = path
+        try:
+            found = _zip_files(path) if path.suffix.lower() == ".zip" else _tar_files(path)
+        except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, ValueError) as error:
+            raise ValueError(
+                f"{path}: no whole .zip or plain .tar archive ({error}); fetch it again, and unpack a compressed tar"
+            ) from error
+        # macOS adds files of its own, with the names of the images, to what it packs.
+        self.names = [
+            name
+            for name in sorted(found)
+            if Path(name).suffix.lower() in suffixes and not Path(name).name.startswith("._")
+        ]
+        self._places = found
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: Any) -> Any:
+        name = self.names[index]
+        offset, size, entry = self._places[name]
+        # Opened for each file: a handle that forked processes share has one position for all of them.
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            if entry is None:
+                return Member(file.read(size), f"{self.path}:{name}")
+            header = file.read(30)
+            file.seek(sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28)), io.SEEK_CUR)
+            content = file.read(size)
+        try:
+            if entry.compress_type == zipfile.ZIP_DEFLATED:
+                content = zlib.decompress(content, -zlib.MAX_WBITS)
+            elif entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"compression method {entry.compress_type}, expected deflate or none")
+            if zlib.crc32(content) != entry.CRC:
+                raise ValueError("its checksum differs")
+        except (ValueError, zlib.error) as error:
+            raise DamagedError(f"{self.path}:{name}: can't be read ({error}); make the archive again") from error
+        return Member(content, f"{self.path}:{name}")
+
+
+def _zip_files(path: Path) -> dict[str, _Place]:
+    with zipfile.ZipFile(path) as archive:
+        entries = [e for e in archive.infolist() if not e.is_dir()]
+        if any(e.flag_bits & 1 for e in entries):
+            raise ValueError("it is encrypted")
+        return {e.filename: _Place(e.header_offset, e.compress_size, e) for e in entries}
+
+
+def _tar_files(path: Path) -> dict[str, _Place]:
+    with tarfile.open(path, "r:") as archive:
+        return {m.name: _Place(m.offset_data, m.size, None) for m in archive if m.isreg()}

@@ -1,0 +1,129 @@
+"""The one adapter to transformers: image encoders whose features the Fréchet and kernel distances are taken on."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .tensors import hash_tensors
+
+
+def resize_pillow(x: Float[Tensor, "n c h w"], side: int) -> Float[Tensor, "n c {side} {side}"]:
+    """Resize bicubically with antialiasing as Pillow does uint8 images: rows, then columns, each rounded to levels."""
+    for size in [(x.shape[2], side), (side, side)]:
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255).round()
+    return x
+
+
+def resize_plain(x: Float[Tensor, "n c h w"], side: int) -> Float[Tensor, "n c {side} {side}"]:
+    """Resize bicubically without antialiasing, by torch's cubic; values may leave [0, 255]."""
+    return x if x.shape[2:] == (side, side) else F.interpolate(x, (side, side), mode="bicubic")
+
+
+class Kind(NamedTuple):
+    """A family of encoders: transformers' names of its models, and how images are given to them.
+
+    Attributes:
+        side: images are resized to this, None: to what the model's config says.
+        mean, std: of the pixels in [0, 1], by channel.
+    """
+
+    model_types: tuple[str, ...]
+    example: str
+    resize: Callable[[Tensor, int], Tensor]
+    side: int | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+# As the programs do it that published the numbers: of Stein et al. 2023 for DINOv2, of Jayasumana et al. 2024 for CLIP.
+ENCODERS = {
+    "dinov2": Kind(
+        ("dinov2", "dinov2_with_registers"),
+        "facebook/dinov2-large",
+        resize_pillow,
+        224,
+        (0.485, 0.456, 0.406),
+        (0.229, 0.224, 0.225),
+    ),
+    "clip": Kind(
+        ("clip", "clip_vision_model"),
+        "openai/clip-vit-large-patch14-336",
+        resize_plain,
+        None,
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
+}
+
+
+class Encoder(nn.Module):
+    """Map uint8 images to the features of a pretrained vision transformer.
+
+    Features are the normalised class token of a DINOv2, and the projected image embedding of a CLIP, not normalised.
+
+    Attributes:
+        width: of the features.
+        sha256: of the network's tensors.
+    """
+
+    def __init__(self, kind: Kind, network: Any) -> None:
+        super().__init__()
+        self.kind, self.network = kind, network.float().requires_grad_(False).eval()
+        self.side = kind.side or network.config.image_size
+        self.is_clip = hasattr(network, "visual_projection")
+        self.width = network.config.projection_dim if self.is_clip else network.config.hidden_size
+        self.sha256 = hash_tensors(sorted(network.state_dict().items()))
+
+    def forward(self, images: UInt8[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n d"]]:
+        """Resize to a square, normalise, encode.
+
+        Raises:
+            ValueError: the images have neither one nor three channels.
+        """
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"images have {images.shape[1]} channels, expected 3 (RGB) or 1 (grey): convert them")
+        x = self.kind.resize(images.float(), self.side).expand(-1, 3, -1, -1)
+        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.kind.mean, self.kind.std))
+        output = self.network(pixel_values=(x / 255 - mean) / std)
+        return {"features": output.image_embeds if self.is_clip else output.pooler_output}
+
+
+def load_encoder(name: str, path: str) -> Encoder:
+    """Load a ``dinov2`` or a ``clip`` by folder or hub name, from safetensors.
+
+    Raises:
+        ValueError: there is no such model, it is of another family, or its files are damaged or lack weights.
+    """
+    # Imported when it is asked for: it takes seconds.
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("dinov2 and clip need transformers: pip install 'decouple-merge[encoders]'") from error
+    kind = ENCODERS[name]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    cls: Any = transformers.CLIPVisionModelWithProjection if name == "clip" else transformers.AutoModel
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        if config.model_type not in kind.model_types:
+            raise ValueError(f"it is a {config.model_type}")
+        if config.model_type == "clip":
+            # Many published files state the width of the embedding right only here, outside of the vision part.
+            config.vision_config.projection_dim = config.projection_dim
+            config = config.vision_config
+        network, info = cls.from_pretrained(path, config=config, use_safetensors=True, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"its files lack {len(missing)} weights, first {missing[0]}")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"--{name} {path}: can't be loaded ({reason}); expected a {' or '.join(kind.model_types)} model of "
+            f"transformers with safetensors weights, such as {kind.example}"
+        ) from error
+    return Encoder(kind, network)

@@ -1,0 +1,184 @@
+"""Score anything: a model, images from wherever they come, against images, statistics or another model."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Sample
+from .data import ArrayImages, Images, holds_jpeg, open_images
+from .evaluate import check_reference, metrics_record, needs_reference, needs_rows, score
+from .features import MEASURED, METRICS, Extractor, check_metrics, load_extractor
+from .models import make_scheduler
+from .plan import default_device, git_commit
+from .references import Reference, holds_statistics, make_reference, read_statistics, write_statistics
+from .runs import append_record
+from .sample import sample_images
+from .standalone import open_model
+
+
+@dataclass
+class _Scored:
+    """Images to be scored, from wherever they come."""
+
+    batches: Iterable[Tensor]
+    channels: int
+    size: int
+    num_images: int | None = None
+    seeds: range | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    has_jpeg: bool = False
+
+
+def evaluate_model(
+    model: str | Iterable[Tensor],
+    reference: str | Iterable[Tensor] | None,
+    metrics: list[str],
+    num_images: int | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    inception_weights: Path | None = None,
+    encoders: dict[str, str] | None = None,
+    settings: Sample | None = None,
+    name: str | None = None,
+) -> Iterator[dict[str, Any] | str]:
+    """Score a model on images drawn on the fly, or images, against images or statistics; yields records and warnings.
+
+    Args:
+        model: a pipeline or a run (its ensemble); images as a folder, zip, tar, npz, npy or ``datasets:NAME``; or
+            batches of uint8 [N, C, H, W], of which nothing is kept.
+        reference: any of these, or npz statistics; a model draws as many images from the seeds that follow. None where
+            no metric compares.
+        metrics: of ``features.METRICS``.
+        num_images: of a model, 5,000 where not given; of images the first so many, all where not given.
+        out: a metrics file that records are appended to.
+        encoders: folder or hub name of ``dinov2`` and ``clip``.
+        settings: how a model draws; DDIM with 50 steps where not given.
+        name: of the model in the records; the path where not given.
+
+    Raises:
+        ValueError: a metric, its weights, the model, the images or the reference is wrong.
+    """
+    check_metrics(metrics, inception_weights, encoders)
+    name = name or (model if isinstance(model, str) else "images")
+    device, settings = default_device(), settings or Sample()
+    weights: dict[str, Any] = {"inception": inception_weights, **(encoders or {})}
+    scored = _open_scored(model, num_images, seed, settings, device)
+    if scored.has_jpeg:
+        yield (
+            f"warning: {name} holds JPEG files, whose compression moves every metric; compare only with images that "
+            "were compressed alike, or store PNG"
+        )
+    against = reference if reference is None or isinstance(reference, str) else _collect(reference)
+    compared: dict[str, tuple[Extractor, Reference | None]] = {}
+    for extractor_name in dict.fromkeys(METRICS[m] for m in metrics):
+        extractor = load_extractor(extractor_name, device, weights.get(extractor_name))
+        needed = [m for m in metrics if METRICS[m] == extractor_name]
+        found = None
+        if against is not None and any(map(needs_reference, needed)):
+            found = _any_reference(against, extractor, scored, any(map(needs_rows, needed)), settings, device)
+        for metric in needed:
+            check_reference(metric, found)
+        compared[extractor_name] = (extractor, found)
+    num = 0
+
+    def counted() -> Iterator[Tensor]:
+        nonlocal num
+        for batch in scored.batches:
+            num += len(batch)
+            yield batch
+
+    for metric, value in score(counted(), metrics, list(compared.values())).items():
+        used = compared[METRICS[metric]]
+        if warning := rank_warning(metric, num, used[0]):
+            yield warning
+        record = metrics_record(name, metric, value, num, scored.seeds, used, scored.sampling, git_commit())
+        if out is not None:
+            append_record(out, record)
+        yield record
+
+
+def _open_scored(
+    model: str | Iterable[Tensor], num_images: int | None, seed: int, settings: Sample, device: torch.device
+) -> _Scored:
+    if not isinstance(model, str):
+        batches = iter(model)
+        first = next(batches, None)
+        if not isinstance(first, Tensor) or first.ndim != 4 or first.dtype != torch.uint8:
+            found = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+            raise ValueError(f"the first batch is {found}, expected uint8 [N, C, H, W], 0 to 255: quantise the images")
+        return _Scored(chain([first], batches), first.shape[1], first.shape[2])
+    if _is_model(model):
+        seeds = range(seed, seed + (num_images or 5000))
+        base, network = open_model(model, device)
+        scheduler = make_scheduler(base, settings.sampler, settings.num_steps, settings.timestep_spacing)
+        sampling = settings.model_dump() | {"timestep_spacing": scheduler.config.get("timestep_spacing")}
+        drawn = sample_images(network, base, seeds, settings, device)
+        return _Scored(drawn, base.channels, base.image_size, len(seeds), seeds, sampling)
+    images = open_images(model)
+    num = num_images or len(images)
+    if num > len(images):
+        raise ValueError(f"{model}: found {len(images)} images, expected at least --num-images {num}")
+    batches = (images.stack(b.tolist()) for b in torch.arange(num).split(256))
+    return _Scored(batches, images[0].shape[0], images[0].shape[1], num, has_jpeg=holds_jpeg(images))
+
+
+def rank_warning(metric: str, num_images: int, extractor: Extractor) -> str | None:
+    """Say where a covariance of too few images is singular, which biases the Fréchet distance."""
+    measure, _, output = MEASURED[metric]
+    if measure != "fd" or num_images > extractor.outputs[output]:
+        return None
+    return (
+        f"warning: {metric} of {num_images} images with {extractor.outputs[output]} features each: the covariance is "
+        "singular and the value much too large; compare it only with values of as many images, or use a kernel distance"
+    )
+
+
+def _collect(batches: Iterable[Tensor]) -> Images:
+    return ArrayImages(torch.cat(list(batches)).numpy())
+
+
+def _is_model(name: str) -> bool:
+    path = Path(name)
+    is_hub_name = not path.exists() and name.count("/") == 1 and name[0] not in "./~" and ":" not in name
+    return is_hub_name or (path / "model_index.json").exists() or (path / "config.yaml").exists()
+
+
+def _any_reference(
+    reference: str | Images,
+    extractor: Extractor,
+    scored: _Scored,
+    with_rows: bool,
+    settings: Sample,
+    device: torch.device,
+) -> Reference:
+    if not isinstance(reference, str):
+        return make_reference("images", reference, extractor)
+    if holds_statistics(Path(reference)):
+        return read_statistics(Path(reference), extractor, with_rows)
+    if _is_model(reference):
+        first = scored.seeds.stop if scored.seeds else 0
+        drawn = _open_scored(reference, scored.num_images, first, settings, device)
+        return make_reference(reference, _collect(drawn.batches), extractor)
+    images = open_images(reference)
+    channels, height, width = images[0].shape
+    if (channels, height, width) != (scored.channels, scored.size, scored.size):
+        raise ValueError(
+            f"--reference {reference}: found images {width}×{height} with {channels} channel(s), expected "
+            f"{scored.size}×{scored.size} with {scored.channels}, as what is scored: resize or convert one of them"
+        )
+    return make_reference(reference, images, extractor)
+
+
+def write_reference(
+    images: str, out: Path, metric: str, inception_weights: Path | None, encoders: dict[str, str] | None = None
+) -> None:
+    """Write the mean and covariance of a data set's features as an npz file."""
+    check_metrics([metric], inception_weights, encoders)
+    weights: dict[str, Any] = {"inception": inception_weights, **(encoders or {})}
+    extractor = load_extractor(METRICS[metric], default_device(), weights.get(METRICS[metric]))
+    write_statistics(make_reference(images, open_images(images), extractor), out)
