@@ -16,7 +16,7 @@ def model_card(record: dict[str, Any]) -> str:
     )
     blocks = "".join(
         f"Tensors that match `{pattern}` have the weights {', '.join(f'{w:.4f}' for w in weights)}.\n\n"
-        for pattern, weights in record.get("blocks", {}).items()
+        for pattern, weights in record["settings"]["blocks"].items()
     )
     trunk = (
         "It keeps its channel-wise projections (placement: trunk) in `projections.safetensors`, which stock diffusers "

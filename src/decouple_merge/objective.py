@@ -6,11 +6,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .evaluate import Reference, make_reference, score
+from .evaluate import score
 from .features import METRICS, Extractor, load_extractor
 from .gradient import group_keys
 from .models import tensors_sha256
 from .plan import Plan, build_network, default_device
+from .references import Reference, make_reference
 from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
 from .search import Level, Score
 from .strategies import Weights

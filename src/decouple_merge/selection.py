@@ -11,6 +11,7 @@ import torch
 
 from . import __version__
 from .card import model_card
+from .config import Merge
 from .data import held_out_images, training_batches
 from .executors import run_all
 from .figures import search_cost, search_surfaces
@@ -151,13 +152,20 @@ def merge_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Tr
     blocks = plan.config.search.blocks
     num = len(winner.weights) // len(blocks)
     rows = [list(winner.weights[i * num : (i + 1) * num]) for i in range(len(blocks))]
+    merge = Merge(
+        method=plan.config.search.method,
+        density=plan.config.search.density,
+        weights=rows[-1],
+        blocks=dict(zip(blocks[:-1], rows[:-1], strict=True)),
+    )
     return {
-        "method": plan.config.search.method,
-        "density": plan.config.search.density,
-        "weights": rows[-1],
-        "blocks": dict(zip(blocks[:-1], rows[:-1], strict=True)),
+        "method": merge.method,
+        "weights": merge.weights,
+        "settings": merge.model_dump(mode="json"),
         "ranges": None if plan.config.search.checkpoints else [[r.low, r.high] for r in plan.ranges],
         "base": {"name": plan.config.base, "sha256": plan.base.sha256},
+        # From where this record lies, so that a run may be moved.
+        "experts": plan.config.search.checkpoints or [f"../experts/{i}" for i in range(num)],
         "experts_sha256": experts_sha256,
         "merged_sha256": winner.merged_sha256,
         "search": {
