@@ -26,8 +26,9 @@ from decouple_merge.objective import Objective
 from decouple_merge.plan import check, prepare
 from decouple_merge.results import Row
 from decouple_merge.runs import read_records
-from decouple_merge.search import Trial, levels
+from decouple_merge.search import levels
 from decouple_merge.selection import merge_record
+from decouple_merge.study import Trial
 from decouple_merge.weights import merge
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -13,8 +13,8 @@ from .models import tensors_sha256
 from .plan import Plan, build_network, default_device
 from .references import Reference, make_reference
 from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
-from .search import Level, Score
 from .strategies import Weights
+from .study import Level, Score
 from .weights import Stacked, Tensors, cast, merge
 
 

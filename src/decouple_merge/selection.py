@@ -21,9 +21,10 @@ from .models import export_pipeline, tensors_sha256
 from .objective import Objective
 from .plan import Plan, default_device, load_checkpoints, load_experts
 from .runs import remove_leftovers, write_json, write_records
-from .search import Level, Study, Trial, best, fixed_candidates, levels, open_storage, open_study, search, trials, work
+from .search import best, fixed_candidates, levels, search, work
 from .seeds import stream_seed
 from .strategies import Weights
+from .study import Level, Study, Trial, open_storage, open_study, trials
 from .weights import Tensors
 
 Event = str | Trial
