@@ -104,6 +104,7 @@ def test_the_run_folder_is_laid_out_as_promised(done: Finished) -> None:
     expected |= {f"{t}/{f}" for t in trainings for f in ("model.safetensors", "expert.json", "log.jsonl")}
     expected |= {f"merged/{f}" for f in (WEIGHTS, "unet/config.json", "model_index.json", "merge.json", "README.md")}
     expected |= {f"samples/{model}/{seed}.png" for model in MODELS for seed in (0, 1)}
+    expected |= {f"figures/{name}.png" for name in ("samples", "search-cost", "search-surfaces")}
     assert expected <= found
     assert not any("/state/" in f or "tmp" in f for f in found)
     assert len([f for f in found if f.endswith(".png") and f.startswith("samples/")]) == 8
