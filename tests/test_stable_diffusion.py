@@ -49,7 +49,7 @@ def test_the_prediction_type_is_the_schedulers(tmp_path: Path, prediction_type: 
 def test_texts_are_encoded_as_the_stock_pipeline_does(tiny_text_base: Path) -> None:
     texts = ["red cat", "", "a text that is longer than the encoder can read"]
     expected, _ = DiffusionPipeline.from_pretrained(tiny_text_base).encode_prompt(texts, "cpu", 1, False)
-    found = encode_texts(load_text_encoder(load_base(str(tiny_text_base)), CPU), texts)
+    found = encode_texts(load_text_encoder(load_base(str(tiny_text_base)).encoders, CPU), texts)
     assert found.shape == (3, 12, 16)
     assert torch.equal(found, expected)
 
@@ -57,7 +57,7 @@ def test_texts_are_encoded_as_the_stock_pipeline_does(tiny_text_base: Path) -> N
 def test_latents_are_the_vaes_distribution_in_the_denoisers_scale(tiny_text_base: Path) -> None:
     vae: Any = AutoencoderKL.from_pretrained(tiny_text_base / "vae")
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    loaded = load_vae(load_base(str(tiny_text_base)), CPU)
+    loaded = load_vae(load_base(str(tiny_text_base)).encoders, CPU)
     mean, log_variance = encode_images(loaded, images).unbind(1)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_latents_are_the_vaes_distribution_in_the_denoisers_scale(tiny_text_base
 
 def test_the_text_reaches_the_prediction(tiny_text_base: Path) -> None:
     base = load_base(str(tiny_text_base))
-    red, blue = encode_texts(load_text_encoder(base, CPU), ["red", "blue"])[:, None]
+    red, blue = encode_texts(load_text_encoder(base.encoders, CPU), ["red", "blue"])[:, None]
     x = torch.randn(1, *base.shape)
     expected = base.network(x, 3, encoder_hidden_states=red).sample
     assert torch.equal(predict(base.network, x, 3, encoder_hidden_states=red), expected)
@@ -113,8 +113,8 @@ def test_export_copies_all_but_the_network_and_stock_diffusers_draws_with_it(tmp
 
 
 def test_the_hash_of_encoders_is_of_their_files_alone(tmp_path: Path) -> None:
-    one = load_base(str(save_stable_diffusion(tmp_path / "one")))
-    other = load_base(str(save_stable_diffusion(tmp_path / "other", unet=make_text_unet(layers_per_block=2))))
+    one = load_base(str(save_stable_diffusion(tmp_path / "one"))).encoders
+    other = load_base(str(save_stable_diffusion(tmp_path / "other", unet=make_text_unet(layers_per_block=2)))).encoders
     assert encoder_sha256(one, "vae") == encoder_sha256(other, "vae") != encoder_sha256(one, "text_encoder")
     edit(tmp_path / "other/vae/config.json", scaling_factor=0.5)
     assert encoder_sha256(one, "vae") != encoder_sha256(other, "vae")

@@ -44,7 +44,11 @@ class Data(Section):
         split, column: for ``datasets:`` sources.
         fit: ``exact`` refuses images whose size or channels differ from the model's; ``resize`` crops them to a
             square, resizes and converts them.
+        caption_column: of a ``datasets`` source, or the field in a folder's metadata.jsonl; for text-to-image bases.
         flip: mirror half of the training images.
+        caption_dropout: share of the captions that training replaces by the empty one, so that guidance stays
+            possible.
+        cache_precision: of the cached latents and text embeddings.
         num_held_out: images at the end of the data that are never trained on; the validation loss uses them.
         skip_damaged: leave out images that can't be decoded; otherwise they end the run before it starts.
         num_workers: data loader processes; 0 loads in the training process.
@@ -54,8 +58,11 @@ class Data(Section):
     path: Path | None = None
     split: str = "train"
     column: str = "image"
+    caption_column: str = "text"
     fit: Literal["exact", "resize"] = "exact"
     flip: bool = False
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    cache_precision: Precision = "fp32"
     num_held_out: PositiveInt = 512
     skip_damaged: bool = False
     num_workers: NonNegativeInt = 0
@@ -145,6 +152,21 @@ class Sample(Section):
     batch_size: PositiveInt = 256
     precision: Precision = "fp32"
     compile: bool = False
+
+
+class Text(Section):
+    """What text-to-image models are asked for; other models don't use it.
+
+    Attributes:
+        prompts: a text file with one prompt a line; None takes the data's captions, in a fixed random order. The prompt
+            of an image is the one at its seed, modulo their number.
+        negative_prompt: what guidance leads away from.
+        guidance_scale: 1 is no guidance, which takes half the compute.
+    """
+
+    prompts: Path | None = None
+    negative_prompt: str = ""
+    guidance_scale: float = Field(7.5, ge=1)
 
 
 class Search(Section):
@@ -291,6 +313,7 @@ class Config(Section):
     data: Data = Data()
     finetune: Finetune = Finetune()
     sample: Sample = Sample()
+    text: Text = Text()
     search: Search = Search()
     evaluate: Evaluate = Evaluate()
     pretrain: Pretrain | None = None

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from .config import Data, Training
-from .data import Images, held_out_images, to_model, training_batches
+from .data import Batch, Examples, held_out_images, model_input, training_batches
 from .losses import add_noise, finetune_loss, per_sample_mse, prediction_target
 from .models import Base, new_network, predict
 from .projection import folded_state_dict, projection_parameters
@@ -75,6 +74,11 @@ def is_main_process() -> bool:
     return PartialState().is_main_process
 
 
+def main_process_first() -> AbstractContextManager[None]:
+    """Let the main process through first, and the others when it is done."""
+    return PartialState().main_process_first()
+
+
 def learning_rate_at(update: int, settings: Training) -> float:
     """Compute the learning rate of an update (0-based) from the settings' schedule."""
     if update < settings.num_warmup_updates:
@@ -107,7 +111,7 @@ def swapped(network: nn.Module, values: list[Tensor]) -> Iterator[None]:
 @torch.no_grad()
 def validation_losses(
     network: nn.Module,
-    images: UInt8[Tensor, "n c h w"],
+    images: Batch,
     base: Base,
     ranges: tuple[TimestepRange, ...],
     device: torch.device,
@@ -116,12 +120,12 @@ def validation_losses(
     """Compute the denoising loss on each range, always on the same noise and on evenly spread timesteps.
 
     Args:
-        images: held-out images, uint8.
+        images: held-out images, or their latents with captions.
 
     Returns:
         The mean squared error in the units of the network's output, one number for each range.
     """
-    x0 = to_model(images)
+    x0, condition = model_input(images, generator("validation latents"))
     noise = torch.randn(x0.shape, generator=generator("validation noise"))
     losses = []
     for own in ranges:
@@ -130,7 +134,8 @@ def validation_losses(
         target = prediction_target(x0, noise, t, base.alphas_cumprod, base.prediction_type)
         total = 0.0
         for batch in torch.arange(len(x0)).split(batch_size):
-            output = predict(network, x_t[batch].to(device), t[batch].to(device))
+            other = {name: value[batch].to(device) for name, value in condition.items()}
+            output = predict(network, x_t[batch].to(device), t[batch].to(device), **other)
             total += float(per_sample_mse(output, target[batch].to(device)).double().sum())
         losses.append(total / len(x0))
     return losses
@@ -194,22 +199,22 @@ class Trainer:
             fused=True,
         )
 
-    def update(self, batches: Iterator[UInt8[Tensor, "batch c h w"]]) -> None:
+    def update(self, batches: Iterator[Batch]) -> None:
         """Do one optimiser update, on as many batches as are accumulated, and follow it with the EMA."""
         settings, rank = self.settings, self.accelerator.process_index
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.num_done, settings) * group["scale"]
         for micro in range(settings.accumulation):
             step = self.num_done * settings.accumulation + micro
-            pixels = next(batches)
+            batch = next(batches)
             if settings.compile and not self.compile_checked:
-                self._check_compiled(pixels)
+                self._check_compiled(batch)
             # Dropout draws from the global stream, which only a seed of its own makes a function of the step.
             torch.manual_seed(stream_seed(self.seed, self.task.name, "dropout", rank, step))
             draws = generator(self.seed, self.task.name, "noise", rank, step)
             is_last = micro == settings.accumulation - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                loss, denoising, consistency = self._losses(pixels, draws)
+                loss, denoising, consistency = self._losses(batch, draws)
                 self.accelerator.backward(loss / settings.accumulation)
             self.sums += torch.stack([denoising.detach(), consistency.detach()])
             self.num_summed += 1
@@ -220,9 +225,9 @@ class Trainer:
         torch._foreach_lerp_(self.ema, [p.data for p in self.parameters], 1 - decay)
         self.num_done += 1
 
-    def _losses(self, pixels: UInt8[Tensor, "batch c h w"], draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(self, batch: Batch, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         task, base = self.task, self.base
-        x0 = to_model(pixels.to(self.device))
+        x0, condition = model_input(batch.to(self.device), draws)
         num_timesteps = base.num_train_timesteps
         t = draw_timesteps(len(x0), task.own, num_timesteps, task.global_prob, draws, self.settings.antithetic)
         t = t.to(self.device)
@@ -233,17 +238,17 @@ class Trainer:
             teacher_output = None
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher_output = predict(self.teacher, x_t, t)
-            output = predict(self.wrapped, x_t, t)
+                    teacher_output = predict(self.teacher, x_t, t, **condition)
+            output = predict(self.wrapped, x_t, t, **condition)
         return finetune_loss(output, target, teacher_output, task.consistency_weight)
 
-    def _check_compiled(self, pixels: UInt8[Tensor, "batch c h w"]) -> None:
+    def _check_compiled(self, batch: Batch) -> None:
         """Refuse a compiled network whose gradients are not the eager ones: one with layers cut off still trains."""
         gradients = []
         for stance in ("default", "force_eager"):
             torch.manual_seed(0)
             with torch.compiler.set_stance(stance):
-                loss, _, _ = self._losses(pixels, generator(self.seed, "compiled"))
+                loss, _, _ = self._losses(batch, generator(self.seed, "compiled"))
                 self.accelerator.backward(loss)
             gradients.append({n: p.grad.clone() for n, p in self.network.named_parameters() if p.grad is not None})
             self.optimizer.zero_grad()
@@ -255,7 +260,7 @@ class Trainer:
             )
         self.compile_checked = True
 
-    def validate(self, held_out: UInt8[Tensor, "n c h w"]) -> list[float]:
+    def validate(self, held_out: Batch) -> list[float]:
         """Compute the validation losses of the averaged weights; the network's own are untouched."""
         self.network.eval()
         with swapped(self.network, self.ema), self.accelerator.autocast():
@@ -310,7 +315,7 @@ class Trainer:
 
 
 def train(
-    base: Base, images: Images, data: Data, task: Task, settings: Training, seed: int, folder: Path
+    base: Base, images: Examples, data: Data, task: Task, settings: Training, seed: int, folder: Path
 ) -> Iterator[StepRecord]:
     """Train a copy of the base on one task; yields progress, leaves the folded EMA weights in ``folder``.
 

@@ -223,10 +223,9 @@ def predict(
     return network(x, t, return_dict=False, **condition)[0]
 
 
-def load_vae(base: Base, device: torch.device) -> Any:
-    """Load the VAE of a text-to-image base, in float32."""
-    assert base.encoders is not None
-    vae = _load_parts(base.encoders.folder, "vae").vae.float().requires_grad_(False).eval().to(device)
+def load_vae(encoders: Encoders, device: torch.device) -> Any:
+    """Load the VAE of a text-to-image pipeline, in float32."""
+    vae = _load_parts(encoders.folder, "vae").vae.float().requires_grad_(False).eval().to(device)
     # Images one after the other: decoding takes far more memory than denoising.
     vae.enable_slicing()
     return vae
@@ -245,10 +244,9 @@ def decode_latents(vae: Any, latents: Float[Tensor, "n z hz wz"]) -> Float[Tenso
     return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
 
 
-def load_text_encoder(base: Base, device: torch.device) -> Any:
-    """Load the tokenizer and the text encoder of a text-to-image base, as a pipeline without its other parts."""
-    assert base.encoders is not None
-    pipeline = _load_parts(base.encoders.folder, "tokenizer", "text_encoder")
+def load_text_encoder(encoders: Encoders, device: torch.device) -> Any:
+    """Load the tokenizer and the text encoder, as a pipeline without its other parts."""
+    pipeline = _load_parts(encoders.folder, "tokenizer", "text_encoder")
     pipeline.text_encoder.float().requires_grad_(False).eval()
     return pipeline.to(device)
 
@@ -259,12 +257,11 @@ def encode_texts(text_encoder: Any, texts: Sequence[str]) -> Float[Tensor, "n l 
     return text_encoder.encode_prompt(list(texts), text_encoder.device, 1, do_classifier_free_guidance=False)[0]
 
 
-def encoder_sha256(base: Base, *parts: str) -> str:
+def encoder_sha256(encoders: Encoders, *parts: str) -> str:
     """Hash the files of some parts of a text-to-image pipeline, configs included."""
-    assert base.encoders is not None
     digest = hashlib.sha256()
-    for path in sorted(p for part in parts for p in (base.encoders.folder / part).rglob("*") if p.is_file()):
-        digest.update(str(path.relative_to(base.encoders.folder)).encode())
+    for path in sorted(p for part in parts for p in (encoders.folder / part).rglob("*") if p.is_file()):
+        digest.update(str(path.relative_to(encoders.folder)).encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -73,6 +73,8 @@ def level_opener(plan: Plan, experts: list[Tensors]) -> OpenLevel:
     storage = open_storage(settings.storage or f"sqlite:///{plan.run.study.resolve()}")
     parts = [settings.model_dump_json(exclude={"storage"}), plan.config.sample.model_dump_json(), plan.base.sha256]
     parts += [str(plan.config.seed), plan.images.sha256, *(tensors_sha256(e) for e in experts)]
+    if plan.prompts:
+        parts += [plan.config.text.model_dump_json(), *plan.prompts]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
     return lambda level: open_study(storage, f"{digest}-{level}")
 
