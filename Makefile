@@ -10,7 +10,7 @@ run: $(INSTALLED) data
 	$(BIN)/deme run configs/fashion-quick.yaml
 
 test: $(INSTALLED) data
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -17,9 +17,10 @@ import torch
 from decouple_merge.config import Config, load_config
 from decouple_merge.objective import Objective
 from decouple_merge.plan import check, git_commit, load_experts
-from decouple_merge.search import Level, Score, Trial, best, open_study, search
+from decouple_merge.search import best, search
 from decouple_merge.selection import learn_start
 from decouple_merge.strategies import Weights
+from decouple_merge.study import Level, Score, Trial, open_study
 
 STRATEGIES = ["gp", "tpe", "cmaes", "evolution", "coordinate", "random", "gradient"]
 BUDGETS = [10, 20, 40, 80]

@@ -24,6 +24,7 @@ LAYERS = [
         "runs",
         "search",
         "strategies",
+        "study",
         "tensors",
     ],
     ["finetune", "gradient", "sample", "evaluate", "compare", "merging", "figures"],
@@ -49,7 +50,7 @@ MATHS, STAGES = LAYERS[0], LAYERS[2]
 ADAPTERS = {
     "diffusers": "models",
     "typer": "cli",
-    "optuna": "search",
+    "optuna": "study",
     "cmaes": "strategies",
     "accelerate": "finetune",
     "datasets": "data",

@@ -26,8 +26,9 @@ from decouple_merge.objective import Objective
 from decouple_merge.plan import check, prepare
 from decouple_merge.results import Row
 from decouple_merge.runs import read_records
-from decouple_merge.search import Trial, levels
+from decouple_merge.search import levels
 from decouple_merge.selection import merge_record
+from decouple_merge.study import Trial
 from decouple_merge.weights import merge
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -103,6 +104,7 @@ def test_the_run_folder_is_laid_out_as_promised(done: Finished) -> None:
     expected |= {f"{t}/{f}" for t in trainings for f in ("model.safetensors", "expert.json", "log.jsonl")}
     expected |= {f"merged/{f}" for f in (WEIGHTS, "unet/config.json", "model_index.json", "merge.json", "README.md")}
     expected |= {f"samples/{model}/{seed}.png" for model in MODELS for seed in (0, 1)}
+    expected |= {f"figures/{name}.png" for name in ("samples", "search-cost", "search-surfaces")}
     assert expected <= found
     assert not any("/state/" in f or "tmp" in f for f in found)
     assert len([f for f in found if f.endswith(".png") and f.startswith("samples/")]) == 8
@@ -437,12 +439,26 @@ def test_a_search_of_ties_merges_exports_what_it_scored(done: Finished, tmp_path
     (tmp_path / "run/config.yaml").write_text(dump_config(config))
     list(workflow.search_weights(prepare(config, tmp_path / "run")))
     record = json.loads((tmp_path / "run/merged/merge.json").read_text())
-    assert (record["method"], record["density"]) == ("ties", 0.5)
+    assert (record["method"], record["settings"]["density"]) == ("ties", 0.5)
     merged = load_file(tmp_path / "run/merged" / WEIGHTS)
     assert tensors_sha256(merged) == record["merged_sha256"]
     base, experts = load_file(done.base / WEIGHTS), done.experts()
     assert tensors_sha256(merge(base, experts, record["weights"], "ties", 0.5)) == record["merged_sha256"]
     assert tensors_sha256(merge(base, experts, record["weights"])) != record["merged_sha256"]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_recipe_of_a_run_repeats_its_merge(moved: bool, done: Finished, tmp_path: Path) -> None:
+    folder = shutil.copytree(done.folder, tmp_path / "elsewhere") if moved else done.folder
+    list(recipes.repeat_merge(folder / "merged/merge.json", tmp_path / "again"))
+    assert tensors_sha256(load_file(tmp_path / "again" / WEIGHTS)) == tensors_sha256(
+        load_file(done.folder / "merged" / WEIGHTS)
+    )
+    shutil.copytree(folder, tmp_path / "other")
+    other = load_file(folder / "experts/0/model.safetensors")
+    save_file({k: v + 1 for k, v in other.items()}, tmp_path / "other/experts/0/model.safetensors")
+    with pytest.raises(ValueError, match="experts/0 is not what the recipe was made with"):
+        list(recipes.repeat_merge(tmp_path / "other/merged/merge.json", tmp_path / "again"))
 
 
 def test_a_search_combines_listed_checkpoints_in_place_of_the_experts(done: Finished, tmp_path: Path) -> None:
@@ -484,5 +500,5 @@ def test_blocks_are_merged_by_weights_of_their_own(method: str, done: Finished, 
     assert score.merged_sha256 == tensors_sha256(expected)
     winner = Trial("final", 0, sum(rows, ()), score.value, score.merged_sha256, 1.0, "main")
     record = merge_record(plan, [], levels(plan.config, 3)[-1], winner)
-    assert (record["blocks"], record["weights"]) == ({"up_blocks.*": list(rows[0])}, list(rows[1]))
+    assert (record["settings"]["blocks"], record["weights"]) == ({"up_blocks.*": list(rows[0])}, list(rows[1]))
     assert "Tensors that match `up_blocks.*` have the weights 0.2000, 0.9000, 0.4000." in model_card(record)

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from decouple_merge import search as search_module
+from decouple_merge import study as study_module
 from decouple_merge.config import Config
-from decouple_merge.search import Level, Score, Study, Trial, levels, open_storage, open_study, search, trials, work
+from decouple_merge.search import levels, search, work
 from decouple_merge.strategies import Weights
+from decouple_merge.study import Level, Score, Study, Trial, open_storage, open_study, trials
 
 SETTINGS = {
     "strategy": "evolution",
@@ -55,7 +56,7 @@ def open_levels(url: str) -> Any:
 
 
 def work_in_a_process(url: str, objective: Slow, grace_seconds: float) -> None:
-    search_module.HEARTBEAT_SECONDS, search_module.GRACE_SECONDS = grace_seconds / 5, grace_seconds
+    study_module.HEARTBEAT_SECONDS, study_module.GRACE_SECONDS = grace_seconds / 5, grace_seconds
     (objective.folder / f"{os.getpid()}.ready").touch()
     for _ in work(open_levels(url), CONFIG, 2, objective):
         pass
@@ -139,8 +140,8 @@ def test_a_search_killed_at_ten_random_moments_ends_with_the_same_trials(tmp_pat
 def test_a_killed_workers_candidate_is_taken_over(
     tmp_path: Path, alone: list[Trial], start_workers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_module, "HEARTBEAT_SECONDS", 0.2)
-    monkeypatch.setattr(search_module, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(study_module, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(study_module, "GRACE_SECONDS", 1.0)
     url = f"sqlite:///{tmp_path / 'study.db'}"
     (worker,) = start_workers(1, url, Slow(tmp_path, first_seconds=60.0), 1.0)
 
@@ -163,7 +164,7 @@ def test_a_killed_workers_candidate_is_taken_over(
 def test_a_slow_worker_that_is_alive_keeps_its_candidate(
     tmp_path: Path, alone: list[Trial], start_workers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_module, "GRACE_SECONDS", 2.0)
+    monkeypatch.setattr(study_module, "GRACE_SECONDS", 2.0)
     url = f"sqlite:///{tmp_path / 'study.db'}"
     start_workers(1, url, Slow(tmp_path, first_seconds=5.0), 2.0)
     found = list(search(open_levels(url), CONFIG, 2, Slow(tmp_path)))

@@ -19,8 +19,7 @@ from .metrics import (
     kernel_distance,
 )
 from .neighbours import density_coverage, precision_recall
-from .references import Reference as Reference
-from .references import make_reference as make_reference
+from .references import Reference
 
 # An extractor's name and the name of one of its outputs.
 Output = tuple[str, str]

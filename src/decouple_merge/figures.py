@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from .runs import atomic_path
-from .search import Level, Trial
+from .study import Level, Trial
 from .timesteps import TimestepRange
 
 

@@ -168,8 +168,7 @@ class Sources:
         origins = [(p, json.loads(r.read_text())["base_sha256"]) for p, r in records if r.is_file()]
         if not origins:
             return
-        # Experts are recorded against the base as it trains, in float32.
-        found = hash_tensors((k, _widened(self.base[k])) for k in self.base.entries)
+        found = widened_sha256(self.base)
         for path, expected in origins:
             if found != expected:
                 raise ValueError(
@@ -301,6 +300,11 @@ def _ahead(sources: Sources, layout: Layout) -> Iterator[tuple[str, Tensor]]:
                 yield name, future.result()
         for name, future in waiting:
             yield name, future.result()
+
+
+def widened_sha256(files: TensorFiles) -> str:
+    """Hash a model as it trains, in float32, which is how runs record their bases."""
+    return hash_tensors((k, _widened(files[k])) for k in files.entries)
 
 
 def _widened(tensor: Tensor) -> Tensor:

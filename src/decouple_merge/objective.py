@@ -6,14 +6,15 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .evaluate import Reference, make_reference, score
+from .evaluate import score
 from .features import METRICS, Extractor, load_extractor
 from .gradient import group_keys
 from .models import tensors_sha256
 from .plan import Plan, build_network, default_device, open_prompts
+from .references import Reference, make_reference
 from .sample import Denoiser, Prompts, denoiser, ensemble, sample_images, sampling_copy
-from .search import Level, Score
 from .strategies import Weights
+from .study import Level, Score
 from .weights import Stacked, Tensors, cast, merge
 
 

@@ -16,7 +16,7 @@ from rich.progress import (
 
 from .finetune import StepRecord
 from .results import Row
-from .search import Trial
+from .study import Trial
 
 
 def show(events: Iterable[Any], console: Console) -> list[Row]:

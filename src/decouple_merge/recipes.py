@@ -8,7 +8,7 @@ from pathlib import Path
 from . import __version__
 from .card import model_card
 from .config import Merge, validate
-from .merging import NUM_AHEAD, Lora, Progress, Sources, merge_files, open_expert
+from .merging import NUM_AHEAD, Lora, Progress, Sources, merge_files, open_expert, widened_sha256
 from .tensors import NAMES, num_bytes_of
 
 
@@ -43,7 +43,7 @@ def merge_models(
         return
     inputs = zip([base, *experts], [sources.base, *(e.files for e in sources.experts)], strict=True)
     for (path, files), expected in zip(inputs, expected_sha256 or [], strict=expected_sha256 is not None):
-        if (sha256 := files.sha256()) != expected:
+        if (sha256 := files.sha256()) != expected and widened_sha256(files) != expected:
             raise ValueError(
                 f"{path} is not what the recipe was made with: found {sha256[:16]}, expected {expected[:16]}"
             )
@@ -83,19 +83,24 @@ def _merge_plan(sources: Sources, settings: Merge) -> Iterator[str]:
 
 
 def repeat_merge(recipe: Path, out: Path, dry_run: bool = False) -> Iterator[str | Progress]:
-    """Do a merge again from its merge.json, to the same bytes.
+    """Do a merge again, to the same bytes, from its merge.json or from that of a run.
 
     Raises:
         ValueError: the file is no recipe, or an input is gone or is not what it was.
     """
     try:
         record = json.loads(recipe.read_text())
-        base, experts = record["base"]["name"], [Path(e) for e in record["experts"]]
+        base, experts = record["base"]["name"], [_beside(recipe, e) for e in record["experts"]]
         settings = validate(Merge, record["settings"], str(recipe))
         expected = [record["base"]["sha256"], *record["experts_sha256"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{recipe}: expected the merge.json of a deme merge ({error})") from error
+        raise ValueError(f"{recipe}: expected the merge.json of a deme merge or of a run ({error})") from error
     yield from merge_models(base, experts, settings, out, dry_run, expected)
+
+
+def _beside(recipe: Path, name: str) -> Path:
+    """Find an input where its name says, or from the recipe's folder on, which is where runs count from."""
+    return recipe.parent / name if not Path(name).exists() and (recipe.parent / name).exists() else Path(name)
 
 
 def describe_model(model: Path) -> Iterator[str]:

@@ -1,34 +1,18 @@
-"""Search for merging weights: the objective is a callable on a weight vector, the studies are Optuna's.
+"""Search for merging weights: what is evaluated, at which level of fidelity, and when it is enough.
 
-One process proposes. Any number of workers may evaluate what it proposed: a batch is queued in the study's storage,
-whoever is free takes the next candidate from there, and the proposer goes on when the batch is finished. So the trials
-are the same with one worker as with many, and with or without an interruption.
+One process proposes, any number evaluate. The proposer goes on when a batch is finished, so the trials are the same
+with one worker as with many, and with or without an interruption. The objective is a callable on a weight vector.
 """
 
-import itertools
 import math
 import os
 import socket
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
-
-import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseSampler, GPSampler, TPESampler
-from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
 
 from .config import Config, Search
 from .seeds import stream_seed
 from .strategies import (
-    Known,
     Space,
     Strategy,
     Weights,
@@ -40,65 +24,12 @@ from .strategies import (
     grid,
     uniform_random,
 )
+from .study import Level, Objective, Study, Trial, evaluate_all, evaluate_next, give_up_own, sampled, trials
 
-# A worker that was silent for so long is dead, and its candidate is evaluated again.
-HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30
 # Candidates that wait in the storage at once: enough for any number of workers, few enough to stop soon.
 NUM_QUEUED = 64
-MAIN = "main"
 # Of the learned weights: the loss knows their direction better than their length.
 MULTIPLES = (0.5, 1.5, 2.0)
-
-
-@dataclass(frozen=True)
-class Score:
-    """What an objective says of a candidate: the value (smaller is better) and the hash of the tensors it ran."""
-
-    value: float
-    merged_sha256: str
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One evaluated candidate.
-
-    Attributes:
-        level: of fidelity, by name.
-        number: its place in the order in which the level's candidates were proposed.
-        worker: who evaluated it.
-    """
-
-    level: str
-    number: int
-    weights: Weights
-    value: float
-    merged_sha256: str
-    seconds: float
-    worker: str
-
-
-@dataclass(frozen=True)
-class Level:
-    """A fidelity at which candidates are compared, all from the same initial noise.
-
-    Attributes:
-        num_candidates: that are compared; those of the first level are proposed by the strategy, those of the next
-            are the best of the one before.
-        num_steps: of the sampler; None as the config's ``sample`` says.
-    """
-
-    name: str
-    num_candidates: int
-    seeds: range
-    num_steps: int | None
-
-    @property
-    def num_images(self) -> int:
-        return self.num_candidates * len(self.seeds)
-
-
-Study = optuna.Study
-Objective = Callable[[Weights, Level], Score]
 
 
 def levels(config: Config, num_experts: int) -> list[Level]:
@@ -137,56 +68,6 @@ def check_weights(settings: Search, num_experts: int) -> None:
             raise ValueError(
                 f"search.start holds {point}, expected {num_weights} weights, one for each expert and block"
             )
-
-
-def open_storage(url: str) -> RDBStorage:
-    """Connect to a study storage by URL, SQLite or any other that SQLAlchemy reaches.
-
-    Raises:
-        ValueError: there is nothing at the URL that answers, or its driver isn't installed.
-    """
-    is_file = url.startswith("sqlite")
-    try:
-        # Several workers write to one file: each waits for its turn.
-        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if is_file else {})
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"search.storage is {url!r}, which doesn't open ({type(error).__name__}: {reason}); expected a URL such as "
-            "postgresql://user@host/database, with the server running and its driver (psycopg2-binary) installed"
-        ) from error
-    if is_file:
-        _lock_before_reading(storage)
-    return storage
-
-
-def _lock_before_reading(storage: RDBStorage) -> None:
-    """Make every SQLite transaction take the file's lock at its start.
-
-    Otherwise Python locks at the first write only: two workers that read the same candidate as waiting both take it.
-    """
-    storage.engine.dispose()
-
-    @event.listens_for(storage.engine, "connect")
-    def leave_transactions_alone(connection: Any, record: Any) -> None:
-        connection.isolation_level = None
-
-    @event.listens_for(storage.engine, "begin")
-    def begin_with_the_lock(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def open_study(storage: RDBStorage | None, name: str) -> Study:
-    """Open a study by name, or make it; without a storage it lives in memory."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
-
-
-def trials(study: Study) -> list[Trial]:
-    """List the finished trials in the order in which they were proposed."""
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    # A trial taken over from a worker that was only slow may be finished twice.
-    return list({t.number: t for t in sorted(map(_trial, finished), key=lambda t: t.number)}.values())
 
 
 def best(found: list[Trial]) -> Trial:
@@ -250,11 +131,8 @@ def search(
     studies = [open_level(level.name) for level in every]
     if studies[0].user_attrs.get("finished"):
         return
-    # Only a proposer that was killed leaves trials of its own running.
     for study in studies:
-        for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if running.user_attrs.get("worker", MAIN) == MAIN:
-                study.tell(running.number, state=TrialState.FAIL)
+        give_up_own(study)
     for level, study in zip(every, studies, strict=True):
         if level.name == "screen":
             batches = _proposals(settings, num_experts, config.seed, learned)
@@ -269,15 +147,11 @@ def work(open_level: Callable[[str], Study], config: Config, num_experts: int, o
     """Evaluate what a search proposes, until it is finished; yields each trial of this worker."""
     name = f"{socket.gethostname()}-{os.getpid()}"
     every = [(level, open_level(level.name)) for level in levels(config, num_experts)]
+    bounds = (config.search.low, config.search.high)
     while not every[0][1].user_attrs.get("finished"):
-        for level, study in every:
-            taken = _take(study, name)
-            if taken is not None:
-                done = _evaluate(study, taken, level, config.search, objective)
-                if done is not None:
-                    yield done
-                break
-        else:
+        done = [t for level, study in every for t in evaluate_next(study, name, level, bounds, objective)]
+        yield from done
+        if not done:
             time.sleep(0.5)
 
 
@@ -310,37 +184,7 @@ def _proposals(settings: Search, num_experts: int, seed: int, learned: Weights |
     elif settings.strategy == "random":
         yield from uniform_random(space, drawn)
     else:
-        yield from _sampled(space, known, settings, seed)
-
-
-def _sampled(space: Space, known: Known, settings: Search, seed: int) -> Strategy:
-    """Propose by an Optuna sampler, from a study in memory that holds what is known."""
-    ranges: dict[str, BaseDistribution] = {
-        f"w{i}": FloatDistribution(space.low, space.high) for i in range(space.num_free)
-    }
-    num = 0
-    while True:
-        num += 1
-        # The sampler of proposal k is seeded by k: it has no state that an interruption could lose.
-        study = optuna.create_study(sampler=_sampler(settings, stream_seed(seed, "search", num)))
-        inside = {w: v for w, v in known.items() if w in space}
-        # Distances grow by factors, not by sums: a far corner would hide the differences near the optimum.
-        positive = all(v > 0 for v in inside.values())
-        for weights, value in inside.items():
-            params = dict(zip(ranges, space.free(weights), strict=True))
-            seen = math.log(value) if positive else value
-            study.add_trial(optuna.create_trial(params=params, distributions=ranges, value=seen))
-        batch = []
-        for _ in range(settings.batch_size):
-            params = study.ask(ranges).params
-            batch.append(space.embed([params[name] for name in ranges]))
-        known |= dict(zip(batch, (yield batch), strict=True))
-
-
-def _sampler(settings: Search, seed: int) -> BaseSampler:
-    if settings.strategy == "gp":
-        return GPSampler(seed=seed, n_startup_trials=8)
-    return TPESampler(seed=seed, n_startup_trials=8, multivariate=True, constant_liar=settings.batch_size > 1)
+        yield from sampled(space, known, settings.strategy, settings.batch_size, seed)
 
 
 def _one_batch(candidates: list[Weights]) -> Strategy:
@@ -359,7 +203,7 @@ def _drive(study: Study, batches: Strategy, level: Level, settings: Search, obje
         for chunk in (places[i : i + NUM_QUEUED] for i in range(0, len(places), NUM_QUEUED)):
             if level.name == "screen" and _out_of_time(study, settings, chunk):
                 return
-            yield from _evaluate_all(study, dict(chunk), level, settings, objective)
+            yield from evaluate_all(study, dict(chunk), level, (settings.low, settings.high), objective)
         num_idle = 0 if fresh else num_idle + 1
         # A strategy that has converged may propose the same for ever.
         if len(proposed) >= level.num_candidates or num_idle > 100:
@@ -377,116 +221,3 @@ def _out_of_time(study: Study, settings: Search, next_places: list[tuple[int, We
         return False
     before = [t.seconds for t in trials(study) if t.number < next_places[0][0]]
     return sum(before) >= 60 * settings.max_minutes
-
-
-def _evaluate_all(
-    study: Study, places: dict[int, Weights], level: Level, settings: Search, objective: Objective
-) -> Iterator[Trial]:
-    """Queue the candidates that nobody has and evaluate what waits, until all are finished; yields them as they are."""
-    reported = {t.number for t in trials(study)}
-    beats: dict[int, tuple[int, float]] = {}
-    # A storage may miss, for a moment, a trial that others finish while it is read: what was queued is counted here.
-    queued = Counter(t.user_attrs.get("place") for t in study.get_trials(deepcopy=False))
-    while True:
-        for trial in trials(study):
-            if trial.number not in reported:
-                reported.add(trial.number)
-                yield trial
-        missing = [place for place in places if place not in reported]
-        if not missing:
-            return
-        _fail_silent(study, beats)
-        failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-        num_failed = Counter(t.user_attrs.get("place") for t in failed)
-        for place in missing:
-            if queued[place] <= num_failed[place]:
-                queued[place] += 1
-                params = {f"w{i}": w for i, w in enumerate(places[place])}
-                attributes = {"level": level.name, "place": place, "weights": places[place]}
-                study.enqueue_trial(params, user_attrs=attributes)
-        taken = _take(study, MAIN)
-        if taken is None:
-            time.sleep(0.2)
-        else:
-            _evaluate(study, taken, level, settings, objective)
-
-
-def _fail_silent(study: Study, beats: dict[int, tuple[int, float]]) -> None:
-    """Give up trials whose worker has died: their count of heartbeats stands still.
-
-    Args:
-        beats: for each running trial its last new count and when this process saw it, which no other clock enters.
-    """
-    now = time.monotonic()
-    for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        count = running.user_attrs.get("beats", 0)
-        last, since = beats.get(running.number, (-1, now))
-        if count != last:
-            beats[running.number] = (count, now)
-        elif now - since > GRACE_SECONDS:
-            study.tell(running.number, state=TrialState.FAIL, skip_if_finished=True)
-
-
-def _take(study: Study, worker: str) -> optuna.Trial | None:
-    """Take a waiting candidate, which nobody else then has."""
-    if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        return None
-    trial = study.ask()
-    if "place" not in trial.user_attrs:  # Somebody was faster, and Optuna made a new trial instead.
-        study.tell(trial, state=TrialState.FAIL)
-        return None
-    trial.set_user_attr("worker", worker)
-    return trial
-
-
-@contextmanager
-def _heartbeat(trial: optuna.Trial) -> Iterator[None]:
-    """Count in the trial's record while its candidate is being evaluated."""
-    stop = threading.Event()
-
-    def beat() -> None:
-        for count in itertools.count(1):
-            if stop.wait(HEARTBEAT_SECONDS):
-                return
-            try:
-                trial.set_user_attr("beats", count)
-            except UpdateFinishedTrialError:
-                return
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _evaluate(study: Study, trial: optuna.Trial, level: Level, settings: Search, objective: Objective) -> Trial | None:
-    """Score a candidate; None where others took it over meanwhile, whose value then counts."""
-    weights: Weights = tuple(trial.user_attrs["weights"])
-    for i, w in enumerate(weights):
-        trial.suggest_float(f"w{i}", min(settings.low, w), max(settings.high, w))
-    started = time.monotonic()
-    with _heartbeat(trial):
-        score = objective(weights, level)
-    try:
-        trial.set_user_attr("merged_sha256", score.merged_sha256)
-        trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
-        return _trial(study.tell(trial, score.value))
-    except UpdateFinishedTrialError:
-        return None
-
-
-def _trial(frozen: FrozenTrial) -> Trial:
-    assert frozen.value is not None
-    attributes = frozen.user_attrs
-    return Trial(
-        attributes["level"],
-        attributes["place"],
-        tuple(attributes["weights"]),
-        frozen.value,
-        attributes["merged_sha256"],
-        attributes["seconds"],
-        attributes["worker"],
-    )

@@ -11,6 +11,7 @@ import torch
 
 from . import __version__
 from .card import model_card
+from .config import Merge
 from .data import held_out_images, training_batches
 from .executors import run_all
 from .figures import search_cost, search_surfaces
@@ -20,9 +21,10 @@ from .models import export_pipeline, tensors_sha256
 from .objective import Objective
 from .plan import Plan, default_device, load_checkpoints, load_experts
 from .runs import remove_leftovers, write_json, write_records
-from .search import Level, Study, Trial, best, fixed_candidates, levels, open_storage, open_study, search, trials, work
+from .search import best, fixed_candidates, levels, search, work
 from .seeds import stream_seed
 from .strategies import Weights
+from .study import Level, Study, Trial, open_storage, open_study, trials
 from .weights import Tensors
 
 Event = str | Trial
@@ -153,13 +155,20 @@ def merge_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Tr
     blocks = plan.config.search.blocks
     num = len(winner.weights) // len(blocks)
     rows = [list(winner.weights[i * num : (i + 1) * num]) for i in range(len(blocks))]
+    merge = Merge(
+        method=plan.config.search.method,
+        density=plan.config.search.density,
+        weights=rows[-1],
+        blocks=dict(zip(blocks[:-1], rows[:-1], strict=True)),
+    )
     return {
-        "method": plan.config.search.method,
-        "density": plan.config.search.density,
-        "weights": rows[-1],
-        "blocks": dict(zip(blocks[:-1], rows[:-1], strict=True)),
+        "method": merge.method,
+        "weights": merge.weights,
+        "settings": merge.model_dump(mode="json"),
         "ranges": None if plan.config.search.checkpoints else [[r.low, r.high] for r in plan.ranges],
         "base": {"name": plan.config.base, "sha256": plan.base.sha256},
+        # From where this record lies, so that a run may be moved.
+        "experts": plan.config.search.checkpoints or [f"../experts/{i}" for i in range(num)],
         "experts_sha256": experts_sha256,
         "merged_sha256": winner.merged_sha256,
         "search": {
@@ -169,6 +178,7 @@ def merge_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Tr
             "num_images": len(level.seeds),
             "seeds": [level.seeds.start, level.seeds.stop - 1],
         },
+        **({"text": plan.config.text.model_dump(mode="json")} if plan.prompts else {}),
         "projection": plan.config.finetune.projection.placement,
         "decouple_merge": __version__,
     }

@@ -68,7 +68,7 @@ class Stacked:
     """
 
     # Elements whose sum stays in a core's cache while the rows pass through it.
-    CHUNK = 1 << 15
+    CHUNK = 1 << 17
 
     def __init__(
         self, base: Tensors, experts: list[Tensors], device: torch.device, dtype: torch.dtype = torch.float32

@@ -15,8 +15,8 @@ from .models import create_base, export_pipeline
 from .plan import BASELINE, Plan, check_owner, check_precision, claim, load_experts, manifest, prepare
 from .results import Row, evaluate_run, report_models
 from .runs import Run, read_records, read_tensors, write_records
-from .search import Trial
 from .selection import search_weights
+from .study import Trial
 from .timesteps import TimestepRange, split_timesteps
 from .weights import task_vector_norms
 
