@@ -15,6 +15,7 @@ from decouple_merge import cli
 from decouple_merge.config import Sample, Text
 from decouple_merge.models import Base, load_base, new_network
 from decouple_merge.sample import Denoiser, Prompts, denoiser, ensemble, sample_images
+from decouple_merge.scoring import evaluate_model
 from decouple_merge.timesteps import TimestepRange
 
 CPU = torch.device("cpu")
@@ -137,6 +138,24 @@ def test_prompts_for_an_unconditional_base_are_refused(tiny_base: Path, base: Ba
     other = load_base(str(tiny_base))
     with pytest.raises(ValueError, match="found prompts for a DDPMPipeline, which takes no text: leave them out"):
         next(sample_images(denoiser(other.network), other, [0], Sample(num_steps=2), CPU, prompts=ask(base)))
+
+
+def test_a_model_is_scored_on_the_images_of_its_prompts(
+    tiny_text_base: Path, tiny_captioned: Path, base: Base, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings, text = Sample(num_steps=2), Text(prompts=tmp_path / "prompts.txt", guidance_scale=3)
+    scored = [str(tiny_text_base), draw(base, [4, 5, 6, 7, 8, 9], ask(base, 4, guidance_scale=3), num_steps=2).split(6)]
+    model, images = (
+        next(
+            r
+            for r in evaluate_model(s, str(tiny_captioned), ["kd_effnetlite0"], 6, 4, settings=settings, text=text)
+            if isinstance(r, dict)
+        )
+        for s in scored
+    )
+    assert model["value"] == pytest.approx(images["value"], rel=1e-3)
+    assert model["prompts"] == ask(base, guidance_scale=3).label
 
 
 def test_the_command_draws_an_image_for_each_prompt_of_a_file(

@@ -173,6 +173,27 @@ def test_the_gradient_of_the_merging_weights_is_that_of_the_captioned_loss(
     torch.testing.assert_close(gradient.item(), slope, rtol=2e-2, atol=1e-5)
 
 
+def test_gradient_checkpointing_changes_no_bit(
+    text_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[0])
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", counted)
+    weights, num_calls = [], []
+    for value in (False, True):
+        config = text_config(finetune={"baseline": False, "num_updates": 2, "gradient_checkpointing": value})
+        list(workflow.finetune_experts(prepare(config, tmp_path / str(value)), 0))
+        weights.append(load_file(tmp_path / str(value) / "experts/0/model.safetensors"))
+        num_calls.append(len(calls))
+    assert num_calls[0] == 0 < num_calls[1]
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+
+
 def test_prompts_are_the_captions_in_an_order_of_their_own(text_config: MakeConfig, tmp_path: Path) -> None:
     plan = check(text_config(), tmp_path / "run")
     captions = [WORDS[i % len(WORDS)] for i in range(24)]

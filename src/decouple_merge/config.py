@@ -95,6 +95,7 @@ class Training(Section):
         batch_size: images per process and micro-batch; an update sees batch_size × accumulation × processes.
         schedule: the rate over the updates: ``constant``; ``cosine`` and ``linear`` fall to
             learning_rate × floor, which they reach after ``decay_fraction`` of the updates.
+        gradient_checkpointing: compute activations again for the backward pass: less memory, a third more compute.
         tracker: any Accelerate tracker by name, or ``none``.
     """
 
@@ -113,6 +114,7 @@ class Training(Section):
     antithetic: bool = True
     mixed_precision: Precision = "fp32"
     compile: bool = False
+    gradient_checkpointing: bool = False
     ema: Ema = Ema()
     validate_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 1000

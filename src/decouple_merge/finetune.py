@@ -166,7 +166,10 @@ class Trainer:
             self.accelerator.init_trackers(task.name)
         self.device = self.accelerator.device
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
-        self.network = new_network(base, task.projection).train()
+        network: Any = new_network(base, task.projection).train()
+        if settings.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        self.network: nn.Module = network
         self.teacher = None
         if task.consistency_weight:
             self.teacher = new_network(base).to(self.device).requires_grad_(False).eval()

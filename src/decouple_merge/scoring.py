@@ -110,7 +110,7 @@ def _open_scored(
     seed: int,
     settings: Sample,
     device: torch.device,
-    text: Text | None,
+    text: Text | None = None,
 ) -> _Scored:
     if not isinstance(model, str):
         batches = iter(model)
