@@ -190,3 +190,32 @@ def tiny_config(tiny_base: Path, tiny_images: Path) -> Callable[..., Config]:
         return Config.model_validate(values)
 
     return make
+
+
+@pytest.fixture
+def text_config(tiny_text_base: Path, tiny_captioned: Path) -> Callable[..., Config]:
+    """Make a config of the whole job on the tiny Stable Diffusion pipeline; sections are updated by keyword."""
+
+    def make(**sections: Any) -> Config:
+        values: dict[str, Any] = {
+            "base": str(tiny_text_base),
+            "data": {"source": str(tiny_captioned), "num_held_out": 4, "flip": True},
+            "finetune": {
+                "num_ranges": 2,
+                "num_updates": 4,
+                "batch_size": 4,
+                "learning_rate": 1e-2,
+                "validate_every": 2,
+                "checkpoint_every": 2,
+                "tracker": "none",
+            },
+            "sample": {"sampler": "PNDM", "num_steps": 3, "batch_size": 4},
+            "text": {"guidance_scale": 3.0},
+            "search": {"num_trials": 4, "num_images": 6, "gradient_batches": 2, "num_finalists": 0},
+            "evaluate": {"num_images": 6, "num_seed_sets": 1, "num_sample_images": 2},
+        }
+        for section, changes in sections.items():
+            values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes
+        return Config.model_validate(values)
+
+    return make

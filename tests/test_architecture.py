@@ -20,6 +20,7 @@ LAYERS = [
         "encoders",
         "inception",
         "latents",
+        "lora",
         "references",
         "runs",
         "search",
@@ -58,6 +59,7 @@ ADAPTERS = {
     "yaml": "config",
     "pydantic": "config",
     "transformers": "encoders",
+    "peft": "lora",
 }
 
 

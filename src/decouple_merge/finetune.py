@@ -15,8 +15,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from .config import Data, Training
+from .config import Data, Finetune, Training
 from .data import Batch, Examples, held_out_images, model_input, training_batches
+from .lora import FILE, attach_lora, lora_factors, unadapted_state_dict, without_lora
 from .losses import add_noise, finetune_loss, per_sample_mse, prediction_target
 from .models import Base, new_network, predict
 from .projection import folded_state_dict, projection_parameters
@@ -98,8 +99,8 @@ def ema_decay(update: int, max_decay: float, power: float) -> float:
 
 @contextmanager
 def swapped(network: nn.Module, values: list[Tensor]) -> Iterator[None]:
-    """Run with other parameter values; the network gets its own back, bit for bit."""
-    parameters = [p.data for p in network.parameters()]
+    """Run with other values of the trained parameters; the network gets its own back, bit for bit."""
+    parameters = [p.data for p in network.parameters() if p.requires_grad]
     kept = [p.clone() for p in parameters]
     torch._foreach_copy_(parameters, values)
     try:
@@ -169,15 +170,18 @@ class Trainer:
         network: Any = new_network(base, task.projection).train()
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        self.has_lora = isinstance(settings, Finetune) and settings.lora is not None
+        if isinstance(settings, Finetune) and settings.lora is not None:
+            attach_lora(network, settings.lora, seed, task.name, "lora")
         self.network: nn.Module = network
         self.teacher = None
-        if task.consistency_weight:
+        if task.consistency_weight and not self.has_lora:
             self.teacher = new_network(base).to(self.device).requires_grad_(False).eval()
         if settings.compile:
             for network in filter(None, (self.network, self.teacher)):
                 network.compile()
         self.wrapped, self.optimizer = self.accelerator.prepare(self.network, self._optimizer())
-        self.parameters = list(self.network.parameters())
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.ema = [p.detach().clone() for p in self.parameters]
         self.num_done = 0
         self.compile_checked = False
@@ -187,7 +191,7 @@ class Trainer:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         scaled = {id(p): p for p in projection_parameters(self.network)}
-        others = [p for p in self.network.parameters() if id(p) not in scaled]
+        others = [p for p in self.network.parameters() if p.requires_grad and id(p) not in scaled]
         groups = [
             {"params": others, "scale": 1.0},
             {"params": list(scaled.values()), "scale": self.task.projection_rate_scale},
@@ -238,12 +242,21 @@ class Trainer:
         x_t = add_noise(x0, noise, t, self.alphas_cumprod)
         target = prediction_target(x0, noise, t, self.alphas_cumprod, base.prediction_type)
         with self.accelerator.autocast():
-            teacher_output = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    teacher_output = predict(self.teacher, x_t, t, **condition)
+            teacher_output = self._teacher_output(x_t, t, condition)
             output = predict(self.wrapped, x_t, t, **condition)
         return finetune_loss(output, target, teacher_output, task.consistency_weight)
+
+    @torch.no_grad()
+    def _teacher_output(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor | None:
+        if self.teacher is not None:
+            return predict(self.teacher, x_t, t, **condition)
+        if not (self.has_lora and self.task.consistency_weight):
+            return None
+        self.network.eval()
+        with without_lora(self.network):
+            output = predict(self.network, x_t, t, **condition)
+        self.network.train()
+        return output
 
     def _check_compiled(self, batch: Batch) -> None:
         """Refuse a compiled network whose gradients are not the eager ones: one with layers cut off still trains."""
@@ -273,7 +286,7 @@ class Trainer:
 
     def ema_parameters(self) -> dict[str, Tensor]:
         """Name the averaged parameters."""
-        names = [name for name, _ in self.network.named_parameters()]
+        names = [name for name, p in self.network.named_parameters() if p.requires_grad]
         return dict(zip(names, self.ema, strict=True))
 
     def save(self, folder: Path) -> None:
@@ -324,7 +337,8 @@ def train(
 
     Update s depends only on (seed, task.name, rank, s): a run that was killed goes on bitwise as if it had not
     been. Records go to ``folder/log.jsonl``, the state to ``folder/state/`` until the training is finished. The
-    result is ``folder/model.safetensors`` (EMA weights, stock keys) with ``expert.json``.
+    result is ``folder/model.safetensors`` (EMA weights, stock keys) with ``expert.json``; of an adapter also its
+    factors, ``folder/lora/``, which diffusers loads.
 
     Raises:
         ValueError: the loss is no longer finite, or a saved state is damaged or of another network.
@@ -368,7 +382,11 @@ def train(
 
     if accelerator.is_main_process:
         write_json(folder / "expert.json", _expert_record(base, task, settings, seed))
-        write_tensors(folder / "model.safetensors", folded_state_dict(trainer.network, trainer.ema_parameters()))
+        network, averaged = trainer.network, trainer.ema_parameters()
+        if trainer.has_lora:
+            write_tensors(folder / "lora" / FILE, lora_factors(network, averaged))
+        stock = unadapted_state_dict if trainer.has_lora else folded_state_dict
+        write_tensors(folder / "model.safetensors", stock(network, averaged))
     accelerator.end_training()
     shutil.rmtree(folder / "state", ignore_errors=True)
 

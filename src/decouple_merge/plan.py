@@ -19,6 +19,7 @@ from .data import Examples, Images, check_held_out, load_images
 from .features import check_metrics
 from .gradient import group_keys
 from .latents import Latents
+from .lora import check_lora
 from .models import Base, load_base, load_network, make_scheduler, new_network, num_parameters
 from .runs import Run, read_tensors, write_json, write_text
 from .sample import Prompts
@@ -73,6 +74,8 @@ def check(config: Config, out: Path) -> Plan:
     check_metrics([*config.evaluate.metrics, config.search.metric], config.evaluate.inception_weights)
     check_precision(config.finetune)
     check_weights(config.search, len(config.search.checkpoints) or len(ranges))
+    if config.finetune.lora is not None:
+        check_lora(base.network, config.finetune.lora)
     group_keys(list(base.network.state_dict()), config.search.blocks)
     load_checkpoints(config.search, base)
     check_owner(Run(out), config)

@@ -17,10 +17,11 @@ from .executors import run_all
 from .figures import search_cost, search_surfaces
 from .finetune import validation_losses
 from .gradient import DenoisingLoss, learn_weights
+from .lora import FILE, merge_factors
 from .models import export_pipeline, tensors_sha256
 from .objective import Objective
 from .plan import Plan, default_device, load_checkpoints, load_experts
-from .runs import remove_leftovers, write_json, write_records
+from .runs import read_tensors, remove_leftovers, write_json, write_records, write_tensors
 from .search import best, fixed_candidates, levels, search, work
 from .seeds import stream_seed
 from .strategies import Weights
@@ -190,7 +191,17 @@ def _export(plan: Plan, objective: Objective, hashes: list[str], level: Level, w
     record = merge_record(plan, hashes, level, winner)
     written = plan.run.merged / "merge.json"
     if not written.exists() or json.loads(written.read_text()) != record:
+        if _is_one_lora(plan):
+            factors = [read_tensors(plan.run.expert(i) / "lora" / FILE)[0] for i in range(len(plan.ranges))]
+            write_tensors(plan.run.merged_lora / FILE, merge_factors(factors, winner.weights))
         export_pipeline(plan.base, objective.merge(winner.weights), plan.run.merged, model_card(record), record)
+
+
+def _is_one_lora(plan: Plan) -> bool:
+    """Say whether the merge is a sum of adapters, each with one weight: an adapter itself."""
+    search = plan.config.search
+    sums = search.method == "linear" and len(search.blocks) == 1 and not search.checkpoints
+    return sums and plan.config.finetune.lora is not None
 
 
 def _write_candidates(plan: Plan, objective: Objective, screen: Level, done: list[Trial]) -> Iterator[str]:
