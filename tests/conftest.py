@@ -79,6 +79,7 @@ def save_stable_diffusion(
     width: int = 16,
     latent_channels: int = 4,
     parts_dtype: torch.dtype = torch.float32,
+    vocabulary_size: int | None = None,
     **scheduler: Any,
 ) -> Path:
     """Save a StableDiffusionPipeline of random parts: 16×16 images, letters as vocabulary, T = 40."""
@@ -92,9 +93,11 @@ def save_stable_diffusion(
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
     torch.manual_seed(1)
     text_config = CLIPTextConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=vocabulary_size or len(vocabulary),
         hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=1,

@@ -155,7 +155,7 @@ def test_encoders_run_once_whoever_asks(
     tiny_text_base: Path, tiny_captioned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_latents(tiny_text_base, tiny_captioned)
-    assert list(first.fill()) == ["latents: 24 of 24 computed", "texts: 7 of 7 computed"]
+    assert list(first.fill()) == ["texts: 7 of 7 computed", "latents: 24 of 24 computed"]
     expected = first.stack(range(24))
     monkeypatch.setattr(latents_module, "load_vae", None)
     monkeypatch.setattr(latents_module, "load_text_encoder", None)

@@ -37,12 +37,17 @@ def draw(base: Base, seeds: list[int], prompts: Prompts, model: Denoiser | None 
     return torch.cat(list(sample_images(model or denoiser(base.network), base, seeds, sample, CPU, prompts=prompts)))
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
-    ("sampler", "scheduler"),
-    [("PNDM", PNDMScheduler), ("DDIM", DDIMScheduler), ("EulerDiscrete", EulerDiscreteScheduler)],
+    ("sampler", "scheduler", "prediction_type", "text"),
+    [
+        ("PNDM", PNDMScheduler, "epsilon", {}),
+        ("PNDM", PNDMScheduler, "v_prediction", {"negative_prompt": "sun", "guidance_scale": 3.0}),
+        ("DDIM", DDIMScheduler, "epsilon", {"guidance_scale": 1.0}),
+        ("DDIM", DDIMScheduler, "v_prediction", {}),
+        ("EulerDiscrete", EulerDiscreteScheduler, "epsilon", {"negative_prompt": "sun", "guidance_scale": 3.0}),
+        ("EulerDiscrete", EulerDiscreteScheduler, "v_prediction", {"guidance_scale": 1.0}),
+    ],
 )
-@pytest.mark.parametrize("text", [{}, {"negative_prompt": "sun", "guidance_scale": 3.0}, {"guidance_scale": 1.0}])
 def test_images_are_those_of_the_stock_pipeline(
     tmp_path: Path, sampler: str, scheduler: Any, prediction_type: str, text: dict[str, Any]
 ) -> None:

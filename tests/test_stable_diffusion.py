@@ -138,6 +138,15 @@ def test_a_pipeline_that_lacks_a_part_is_refused(tiny_text_base: Path) -> None:
         load_base(str(tiny_text_base))
 
 
+def test_a_tokenizer_of_another_text_encoder_is_refused(tmp_path: Path) -> None:
+    base = load_base(str(save_stable_diffusion(tmp_path / "words", vocabulary_size=54)))
+    with pytest.raises(ValueError, match="its tokenizer has a vocabulary of 54, its text_encoder reads 40; give parts"):
+        load_text_encoder(load_base(str(save_stable_diffusion(tmp_path / "fewer", vocabulary_size=40))).encoders, CPU)
+    edit(tmp_path / "words/tokenizer/tokenizer_config.json", model_max_length=77)
+    with pytest.raises(ValueError, match="its tokenizer pads to a length of 77, its text_encoder reads 12; give parts"):
+        load_text_encoder(base.encoders, CPU)
+
+
 def test_a_vae_of_another_kind_is_refused(tiny_text_base: Path) -> None:
     edit(tiny_text_base / "vae/config.json", _class_name="VQModel")
     with pytest.raises(ValueError, match="its vae is VQModel, expected AutoencoderKL"):

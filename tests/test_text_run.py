@@ -18,12 +18,13 @@ from conftest import WORDS, stock_images
 from decouple_merge import finetune, latents, workflow
 from decouple_merge.config import Config, dump_config
 from decouple_merge.finetune import StepRecord
-from decouple_merge.gradient import DenoisingLoss, noisy_batch
-from decouple_merge.models import load_base
-from decouple_merge.plan import Plan, check, open_prompts, prepare
+from decouple_merge.gradient import DenoisingLoss, fisher_information, noisy_batch
+from decouple_merge.models import load_base, new_network
+from decouple_merge.plan import Plan, check, describe, open_prompts, prepare
 from decouple_merge.results import Row, denoiser_of
 from decouple_merge.runs import read_records
 from decouple_merge.sample import sample_images
+from decouple_merge.seeds import generator
 from decouple_merge.standalone import sample_model
 from decouple_merge.timesteps import TimestepRange
 
@@ -43,7 +44,7 @@ def _fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_whole_job(text_config: MakeConfig, tmp_path: Path) -> None:
     config, folder = text_config(), tmp_path / "run"
     events = list(workflow.run(config, folder))
-    assert events[:2] == ["latents: 24 of 24 computed", "texts: 7 of 7 computed"]
+    assert events[:2] == ["texts: 7 of 7 computed", "latents: 24 of 24 computed"]
     assert {e.name for e in events if isinstance(e, StepRecord)} == {"expert-0", "expert-1", "baseline-finetuned"}
     assert {e.model: e.metric for e in events if isinstance(e, Row)} == dict.fromkeys(MODELS, "kd_effnetlite0")
     records = read_records(folder / "metrics.jsonl")
@@ -146,6 +147,26 @@ def test_the_gradient_of_the_merging_weights_is_that_of_the_captioned_loss(
     torch.testing.assert_close(gradient.item(), slope, rtol=2e-2, atol=1e-5)
 
 
+def test_fisher_information_is_of_the_captioned_loss(text_config: MakeConfig, tmp_path: Path) -> None:
+    base = load_base(text_config().base)
+    batch = opened(text_config(), tmp_path / "run").images.stack(range(3))
+    own = TimestepRange(0, 20)
+    found = fisher_information(base, base.network.state_dict(), own, [batch], 7, CPU)
+    noisy = noisy_batch(base, batch, own, generator(7, "fisher", 0))
+    network = new_network(base).eval()
+    sums = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    for i in range(3):
+        text = noisy.condition["encoder_hidden_states"][i : i + 1]
+        output = network(noisy.x_t[i : i + 1], noisy.t[i : i + 1], encoder_hidden_states=text).sample
+        network.zero_grad()
+        (output - noisy.target[i : i + 1]).square().mean().backward()
+        for name, p in network.named_parameters():
+            sums[name] += 0 if p.grad is None else p.grad.square() / 3
+    for name, expected in sums.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-9)
+    assert found["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].max() > 0
+
+
 def test_gradient_checkpointing_changes_no_bit(
     text_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +200,12 @@ def test_a_prompt_file_takes_the_captions_place(text_config: MakeConfig, tmp_pat
     (tmp_path / "prompts.txt").write_text("moon\nsea\n")
     plan = check(text_config(text={"prompts": str(tmp_path / "prompts.txt")}), tmp_path / "run")
     assert plan.prompts == ["moon", "sea"]
+
+
+def test_a_dry_run_says_what_is_asked_for(text_config: MakeConfig, tmp_path: Path) -> None:
+    lines = list(describe(text_config(), tmp_path / "run"))
+    assert lines[0].endswith("52,004 parameters, 16 x 16")
+    assert "prompts: 24, guidance 3" in lines
 
 
 def test_checking_computes_nothing(text_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,8 +133,9 @@ class Latents(Examples):
 
     def fill(self) -> Iterator[str]:
         """Compute what the cache lacks; yields lines for the user. The encoders leave memory at the end."""
-        yield from self.latents.fill()
+        # Texts first: they take minutes where images take hours, and parts that don't fit show there.
         yield from self.texts.fill()
+        yield from self.latents.fill()
 
     def stack(self, indices: Sequence[int]) -> LatentBatch:
         """Read several examples as one batch."""

@@ -3,11 +3,15 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# transformers, which a text-to-image pipeline imports, warns of image processors that nothing of ours uses.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import diffusers
 import torch
@@ -245,8 +249,22 @@ def decode_latents(vae: Any, latents: Float[Tensor, "n z hz wz"]) -> Float[Tenso
 
 
 def load_text_encoder(encoders: Encoders, device: torch.device) -> Any:
-    """Load the tokenizer and the text encoder, as a pipeline without its other parts."""
+    """Load the tokenizer and the text encoder, as a pipeline without its other parts.
+
+    Raises:
+        ValueError: the tokenizer is another text encoder's.
+    """
     pipeline = _load_parts(encoders.folder, "tokenizer", "text_encoder")
+    config, tokenizer = pipeline.text_encoder.config, pipeline.tokenizer
+    for what, found, most in (
+        ("has a vocabulary of", len(tokenizer), config.vocab_size),
+        ("pads to a length of", tokenizer.model_max_length, config.max_position_embeddings),
+    ):
+        if found > most:
+            raise ValueError(
+                f"{encoders.folder}: its tokenizer {what} {found}, its text_encoder reads {most}; give parts that "
+                "belong together"
+            )
     pipeline.text_encoder.float().requires_grad_(False).eval()
     return pipeline.to(device)
 

@@ -227,6 +227,8 @@ def describe(config: Config, out: Path) -> Iterator[str]:
     base, size = plan.base, plan.base.image_size
     yield f"base {config.base}: {num_parameters(base.network):,} parameters, {size} x {size}"
     yield f"data {config.data.source}: {len(plan.images):,} images"
+    if plan.prompts:
+        yield f"prompts: {len(plan.prompts):,}, guidance {config.text.guidance_scale:g}"
     yield (
         f"experts: {num} x {finetune.num_updates} updates of {finetune.batch_size * finetune.accumulation} images on "
         + ", ".join(map(str, plan.ranges))
