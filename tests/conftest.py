@@ -1,5 +1,7 @@
 """Tiny models, data and configs: everything is built here, nothing is fetched."""
 
+import json
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    PNDMScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from PIL import Image
 
 from decouple_merge.config import Config
 
@@ -44,6 +55,111 @@ def tiny_base(tmp_path: Path) -> Path:
     return folder
 
 
+def make_text_unet(**changes: Any) -> UNet2DConditionModel:
+    """Build a UNet2DConditionModel of some ten thousand parameters, for latents of 4 channels and 8×8."""
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**(arguments | changes))
+
+
+def save_stable_diffusion(
+    folder: Path,
+    unet: UNet2DConditionModel | None = None,
+    width: int = 16,
+    latent_channels: int = 4,
+    parts_dtype: torch.dtype = torch.float32,
+    vocabulary_size: int | None = None,
+    **scheduler: Any,
+) -> Path:
+    """Save a StableDiffusionPipeline of random parts: 16×16 images, letters as vocabulary, T = 40."""
+    # Imported here, since this takes seconds that most tests needn't pay.
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder.mkdir(parents=True)
+    letters = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase)]
+    vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    torch.manual_seed(1)
+    text_config = CLIPTextConfig(
+        vocab_size=vocabulary_size or len(vocabulary),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=vocabulary["<|endoftext|>"],
+        pad_token_id=vocabulary["<|endoftext|>"],
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    arguments = {"num_train_timesteps": 40, "beta_schedule": "scaled_linear", "steps_offset": 1, "skip_prk_steps": True}
+    StableDiffusionPipeline(
+        vae.eval().to(parts_dtype),
+        CLIPTextModel(text_config).eval().to(parts_dtype),
+        tokenizer,
+        unet or make_text_unet(),
+        PNDMScheduler(**(arguments | scheduler)),
+        None,
+        None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_text_base(tmp_path: Path) -> Path:
+    """The folder of a tiny Stable Diffusion pipeline."""
+    return save_stable_diffusion(tmp_path / "text-base")
+
+
+def stock_images(folder: Path, prompts: list[str], seeds: list[int], **arguments: Any) -> Any:
+    """Draw images by the pipeline of stock diffusers: float [n, h, w, c] in [0, 1]."""
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipeline(prompts, generator=generators, output_type="np", **arguments).images
+
+
+WORDS = ["red cat", "blue dog", "a green bird", "one cat", "two dogs", "sun"]
+
+
+@pytest.fixture
+def tiny_captioned(tmp_path: Path) -> Path:
+    """A folder of 24 colour 16×16 images with metadata.jsonl."""
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    lines = []
+    for i in range(24):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+        lines.append(json.dumps({"file_name": f"{i:02}.png", "text": WORDS[i % len(WORDS)]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 @pytest.fixture
 def tiny_images(tmp_path: Path) -> Path:
     """An npz file of 48 grey 8×8 images."""
@@ -71,6 +187,35 @@ def tiny_config(tiny_base: Path, tiny_images: Path) -> Callable[..., Config]:
             "sample": {"num_steps": 3, "batch_size": 8},
             "search": {"num_trials": 5, "num_images": 10, "gradient_batches": 2},
             "evaluate": {"num_images": 10, "num_sample_images": 2},
+        }
+        for section, changes in sections.items():
+            values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes
+        return Config.model_validate(values)
+
+    return make
+
+
+@pytest.fixture
+def text_config(tiny_text_base: Path, tiny_captioned: Path) -> Callable[..., Config]:
+    """Make a config of the whole job on the tiny Stable Diffusion pipeline; sections are updated by keyword."""
+
+    def make(**sections: Any) -> Config:
+        values: dict[str, Any] = {
+            "base": str(tiny_text_base),
+            "data": {"source": str(tiny_captioned), "num_held_out": 4, "flip": True},
+            "finetune": {
+                "num_ranges": 2,
+                "num_updates": 4,
+                "batch_size": 4,
+                "learning_rate": 1e-2,
+                "validate_every": 2,
+                "checkpoint_every": 2,
+                "tracker": "none",
+            },
+            "sample": {"sampler": "PNDM", "num_steps": 3, "batch_size": 4},
+            "text": {"guidance_scale": 3.0},
+            "search": {"num_trials": 4, "num_images": 6, "gradient_batches": 2, "num_finalists": 0},
+            "evaluate": {"num_images": 6, "num_seed_sets": 1, "num_sample_images": 2},
         }
         for section, changes in sections.items():
             values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes

@@ -12,12 +12,15 @@ LAYERS = [
     ["timesteps", "losses", "projection", "rules", "weights", "metrics", "neighbours", "seeds"],
     [
         "archives",
+        "captions",
         "config",
         "models",
         "data",
         "features",
         "encoders",
         "inception",
+        "latents",
+        "lora",
         "references",
         "runs",
         "search",
@@ -56,6 +59,7 @@ ADAPTERS = {
     "yaml": "config",
     "pydantic": "config",
     "transformers": "encoders",
+    "peft": "lora",
 }
 
 

@@ -104,7 +104,7 @@ def test_a_missing_base_says_what_is_supported(tmp_path: Path) -> None:
         load_base(str(tmp_path / "nowhere"))
 
 
-def test_a_conditional_base_says_what_is_supported(tmp_path: Path) -> None:
+def test_a_conditional_network_in_an_unconditional_pipeline_says_what_is_supported(tmp_path: Path) -> None:
     network = UNet2DConditionModel(
         sample_size=8,
         in_channels=1,

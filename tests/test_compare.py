@@ -17,6 +17,7 @@ COMMON = {
     "num_steps": 50,
     "timestep_spacing": "leading",
     "precision": "fp32",
+    "prompts": "24 texts 0123456789abcdef, guidance 7",
 }
 
 

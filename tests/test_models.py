@@ -237,6 +237,16 @@ def test_shipped_configs_hold_the_papers_settings(name: str) -> None:
     assert config.base == f"google/{expected[name]}"
 
 
+def test_the_stable_diffusion_config_holds_the_papers_settings() -> None:
+    config = load_config(CONFIGS / "sd14.yaml")
+    settings = config.finetune
+    assert config.base == "CompVis/stable-diffusion-v1-4"
+    assert (settings.num_ranges, settings.global_prob, settings.num_updates) == (4, 0.3, 20_000)
+    assert (settings.batch_size, settings.accumulation, settings.learning_rate) == (16, 4, 5e-5)
+    assert (config.sample.sampler, config.sample.num_steps, config.text.guidance_scale) == ("PNDM", 50, 7.5)
+    assert config.evaluate.num_images == 30_000
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_shipped_paper_configs_finetune_a_tiny_model_of_their_structure(name: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", PAPER[name] | {"norm_num_groups": 4})

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from conftest import make_unet
+from conftest import make_text_unet, make_unet
 from decouple_merge import finetune
 from decouple_merge.config import Config
 from decouple_merge.data import load_images
@@ -218,6 +218,87 @@ def test_output_layer_is_the_last_convolution_of_a_resampling_resnet() -> None:
     before = network(x, t, return_dict=False)[0]
     attach_projections(network, "folded")
     assert torch.equal(network(x, t, return_dict=False)[0], before)
+
+
+# The architecture of CompVis/stable-diffusion-v1-4.
+STABLE_DIFFUSION: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+# Pairs of down and up blocks of a UNet2DConditionModel; the first down block has a downsampler, the second has none.
+BLOCKS = {
+    "transformer": ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"),
+    "resnet": ("DownBlock2D", "UpBlock2D"),
+    "attention": ("AttnDownBlock2D", "AttnUpBlock2D"),
+    "resampling resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
+    "cross attention": ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"),
+}
+
+
+def text_output(network: nn.Module) -> Tensor:
+    draws = torch.Generator().manual_seed(1)
+    x, text = torch.randn(3, 4, 8, 8, generator=draws), torch.randn(3, 5, 16, generator=draws)
+    with torch.no_grad():
+        return network(x, torch.tensor([0, 17, 39]), encoder_hidden_states=text, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["conv", "linear"])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_folding_is_exact_for_every_block_of_a_text_conditional_network(kind: str, linear: bool) -> None:
+    down, up = BLOCKS[kind]
+    changes = {"down_block_types": (down,) * 2, "up_block_types": (up,) * 2, "use_linear_projection": linear}
+    stock, network = make_text_unet(**changes).eval(), make_text_unet(**changes).eval()
+    before = text_output(stock)
+    attach_projections(network, "folded")
+    assert torch.equal(text_output(network), before)
+    randomise(network)
+    projected_output = text_output(network)
+    assert not torch.allclose(projected_output, before, rtol=1e-2)
+    folded = folded_state_dict(network, {})
+    assert folded.keys() == stock.state_dict().keys()
+    stock.load_state_dict(folded)
+    assert torch.equal(text_output(stock), projected_output)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_output_layer_of_a_block_that_ends_in_a_transformer_is_the_transformers_last(linear: bool) -> None:
+    network = make_text_unet(use_linear_projection=linear)
+    block = network.up_blocks[1]
+    assert output_layer(block) is block.attentions[-1].proj_out
+    assert output_layer(network.down_blocks[0]) is network.down_blocks[0].downsamplers[0].conv
+    assert output_layer(network.up_blocks[0]) is network.up_blocks[0].upsamplers[0].conv
+    assert output_layer(network.mid_block) is network.mid_block.resnets[-1].conv2
+
+
+@pytest.mark.parametrize("placement", ["folded", "trunk"])
+def test_every_projection_of_a_text_conditional_network_reaches_the_output(placement: str) -> None:
+    network = make_text_unet().eval()
+    attach_projections(network, placement)
+    before = text_output(network)
+    matrices = projection_parameters(network)
+    assert len(matrices) == 5
+    for matrix in matrices:
+        kept = matrix.detach().clone()
+        with torch.no_grad():
+            matrix += 0.3 * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(2))
+        assert not torch.allclose(text_output(network), before, atol=1e-4)
+        matrix.data.copy_(kept)
+
+
+@pytest.mark.parametrize("placement", ["folded", "trunk"])
+def test_stable_diffusion_gains_the_papers_number_of_parameters(placement: str) -> None:
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**STABLE_DIFFUSION)
+        assert count(network) == 859_520_964
+        attach_projections(network, placement)
+    assert count(network) == 859_520_964 + 9_216_000
 
 
 def test_unknown_placement_is_refused() -> None:

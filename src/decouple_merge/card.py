@@ -27,9 +27,10 @@ def model_card(record: dict[str, Any]) -> str:
     how = (
         "by task arithmetic, θ + Σ w_i (θ_i - θ)" if record["method"] == "linear" else f"by {record['method'].upper()}"
     )
+    kind, prompt = ("text-to-image", '"a prompt", ') if "text" in record else ("unconditional-image-generation", "")
     return f"""---
 library_name: diffusers
-tags: [unconditional-image-generation, decouple-then-merge]
+tags: [{kind}, decouple-then-merge]
 ---
 
 # Merged from {len(record["weights"])} timestep experts
@@ -47,6 +48,6 @@ Made with decouple-merge {record["decouple_merge"]} by Decouple-then-Merge (CVPR
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("path/of/this/folder")
-pipeline(num_inference_steps=50).images[0].save("image.png")
+pipeline({prompt}num_inference_steps=50).images[0].save("image.png")
 ```
 """

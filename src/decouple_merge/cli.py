@@ -222,24 +222,46 @@ def info(
         console.print(line)
 
 
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompts", metavar="FILE", help="For text-to-image models: one prompt a line")
+]
+NegativePrompt = Annotated[str | None, typer.Option(help="What guidance leads away from")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale, 7.5 where not given; 1 is none")]
+
+
+def _text(prompts: Path | None, negative_prompt: str | None, guidance: float | None) -> Any:
+    from .config import Text, validate
+
+    given = {"prompts": prompts, "negative_prompt": negative_prompt, "guidance_scale": guidance}
+    return validate(Text, {key: value for key, value in given.items() if value is not None}, "prompts")
+
+
 @app.command()
 def sample(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Pipeline folder, hub name, or run folder (its ensemble)")
     ],
     out: Annotated[Path, typer.Option(help="Folder for <seed>.png")],
-    num_images: Annotated[int, typer.Option(min=1)],
+    num_images: Annotated[int | None, typer.Option(min=1, help="As many as prompts where not given")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image")] = 0,
     num_steps: Annotated[int, typer.Option(min=1)] = 50,
     sampler: Annotated[str, typer.Option(help="Any diffusers scheduler by name")] = "DDIM",
+    prompts: PromptFile = None,
+    negative_prompt: NegativePrompt = None,
+    guidance: Guidance = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images drawn at once, 256 where not given")] = None,
 ) -> None:
     """Draw images from a model, or from a run's ensemble of experts.
 
     Example: `deme sample models/fashion-ddpm --out samples --num-images 16`
+
+    Of a text-to-image model: `deme sample CompVis/stable-diffusion-v1-4 --out samples --prompts prompts.txt
+    --sampler PNDM --guidance 7.5`
     """
     from . import standalone
 
-    standalone.sample_model(model, out, num_images, seed, num_steps, sampler)
+    text = _text(prompts, negative_prompt, guidance)
+    standalone.sample_model(model, out, num_images, seed, num_steps, sampler, text, batch_size)
     console.print(f"images: {out}")
 
 
@@ -272,6 +294,9 @@ def evaluate(
     inception_weights: InceptionWeights = None,
     dinov2: DinoV2 = None,
     clip: Clip = None,
+    prompts: PromptFile = None,
+    negative_prompt: NegativePrompt = None,
+    guidance: Guidance = None,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option(metavar="A B", help="Metrics files or runs to compare instead, each as PATH or PATH:MODEL"),
@@ -292,9 +317,11 @@ def evaluate(
     from .scoring import evaluate_model
 
     settings, encoders = Sample(sampler=sampler, num_steps=num_steps), _encoders(dinov2, clip)
-    names = metrics.split(",")
+    names, text = metrics.split(","), _text(prompts, negative_prompt, guidance)
     _show(
-        evaluate_model(model, reference, names, num_images, seed, out, inception_weights, encoders, settings=settings)
+        evaluate_model(
+            model, reference, names, num_images, seed, out, inception_weights, encoders, settings=settings, text=text
+        )
     )
 
 

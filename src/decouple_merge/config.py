@@ -44,7 +44,11 @@ class Data(Section):
         split, column: for ``datasets:`` sources.
         fit: ``exact`` refuses images whose size or channels differ from the model's; ``resize`` crops them to a
             square, resizes and converts them.
+        caption_column: of a ``datasets`` source, or the field in a folder's metadata.jsonl; for text-to-image bases.
         flip: mirror half of the training images.
+        caption_dropout: share of the captions that training replaces by the empty one, so that guidance stays
+            possible.
+        cache_precision: of the cached latents and text embeddings.
         num_held_out: images at the end of the data that are never trained on; the validation loss uses them.
         skip_damaged: leave out images that can't be decoded; otherwise they end the run before it starts.
         num_workers: data loader processes; 0 loads in the training process.
@@ -54,8 +58,11 @@ class Data(Section):
     path: Path | None = None
     split: str = "train"
     column: str = "image"
+    caption_column: str = "text"
     fit: Literal["exact", "resize"] = "exact"
     flip: bool = False
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    cache_precision: Precision = "fp32"
     num_held_out: PositiveInt = 512
     skip_damaged: bool = False
     num_workers: NonNegativeInt = 0
@@ -81,6 +88,19 @@ class Projection(Section):
     learning_rate_scale: NonNegativeFloat = 0.1
 
 
+class Lora(Section):
+    """Low-rank adapters θ + (alpha / rank)·B·A, with which experts are trained in place of all weights.
+
+    Attributes:
+        alpha: None is the rank, a scale of 1.
+        target_modules: by the ends of their names.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat | None = None
+    target_modules: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
+
+
 class Training(Section):
     """One training run: an expert, the baseline or a base model. Updates are optimiser updates.
 
@@ -88,6 +108,7 @@ class Training(Section):
         batch_size: images per process and micro-batch; an update sees batch_size × accumulation × processes.
         schedule: the rate over the updates: ``constant``; ``cosine`` and ``linear`` fall to
             learning_rate × floor, which they reach after ``decay_fraction`` of the updates.
+        gradient_checkpointing: compute activations again for the backward pass: less memory, a third more compute.
         tracker: any Accelerate tracker by name, or ``none``.
     """
 
@@ -106,6 +127,7 @@ class Training(Section):
     antithetic: bool = True
     mixed_precision: Precision = "fp32"
     compile: bool = False
+    gradient_checkpointing: bool = False
     ema: Ema = Ema()
     validate_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 1000
@@ -119,6 +141,7 @@ class Finetune(Training):
         num_ranges: N equal timestep ranges, unless ``ranges`` lists [low, high) pairs in timesteps.
         global_prob: p of DeMe, Eq. 6.
         consistency_weight: λ of Eq. 5; 0 trains without the teacher.
+        lora: train adapters, without projections; the teacher is the same network with them switched off.
         baseline: also finetune on all timesteps for the same total of updates, to compare with.
     """
 
@@ -127,7 +150,17 @@ class Finetune(Training):
     global_prob: float = Field(0.4, ge=0, le=1)
     consistency_weight: NonNegativeFloat = 1.0
     projection: Projection = Projection()
+    lora: Lora | None = None
     baseline: bool = True
+
+    @model_validator(mode="after")
+    def _no_projections_of_adapters(self) -> "Finetune":
+        if self.lora is not None and self.projection.placement != "none":
+            raise ValueError(
+                f"lora is set and projection.placement is {self.projection.placement}; an adapter trains no "
+                "projections: set projection.placement to none"
+            )
+        return self
 
 
 class Sample(Section):
@@ -145,6 +178,21 @@ class Sample(Section):
     batch_size: PositiveInt = 256
     precision: Precision = "fp32"
     compile: bool = False
+
+
+class Text(Section):
+    """What text-to-image models are asked for; other models don't use it.
+
+    Attributes:
+        prompts: a text file with one prompt a line; None takes the data's captions, in a fixed random order. The prompt
+            of an image is the one at its seed, modulo their number.
+        negative_prompt: what guidance leads away from.
+        guidance_scale: 1 is no guidance, which takes half the compute.
+    """
+
+    prompts: Path | None = None
+    negative_prompt: str = ""
+    guidance_scale: float = Field(7.5, ge=1)
 
 
 class Search(Section):
@@ -291,6 +339,7 @@ class Config(Section):
     data: Data = Data()
     finetune: Finetune = Finetune()
     sample: Sample = Sample()
+    text: Text = Text()
     search: Search = Search()
     evaluate: Evaluate = Evaluate()
     pretrain: Pretrain | None = None

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pooch
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -36,13 +37,54 @@ FASHION_FILES = {
 }
 
 
-class Images(Dataset):
-    """Images of one size, as uint8 tensors of shape [C, H, W]; ``sha256`` identifies the content."""
+@dataclass(frozen=True)
+class LatentBatch:
+    """Latents as distributions, with the embeddings of their captions.
+
+    Attributes:
+        moments: mean and log-variance of an image's latents, and where there are two views of its mirror image's.
+        text: embeddings of the captions.
+        empty: embedding of the empty caption.
+    """
+
+    moments: Float[Tensor, "n views 2 z h w"]
+    text: Float[Tensor, "n l d"]
+    empty: Float[Tensor, "l d"]
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def to(self, device: torch.device) -> "LatentBatch":
+        """Move all tensors."""
+        return LatentBatch(self.moments.to(device), self.text.to(device), self.empty.to(device))
+
+    def mirror(self, is_mirrored: Bool[Tensor, " n"]) -> "LatentBatch":
+        """Choose the view of each image."""
+        return replace(self, moments=self.moments[torch.arange(len(self)), is_mirrored.long()][:, None])
+
+    def drop_captions(self, is_dropped: Bool[Tensor, " n"]) -> "LatentBatch":
+        """Put the empty caption in the place of some."""
+        return replace(self, text=torch.where(is_dropped[:, None, None], self.empty, self.text))
+
+
+Batch = UInt8[Tensor, "n c h w"] | LatentBatch
+
+
+class Examples(Dataset):
+    """What a model is trained on, images or their latents; ``sha256`` identifies the content."""
 
     sha256: str
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def stack(self, indices: Sequence[int]) -> Batch:
+        """Load several examples as one batch."""
+        raise NotImplementedError
+
+
+class Images(Examples):
+    """Images of one size, as uint8 tensors of shape [C, H, W]."""
 
     def __getitem__(self, index: int) -> UInt8[Tensor, "c h w"]:
         raise NotImplementedError
@@ -237,7 +279,9 @@ def _folder(path: Path, channels: int, size: int, data: Data) -> DecodedImages:
     return _checked(files, repr((str(path.resolve()), stamps)), channels, size, data)
 
 
-class _Column(Sequence):
+class Column(Sequence):
+    """A column of images of a ``datasets`` data set, ``rows``."""
+
     def __init__(self, rows: Any, column: str) -> None:
         self.rows, self.column = rows, column
 
@@ -253,7 +297,7 @@ class _Column(Sequence):
             ) from error
 
 
-def _column(name: str, data: Data) -> tuple[_Column, str]:
+def _column(name: str, data: Data) -> tuple[Column, str]:
     """Open the images of a ``datasets`` data set; returns them and what identifies them."""
     import datasets
 
@@ -268,7 +312,7 @@ def _column(name: str, data: Data) -> tuple[_Column, str]:
         )
     if len(rows) == 0:
         raise ValueError(f"data set {name!r}, split {data.split!r}: has no rows")
-    return _Column(rows, data.column), f"{name} {data.column} {rows._fingerprint}"
+    return Column(rows, data.column), f"{name} {data.column} {rows._fingerprint}"
 
 
 @lru_cache(maxsize=2)
@@ -343,7 +387,7 @@ def holds_jpeg(images: Images) -> bool:
     if not isinstance(images, DecodedImages):
         return False
     items = images.items
-    if isinstance(items, _Column):
+    if isinstance(items, Column):
         return getattr(items[0], "format", None) == "JPEG"
     names = items.names if isinstance(items, Archive) else items
     return any(Path(name).suffix.lower() in (".jpg", ".jpeg") for name in names)
@@ -352,6 +396,21 @@ def holds_jpeg(images: Images) -> bool:
 def to_model(pixels: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
     """Map uint8 [0, 255] to float32 [-1, 1]."""
     return pixels.float() / 127.5 - 1
+
+
+def model_input(batch: Batch, draws: torch.Generator) -> tuple[Float[Tensor, "n c h w"], dict[str, Tensor]]:
+    """Map a batch to x0, what the network denoises, and to the network's other inputs by their names.
+
+    Latents are sampled afresh: x0 = mean + exp(log-variance / 2)·ε.
+
+    Args:
+        draws: on the CPU; images draw nothing.
+    """
+    if isinstance(batch, Tensor):
+        return to_model(batch), {}
+    mean, log_variance = batch.moments[:, 0].unbind(1)
+    noise = torch.randn(mean.shape, generator=draws).to(mean)
+    return mean + (log_variance / 2).exp() * noise, {"encoder_hidden_states": batch.text}
 
 
 def to_pixels(x: Float[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
@@ -384,10 +443,10 @@ class _Batches(Sequence):
 
 
 class _Indexed(Dataset):
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: Examples) -> None:
         self.images = images
 
-    def __getitems__(self, indices: list[int]) -> UInt8[Tensor, "n c h w"]:
+    def __getitems__(self, indices: list[int]) -> Batch:
         return self.images.stack(indices)
 
 
@@ -396,7 +455,7 @@ def _identity(batch: Any) -> Any:
 
 
 def training_batches(
-    images: Images,
+    images: Examples,
     data: Data,
     batch_size: int,
     seed: int,
@@ -404,10 +463,11 @@ def training_batches(
     last: int,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[UInt8[Tensor, "n c h w"]]:
+) -> Iterator[Batch]:
     """Yield micro-batches ``first`` to ``last`` of a training run; batch s depends only on (seed, rank, s).
 
-    The last ``data.num_held_out`` images are left out. Flips are drawn per image from the batch's own stream.
+    The last ``data.num_held_out`` images are left out. Flips and dropped captions are drawn per image from the batch's
+    own streams.
 
     Raises:
         ValueError: nothing is left to train on.
@@ -419,11 +479,17 @@ def training_batches(
     for step, batch in enumerate(loader, start=first):
         if data.flip:
             mirrored = torch.rand(len(batch), generator=generator(seed, "flip", rank, step)) < 0.5
-            batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
+            if isinstance(batch, LatentBatch):
+                batch = batch.mirror(mirrored)
+            else:
+                batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
+        if isinstance(batch, LatentBatch) and data.caption_dropout:
+            draws = generator(seed, "caption dropout", rank, step)
+            batch = batch.drop_captions(torch.rand(len(batch), generator=draws) < data.caption_dropout)
         yield batch
 
 
-def check_held_out(images: Images, data: Data) -> None:
+def check_held_out(images: Examples, data: Data) -> None:
     """Require that something is left to train on.
 
     Raises:
@@ -436,6 +502,6 @@ def check_held_out(images: Images, data: Data) -> None:
         )
 
 
-def held_out_images(images: Images, data: Data) -> UInt8[Tensor, "n c h w"]:
+def held_out_images(images: Examples, data: Data) -> Batch:
     """Load the images at the end of the data that no training sees."""
     return images.stack(range(len(images) - data.num_held_out, len(images)))

@@ -70,6 +70,7 @@ def metrics_record(
         "num_steps": sampling.get("num_steps"),
         "timestep_spacing": sampling.get("timestep_spacing"),
         "precision": sampling.get("precision"),
+        "prompts": sampling.get("prompts"),
         "git": git,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from .config import Data, Training
-from .data import Images, held_out_images, to_model, training_batches
+from .config import Data, Finetune, Training
+from .data import Batch, Examples, held_out_images, model_input, training_batches
+from .lora import FILE, attach_lora, lora_factors, unadapted_state_dict, without_lora
 from .losses import add_noise, finetune_loss, per_sample_mse, prediction_target
 from .models import Base, new_network, predict
 from .projection import folded_state_dict, projection_parameters
@@ -75,6 +75,11 @@ def is_main_process() -> bool:
     return PartialState().is_main_process
 
 
+def main_process_first() -> AbstractContextManager[None]:
+    """Let the main process through first, and the others when it is done."""
+    return PartialState().main_process_first()
+
+
 def learning_rate_at(update: int, settings: Training) -> float:
     """Compute the learning rate of an update (0-based) from the settings' schedule."""
     if update < settings.num_warmup_updates:
@@ -94,8 +99,8 @@ def ema_decay(update: int, max_decay: float, power: float) -> float:
 
 @contextmanager
 def swapped(network: nn.Module, values: list[Tensor]) -> Iterator[None]:
-    """Run with other parameter values; the network gets its own back, bit for bit."""
-    parameters = [p.data for p in network.parameters()]
+    """Run with other values of the trained parameters; the network gets its own back, bit for bit."""
+    parameters = [p.data for p in network.parameters() if p.requires_grad]
     kept = [p.clone() for p in parameters]
     torch._foreach_copy_(parameters, values)
     try:
@@ -107,7 +112,7 @@ def swapped(network: nn.Module, values: list[Tensor]) -> Iterator[None]:
 @torch.no_grad()
 def validation_losses(
     network: nn.Module,
-    images: UInt8[Tensor, "n c h w"],
+    images: Batch,
     base: Base,
     ranges: tuple[TimestepRange, ...],
     device: torch.device,
@@ -116,12 +121,12 @@ def validation_losses(
     """Compute the denoising loss on each range, always on the same noise and on evenly spread timesteps.
 
     Args:
-        images: held-out images, uint8.
+        images: held-out images, or their latents with captions.
 
     Returns:
         The mean squared error in the units of the network's output, one number for each range.
     """
-    x0 = to_model(images)
+    x0, condition = model_input(images, generator("validation latents"))
     noise = torch.randn(x0.shape, generator=generator("validation noise"))
     losses = []
     for own in ranges:
@@ -130,7 +135,8 @@ def validation_losses(
         target = prediction_target(x0, noise, t, base.alphas_cumprod, base.prediction_type)
         total = 0.0
         for batch in torch.arange(len(x0)).split(batch_size):
-            output = predict(network, x_t[batch].to(device), t[batch].to(device))
+            other = {name: value[batch].to(device) for name, value in condition.items()}
+            output = predict(network, x_t[batch].to(device), t[batch].to(device), **other)
             total += float(per_sample_mse(output, target[batch].to(device)).double().sum())
         losses.append(total / len(x0))
     return losses
@@ -161,15 +167,21 @@ class Trainer:
             self.accelerator.init_trackers(task.name)
         self.device = self.accelerator.device
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
-        self.network = new_network(base, task.projection).train()
+        network: Any = new_network(base, task.projection).train()
+        if settings.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        self.has_lora = isinstance(settings, Finetune) and settings.lora is not None
+        if isinstance(settings, Finetune) and settings.lora is not None:
+            attach_lora(network, settings.lora, seed, task.name, "lora")
+        self.network: nn.Module = network
         self.teacher = None
-        if task.consistency_weight:
+        if task.consistency_weight and not self.has_lora:
             self.teacher = new_network(base).to(self.device).requires_grad_(False).eval()
         if settings.compile:
             for network in filter(None, (self.network, self.teacher)):
                 network.compile()
         self.wrapped, self.optimizer = self.accelerator.prepare(self.network, self._optimizer())
-        self.parameters = list(self.network.parameters())
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.ema = [p.detach().clone() for p in self.parameters]
         self.num_done = 0
         self.compile_checked = False
@@ -179,7 +191,7 @@ class Trainer:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         scaled = {id(p): p for p in projection_parameters(self.network)}
-        others = [p for p in self.network.parameters() if id(p) not in scaled]
+        others = [p for p in self.network.parameters() if p.requires_grad and id(p) not in scaled]
         groups = [
             {"params": others, "scale": 1.0},
             {"params": list(scaled.values()), "scale": self.task.projection_rate_scale},
@@ -194,22 +206,22 @@ class Trainer:
             fused=True,
         )
 
-    def update(self, batches: Iterator[UInt8[Tensor, "batch c h w"]]) -> None:
+    def update(self, batches: Iterator[Batch]) -> None:
         """Do one optimiser update, on as many batches as are accumulated, and follow it with the EMA."""
         settings, rank = self.settings, self.accelerator.process_index
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.num_done, settings) * group["scale"]
         for micro in range(settings.accumulation):
             step = self.num_done * settings.accumulation + micro
-            pixels = next(batches)
+            batch = next(batches)
             if settings.compile and not self.compile_checked:
-                self._check_compiled(pixels)
+                self._check_compiled(batch)
             # Dropout draws from the global stream, which only a seed of its own makes a function of the step.
             torch.manual_seed(stream_seed(self.seed, self.task.name, "dropout", rank, step))
             draws = generator(self.seed, self.task.name, "noise", rank, step)
             is_last = micro == settings.accumulation - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                loss, denoising, consistency = self._losses(pixels, draws)
+                loss, denoising, consistency = self._losses(batch, draws)
                 self.accelerator.backward(loss / settings.accumulation)
             self.sums += torch.stack([denoising.detach(), consistency.detach()])
             self.num_summed += 1
@@ -220,9 +232,9 @@ class Trainer:
         torch._foreach_lerp_(self.ema, [p.data for p in self.parameters], 1 - decay)
         self.num_done += 1
 
-    def _losses(self, pixels: UInt8[Tensor, "batch c h w"], draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(self, batch: Batch, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         task, base = self.task, self.base
-        x0 = to_model(pixels.to(self.device))
+        x0, condition = model_input(batch.to(self.device), draws)
         num_timesteps = base.num_train_timesteps
         t = draw_timesteps(len(x0), task.own, num_timesteps, task.global_prob, draws, self.settings.antithetic)
         t = t.to(self.device)
@@ -230,20 +242,29 @@ class Trainer:
         x_t = add_noise(x0, noise, t, self.alphas_cumprod)
         target = prediction_target(x0, noise, t, self.alphas_cumprod, base.prediction_type)
         with self.accelerator.autocast():
-            teacher_output = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    teacher_output = predict(self.teacher, x_t, t)
-            output = predict(self.wrapped, x_t, t)
+            teacher_output = self._teacher_output(x_t, t, condition)
+            output = predict(self.wrapped, x_t, t, **condition)
         return finetune_loss(output, target, teacher_output, task.consistency_weight)
 
-    def _check_compiled(self, pixels: UInt8[Tensor, "batch c h w"]) -> None:
+    @torch.no_grad()
+    def _teacher_output(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor | None:
+        if self.teacher is not None:
+            return predict(self.teacher, x_t, t, **condition)
+        if not (self.has_lora and self.task.consistency_weight):
+            return None
+        self.network.eval()
+        with without_lora(self.network):
+            output = predict(self.network, x_t, t, **condition)
+        self.network.train()
+        return output
+
+    def _check_compiled(self, batch: Batch) -> None:
         """Refuse a compiled network whose gradients are not the eager ones: one with layers cut off still trains."""
         gradients = []
         for stance in ("default", "force_eager"):
             torch.manual_seed(0)
             with torch.compiler.set_stance(stance):
-                loss, _, _ = self._losses(pixels, generator(self.seed, "compiled"))
+                loss, _, _ = self._losses(batch, generator(self.seed, "compiled"))
                 self.accelerator.backward(loss)
             gradients.append({n: p.grad.clone() for n, p in self.network.named_parameters() if p.grad is not None})
             self.optimizer.zero_grad()
@@ -255,7 +276,7 @@ class Trainer:
             )
         self.compile_checked = True
 
-    def validate(self, held_out: UInt8[Tensor, "n c h w"]) -> list[float]:
+    def validate(self, held_out: Batch) -> list[float]:
         """Compute the validation losses of the averaged weights; the network's own are untouched."""
         self.network.eval()
         with swapped(self.network, self.ema), self.accelerator.autocast():
@@ -265,7 +286,7 @@ class Trainer:
 
     def ema_parameters(self) -> dict[str, Tensor]:
         """Name the averaged parameters."""
-        names = [name for name, _ in self.network.named_parameters()]
+        names = [name for name, p in self.network.named_parameters() if p.requires_grad]
         return dict(zip(names, self.ema, strict=True))
 
     def save(self, folder: Path) -> None:
@@ -310,13 +331,14 @@ class Trainer:
 
 
 def train(
-    base: Base, images: Images, data: Data, task: Task, settings: Training, seed: int, folder: Path
+    base: Base, images: Examples, data: Data, task: Task, settings: Training, seed: int, folder: Path
 ) -> Iterator[StepRecord]:
     """Train a copy of the base on one task; yields progress, leaves the folded EMA weights in ``folder``.
 
     Update s depends only on (seed, task.name, rank, s): a run that was killed goes on bitwise as if it had not
     been. Records go to ``folder/log.jsonl``, the state to ``folder/state/`` until the training is finished. The
-    result is ``folder/model.safetensors`` (EMA weights, stock keys) with ``expert.json``.
+    result is ``folder/model.safetensors`` (EMA weights, stock keys) with ``expert.json``; of an adapter also its
+    factors, ``folder/lora/``, which diffusers loads.
 
     Raises:
         ValueError: the loss is no longer finite, or a saved state is damaged or of another network.
@@ -360,7 +382,11 @@ def train(
 
     if accelerator.is_main_process:
         write_json(folder / "expert.json", _expert_record(base, task, settings, seed))
-        write_tensors(folder / "model.safetensors", folded_state_dict(trainer.network, trainer.ema_parameters()))
+        network, averaged = trainer.network, trainer.ema_parameters()
+        if trainer.has_lora:
+            write_tensors(folder / "lora" / FILE, lora_factors(network, averaged))
+        stock = unadapted_state_dict if trainer.has_lora else folded_state_dict
+        write_tensors(folder / "model.safetensors", stock(network, averaged))
     accelerator.end_training()
     shutil.rmtree(folder / "state", ignore_errors=True)
 

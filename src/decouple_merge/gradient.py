@@ -3,15 +3,15 @@
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .data import to_model
+from .data import Batch, model_input
 from .losses import add_noise, per_sample_mse, prediction_target
 from .models import Base
 from .projection import attach_projections
@@ -22,11 +22,12 @@ from .weights import Stacked, Tensors, cast, check_same_keys
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A batch to denoise: noisy images, their timesteps, and what the network should say of them."""
+    """A batch to denoise: noisy images, their timesteps, what the network should say of them, and its other inputs."""
 
     x_t: Float[Tensor, "batch c h w"]
     t: Int[Tensor, " batch"]
     target: Float[Tensor, "batch c h w"]
+    condition: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,14 @@ class WeightRecord:
     weights: list[list[float]]
 
 
-def noisy_batch(
-    base: Base, images: UInt8[Tensor, "batch c h w"], own: TimestepRange, draws: torch.Generator
-) -> NoisyBatch:
-    """Add noise to images at antithetic uniform timesteps of a range; on the CPU, in the base network's dtype."""
-    x0 = to_model(images).to(_dtype(base))
+def noisy_batch(base: Base, images: Batch, own: TimestepRange, draws: torch.Generator) -> NoisyBatch:
+    """Add noise to images or latents at antithetic uniform timesteps of a range; on the CPU, in the network's dtype."""
+    x0, condition = model_input(images, draws)
+    x0, condition = x0.to(_dtype(base)), {name: value.to(_dtype(base)) for name, value in condition.items()}
     t = draw_timesteps(len(x0), own, base.num_train_timesteps, 0.0, draws, antithetic=True)
     noise = torch.randn(x0.shape, generator=draws).to(x0)
     x_t = add_noise(x0, noise, t, base.alphas_cumprod)
-    return NoisyBatch(x_t, t, prediction_target(x0, noise, t, base.alphas_cumprod, base.prediction_type))
+    return NoisyBatch(x_t, t, prediction_target(x0, noise, t, base.alphas_cumprod, base.prediction_type), condition)
 
 
 def group_keys(keys: Sequence[str], patterns: Sequence[str]) -> list[list[str]]:
@@ -156,7 +156,7 @@ class DenoisingLoss:
 
 def learn_weights(
     loss: DenoisingLoss,
-    batches: Iterator[UInt8[Tensor, "batch c h w"]],
+    batches: Iterator[Batch],
     start: Float[Tensor, "patterns experts"],
     num_steps: int,
     seed: int,
@@ -201,7 +201,7 @@ def fisher_information(
     base: Base,
     expert: Tensors,
     own: TimestepRange,
-    batches: Iterable[UInt8[Tensor, "batch c h w"]],
+    batches: Iterable[Batch],
     seed: int,
     device: torch.device,
 ) -> Tensors:
@@ -226,8 +226,8 @@ def fisher_information(
     num_samples, scale = 0, torch.ones(1)
     for index, images in enumerate(batches):
         batch = noisy_batch(base, images, own, generator(seed, "fisher", index))
-        for x_t, t, target in zip(batch.x_t.split(1), batch.t.split(1), batch.target.split(1), strict=True):
-            one = NoisyBatch(x_t, t, target)
+        for i in torch.arange(len(batch.t)).split(1):
+            one = NoisyBatch(batch.x_t[i], batch.t[i], batch.target[i], {k: v[i] for k, v in batch.condition.items()})
             _, gradients = _loss_and_gradients(network, tensors, leaves, one, scale, device)
             torch._foreach_addcmul_(sums, gradients, gradients)
         num_samples += len(images)
@@ -263,6 +263,7 @@ def _loss_and_gradients(
     network: nn.Module, tensors: Tensors, leaves: Tensors, batch: NoisyBatch, scale: Tensor, device: torch.device
 ) -> tuple[float, tuple[Tensor, ...]]:
     x_t, t, target = batch.x_t.to(device), batch.t.to(device), batch.target.to(device)
-    output = functional_call(network, tensors, (x_t, t), {"return_dict": False})[0]
+    condition = {name: value.to(device) for name, value in batch.condition.items()}
+    output = functional_call(network, tensors, (x_t, t), {"return_dict": False, **condition})[0]
     loss = (scale.to(device) * per_sample_mse(output, target)).mean()
     return loss.item(), torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)

@@ -10,9 +10,9 @@ from .evaluate import score
 from .features import METRICS, Extractor, load_extractor
 from .gradient import group_keys
 from .models import tensors_sha256
-from .plan import Plan, build_network, default_device
+from .plan import Plan, build_network, default_device, open_prompts
 from .references import Reference, make_reference
-from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
+from .sample import Denoiser, Prompts, denoiser, ensemble, sample_images, sampling_copy
 from .strategies import Weights
 from .study import Level, Score
 from .weights import Stacked, Tensors, cast, merge
@@ -21,7 +21,7 @@ from .weights import Stacked, Tensors, cast, merge
 def load_reference(plan: Plan, extractor: str, device: torch.device) -> Reference:
     """Compute or read from the cache what a run's images are compared with."""
     loaded = load_extractor(extractor, device, plan.config.evaluate.inception_weights)
-    return make_reference(plan.config.data.source, plan.images, loaded, plan.config.evaluate.num_reference_images)
+    return make_reference(plan.config.data.source, plan.references, loaded, plan.config.evaluate.num_reference_images)
 
 
 class Objective:
@@ -49,6 +49,10 @@ class Objective:
         settings = self.plan.config
         extractor = load_extractor(METRICS[settings.search.metric], self.device, settings.evaluate.inception_weights)
         return extractor, load_reference(self.plan, extractor.name, self.device)
+
+    @cached_property
+    def prompts(self) -> Prompts | None:
+        return open_prompts(self.plan, self.device)
 
     @cached_property
     def network(self) -> nn.Module:
@@ -92,7 +96,9 @@ class Objective:
 
     def score(self, model: Denoiser, level: Level) -> float:
         settings = self.plan.config
-        batches = sample_images(model, self.plan.base, level.seeds, settings.sample, self.device, level.num_steps)
+        batches = sample_images(
+            model, self.plan.base, level.seeds, settings.sample, self.device, level.num_steps, self.prompts
+        )
         return score(batches, [settings.search.metric], [self.compared])[settings.search.metric]
 
     def __call__(self, weights: Weights, level: Level) -> Score:
@@ -110,8 +116,10 @@ class Objective:
         settings = self.plan.config
         num_steps = level.num_steps or settings.sample.num_steps
         size = min(settings.sample.batch_size, len(level.seeds))
-        x = torch.randn(size, self.plan.base.channels, self.plan.base.image_size, self.plan.base.image_size)
+        x = torch.randn(size, *self.plan.base.shape)
         model = denoiser(self.network)
+        if self.prompts is not None:
+            model = self.prompts.guide(model, level.seeds[:size])
         with torch.no_grad():
             model(x.to(self.device), 0)
             started = time.monotonic()

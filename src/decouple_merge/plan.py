@@ -13,13 +13,18 @@ import torch
 from torch import nn
 
 from . import __version__
+from .captions import load_captions, read_prompts
 from .config import Config, Search, Training, dump_config, load_config
-from .data import Images, check_held_out, load_images
+from .data import Examples, Images, check_held_out, load_images
 from .features import check_metrics
 from .gradient import group_keys
+from .latents import Latents
+from .lora import check_lora
 from .models import Base, load_base, load_network, make_scheduler, new_network, num_parameters
 from .runs import Run, read_tensors, write_json, write_text
+from .sample import Prompts
 from .search import check_weights, levels
+from .seeds import generator
 from .timesteps import TimestepRange, check_ranges, split_timesteps
 from .weights import Tensors, check_same_keys
 
@@ -28,13 +33,21 @@ BASELINE = "baseline-finetuned"
 
 @dataclass
 class Plan:
-    """A config with everything it names opened and checked."""
+    """A config with everything it names opened and checked.
+
+    Attributes:
+        images: what is trained on; for a text-to-image base the images' latents, with their captions.
+        references: what the images of a model are compared with.
+        prompts: what a text-to-image model is asked for; empty for others.
+    """
 
     config: Config
     run: Run
     base: Base
-    images: Images
+    images: Examples
     ranges: tuple[TimestepRange, ...]
+    references: Images
+    prompts: list[str]
 
 
 def default_device() -> torch.device:
@@ -61,12 +74,28 @@ def check(config: Config, out: Path) -> Plan:
     check_metrics([*config.evaluate.metrics, config.search.metric], config.evaluate.inception_weights)
     check_precision(config.finetune)
     check_weights(config.search, len(config.search.checkpoints) or len(ranges))
+    if config.finetune.lora is not None:
+        check_lora(base.network, config.finetune.lora)
     group_keys(list(base.network.state_dict()), config.search.blocks)
     load_checkpoints(config.search, base)
     check_owner(Run(out), config)
     images = load_images(config.data, base.channels, base.image_size)
     check_held_out(images, config.data)
-    return Plan(config, Run(out), base, images, tuple(ranges))
+    if base.encoders is None:
+        return Plan(config, Run(out), base, images, tuple(ranges), images, [])
+    captions = load_captions(images, config.data)
+    # The data may be sorted, and a set of seeds asks for some of the captions only.
+    order = torch.randperm(len(captions), generator=generator("prompts")).tolist()
+    prompts = read_prompts(config.text.prompts) if config.text.prompts else [captions[i] for i in order]
+    latents = Latents(base.encoders, images, captions, base.image_size, config.data, default_device())
+    return Plan(config, Run(out), base, latents, tuple(ranges), images, prompts)
+
+
+def open_prompts(plan: Plan, device: torch.device) -> Prompts | None:
+    """Load what a text-to-image model needs to draw a run's images; None for other models."""
+    if plan.base.encoders is None:
+        return None
+    return Prompts(plan.base.encoders, plan.prompts, plan.config.text, device, plan.config.data.cache_precision)
 
 
 def prepare(config: Config, out: Path) -> Plan:
@@ -126,7 +155,7 @@ def git_commit() -> str | None:
         return None
 
 
-def manifest(config: Config, base: Base, images: Images) -> dict[str, Any]:
+def manifest(config: Config, base: Base, images: Examples) -> dict[str, Any]:
     return {
         "versions": {
             "decouple_merge": __version__,
@@ -198,6 +227,8 @@ def describe(config: Config, out: Path) -> Iterator[str]:
     base, size = plan.base, plan.base.image_size
     yield f"base {config.base}: {num_parameters(base.network):,} parameters, {size} x {size}"
     yield f"data {config.data.source}: {len(plan.images):,} images"
+    if plan.prompts:
+        yield f"prompts: {len(plan.prompts):,}, guidance {config.text.guidance_scale:g}"
     yield (
         f"experts: {num} x {finetune.num_updates} updates of {finetune.batch_size * finetune.accumulation} images on "
         + ", ".join(map(str, plan.ranges))

@@ -45,8 +45,8 @@ def _blocks(network: Any) -> dict[str, Any]:
 def output_layer(block: Any) -> Any:
     """Find the layer that writes a block's output.
 
-    That is the resampler's layer where there is one; else the output projection of the last attention where
-    attention comes last; else the last convolution of the last resnet's residual branch.
+    That is the resampler's layer where there is one; else the output projection of the last attention or transformer
+    where one comes last; else the last convolution of the last resnet's residual branch.
     """
     for resampler in reversed(
         [*(getattr(block, "downsamplers", None) or []), *(getattr(block, "upsamplers", None) or [])]
@@ -58,8 +58,11 @@ def output_layer(block: Any) -> Any:
             return resampler.conv2
     attentions = list(getattr(block, "attentions", None) or [])
     # The mid block runs resnet, attention, resnet; the others end in attention.
-    if attentions and len(attentions) == len(block.resnets) and hasattr(attentions[-1], "to_out"):
-        return attentions[-1].to_out[0]
+    if attentions and len(attentions) == len(block.resnets):
+        if hasattr(attentions[-1], "to_out"):
+            return attentions[-1].to_out[0]
+        if hasattr(attentions[-1], "proj_out"):
+            return attentions[-1].proj_out
     return block.resnets[-1].conv2
 
 

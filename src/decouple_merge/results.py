@@ -15,7 +15,7 @@ from .executors import run_all
 from .features import METRICS, load_extractor
 from .models import load_network, make_scheduler, num_parameters
 from .objective import load_reference
-from .plan import BASELINE, Plan, build_network, default_device, git_commit, load_experts
+from .plan import BASELINE, Plan, build_network, default_device, git_commit, load_experts, open_prompts
 from .runs import append_record, atomic_path, read_records, read_tensors
 from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
 from .weights import Tensors
@@ -74,8 +74,10 @@ def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) ->
         for name in dict.fromkeys(METRICS[m] for m in metrics)
     ]
     compared = {e.name: (e, load_reference(plan, e.name, device)) for e in extractors}
-    batches = sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device)
+    prompts = open_prompts(plan, device)
+    batches = sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device, prompts=prompts)
     sampling = config.sample.model_dump() | {"timestep_spacing": _spacing(plan)}
+    sampling |= {"prompts": prompts.label if prompts else None}
     for metric, value in score(batches, metrics, list(compared.values())).items():
         found = compared[METRICS[metric]]
         yield metrics_record(model, metric, value, len(seeds), seeds, found, sampling, git_commit())
@@ -117,11 +119,9 @@ def _write_samples(plan: Plan, model: str, device: torch.device) -> None:
         if not (plan.run.samples(model) / f"{s}.png").exists()
     ]
     if seeds:
-        write_images(
-            sample_images(denoiser_of(plan, model, device), plan.base, seeds, plan.config.sample, device),
-            seeds,
-            plan.run.samples(model),
-        )
+        network, prompts = denoiser_of(plan, model, device), open_prompts(plan, device)
+        drawn = sample_images(network, plan.base, seeds, plan.config.sample, device, prompts=prompts)
+        write_images(drawn, seeds, plan.run.samples(model))
 
 
 def write_images(batches: Iterator[torch.Tensor], seeds: list[int], folder: Path) -> None:

@@ -55,6 +55,10 @@ class Run:
         return self.folder / "merged"
 
     @property
+    def merged_lora(self) -> Path:
+        return self.folder / "merged-lora"
+
+    @property
     def sample_figure(self) -> Path:
         return self.folder / "figures" / "samples.png"
 

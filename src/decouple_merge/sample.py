@@ -1,20 +1,23 @@
 """Draw images with any diffusers scheduler, from one network or from the ensemble of experts."""
 
 import copy
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from .config import Sample
+from .config import Sample, Text
 from .data import to_pixels
-from .models import Base, make_scheduler, predict
+from .latents import TextEmbeddings
+from .models import Base, Encoders, decode_latents, load_vae, make_scheduler, predict
 from .timesteps import TimestepRange, check_ranges, range_index
 
-Denoiser = Callable[[Tensor, Any], Tensor]
+# Maps noisy images, t and what the network takes besides to its prediction.
+Denoiser = Callable[..., Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,7 +32,9 @@ def sampling_copy(network: nn.Module, settings: Sample, device: torch.device) ->
 def denoiser(network: nn.Module) -> Denoiser:
     """Wrap a network so that noisy images go in and its prediction comes out in float32."""
     dtype = next(network.parameters()).dtype
-    return lambda x, t: predict(network, x.to(dtype), t).float()
+    return lambda x, t, **condition: predict(
+        network, x.to(dtype), t, **{name: value.to(dtype) for name, value in condition.items()}
+    ).float()
 
 
 def ensemble(networks: Sequence[nn.Module], ranges: Sequence[TimestepRange], num_train_timesteps: int) -> Denoiser:
@@ -45,7 +50,53 @@ def ensemble(networks: Sequence[nn.Module], ranges: Sequence[TimestepRange], num
         raise ValueError(f"{len(networks)} experts for {len(ranges)} ranges, expected one each")
     denoisers = [denoiser(network) for network in networks]
     # Some samplers visit fractional timesteps up to T - 1.
-    return lambda x, t: denoisers[range_index(list(ranges), int(t))](x, t)
+    return lambda x, t, **condition: denoisers[range_index(list(ranges), int(t))](x, t, **condition)
+
+
+class Prompts:
+    """What a text-to-image model is asked for: the prompt of seed s is number s - first_seed, modulo their number.
+
+    Attributes:
+        label: all that it adds to how images were drawn.
+    """
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        prompts: Sequence[str],
+        settings: Text,
+        device: torch.device,
+        precision: str = "fp32",
+        first_seed: int = 0,
+    ) -> None:
+        self.prompts, self.settings, self.device, self.first_seed = list(prompts), settings, device, first_seed
+        self.texts = TextEmbeddings(encoders, [*prompts, settings.negative_prompt], precision, device)
+        self.vae = load_vae(encoders, device)
+        digest = hashlib.sha256(repr((self.prompts, settings.negative_prompt)).encode()).hexdigest()
+        self.label = f"{len(prompts)} texts {digest[:16]}, guidance {settings.guidance_scale:g}"
+
+    def guide(self, model: Denoiser, seeds: Sequence[int]) -> Denoiser:
+        """Bind the prompts of some seeds to a denoiser, with classifier-free guidance (Ho & Salimans 2022).
+
+        f = f(x, negative) + s·(f(x, prompt) - f(x, negative)), both by one call of twice the batch; at s = 1 the
+        prompt's alone.
+        """
+        chosen = [self.prompts[(seed - self.first_seed) % len(self.prompts)] for seed in seeds]
+        scale = self.settings.guidance_scale
+        negative = [self.settings.negative_prompt] * len(chosen) if scale > 1 else []
+        text = self.texts.embed([*negative, *chosen]).to(self.device)
+        if not negative:
+            return lambda x, t: model(x, t, encoder_hidden_states=text)
+
+        def guided(x: Tensor, t: Any) -> Tensor:
+            away, toward = model(torch.cat([x, x]), t, encoder_hidden_states=text).chunk(2)
+            return away + scale * (toward - away)
+
+        return guided
+
+    def decode(self, latents: Float[Tensor, "n z h w"]) -> Float[Tensor, "n c hi wi"]:
+        """Decode latents to images, about in [-1, 1]."""
+        return decode_latents(self.vae, latents)
 
 
 @torch.no_grad()
@@ -56,6 +107,7 @@ def sample_images(
     settings: Sample,
     device: torch.device,
     num_steps: int | None = None,
+    prompts: Prompts | None = None,
 ) -> Iterator[UInt8[Tensor, "batch c h w"]]:
     """Draw one image for each seed; yields uint8 batches in the order of the seeds.
 
@@ -66,8 +118,12 @@ def sample_images(
     Args:
         model: maps (x_t float32, t) to the network's prediction.
         num_steps: instead of the settings'.
+        prompts: for a text-to-image base.
+
+    Raises:
+        ValueError: a text-to-image base has no prompts, or another has some.
     """
-    shape = (base.channels, base.image_size, base.image_size)
+    check_prompts(base, prompts is not None)
     steps = num_steps or settings.num_steps
     size = min(settings.batch_size, len(seeds))
     for first in range(0, len(seeds), size):
@@ -78,8 +134,27 @@ def sample_images(
         scheduler = make_scheduler(base, settings.sampler, steps, settings.timestep_spacing)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra: dict[str, Any] = {"generator": generators} if takes_generator else {}
-        x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device) * scheduler.init_noise_sigma
+        x = (
+            torch.stack([torch.randn(base.shape, generator=g) for g in generators]).to(device)
+            * scheduler.init_noise_sigma
+        )
+        guided = model if prompts is None else prompts.guide(model, padded)
         for t in scheduler.timesteps:
-            prediction = model(scheduler.scale_model_input(x, t), t)
+            prediction = guided(scheduler.scale_model_input(x, t), t)
             x = scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
-        yield to_pixels(x[: len(batch)]).cpu()
+        yield to_pixels(x if prompts is None else prompts.decode(x))[: len(batch)].cpu()
+
+
+def check_prompts(base: Base, has_prompts: bool) -> None:
+    """Require prompts for a text-to-image base, and none for another.
+
+    Raises:
+        ValueError: as said.
+    """
+    if has_prompts != (base.encoders is not None):
+        kind = type(base.pipeline).__name__
+        raise ValueError(
+            f"found prompts for a {kind}, which takes no text: leave them out"
+            if has_prompts
+            else f"found no prompts for a {kind}, which draws what a text says: give a file with one prompt a line"
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Sample
+from .config import Sample, Text
 from .data import ArrayImages, Images, holds_jpeg, open_images
 from .evaluate import check_reference, metrics_record, needs_reference, needs_rows, score
 from .features import MEASURED, METRICS, Extractor, check_metrics, load_extractor
@@ -45,6 +45,7 @@ def evaluate_model(
     encoders: dict[str, str] | None = None,
     settings: Sample | None = None,
     name: str | None = None,
+    text: Text | None = None,
 ) -> Iterator[dict[str, Any] | str]:
     """Score a model on images drawn on the fly, or images, against images or statistics; yields records and warnings.
 
@@ -59,6 +60,7 @@ def evaluate_model(
         encoders: folder or hub name of ``dinov2`` and ``clip``.
         settings: how a model draws; DDIM with 50 steps where not given.
         name: of the model in the records; the path where not given.
+        text: prompts and guidance, where models are text-to-image.
 
     Raises:
         ValueError: a metric, its weights, the model, the images or the reference is wrong.
@@ -67,7 +69,7 @@ def evaluate_model(
     name = name or (model if isinstance(model, str) else "images")
     device, settings = default_device(), settings or Sample()
     weights: dict[str, Any] = {"inception": inception_weights, **(encoders or {})}
-    scored = _open_scored(model, num_images, seed, settings, device)
+    scored = _open_scored(model, num_images, seed, settings, device, text)
     if scored.has_jpeg:
         yield (
             f"warning: {name} holds JPEG files, whose compression moves every metric; compare only with images that "
@@ -80,7 +82,7 @@ def evaluate_model(
         needed = [m for m in metrics if METRICS[m] == extractor_name]
         found = None
         if against is not None and any(map(needs_reference, needed)):
-            found = _any_reference(against, extractor, scored, any(map(needs_rows, needed)), settings, device)
+            found = _any_reference(against, extractor, scored, any(map(needs_rows, needed)), settings, device, text)
         for metric in needed:
             check_reference(metric, found)
         compared[extractor_name] = (extractor, found)
@@ -103,7 +105,12 @@ def evaluate_model(
 
 
 def _open_scored(
-    model: str | Iterable[Tensor], num_images: int | None, seed: int, settings: Sample, device: torch.device
+    model: str | Iterable[Tensor],
+    num_images: int | None,
+    seed: int,
+    settings: Sample,
+    device: torch.device,
+    text: Text | None = None,
 ) -> _Scored:
     if not isinstance(model, str):
         batches = iter(model)
@@ -114,10 +121,11 @@ def _open_scored(
         return _Scored(chain([first], batches), first.shape[1], first.shape[2])
     if _is_model(model):
         seeds = range(seed, seed + (num_images or 5000))
-        base, network = open_model(model, device)
+        base, network, prompts = open_model(model, device, text, seed)
         scheduler = make_scheduler(base, settings.sampler, settings.num_steps, settings.timestep_spacing)
         sampling = settings.model_dump() | {"timestep_spacing": scheduler.config.get("timestep_spacing")}
-        drawn = sample_images(network, base, seeds, settings, device)
+        sampling |= {"prompts": prompts.label if prompts else None}
+        drawn = sample_images(network, base, seeds, settings, device, prompts=prompts)
         return _Scored(drawn, base.channels, base.image_size, len(seeds), seeds, sampling)
     images = open_images(model)
     num = num_images or len(images)
@@ -155,6 +163,7 @@ def _any_reference(
     with_rows: bool,
     settings: Sample,
     device: torch.device,
+    text: Text | None,
 ) -> Reference:
     if not isinstance(reference, str):
         return make_reference("images", reference, extractor)
@@ -162,7 +171,7 @@ def _any_reference(
         return read_statistics(Path(reference), extractor, with_rows)
     if _is_model(reference):
         first = scored.seeds.stop if scored.seeds else 0
-        drawn = _open_scored(reference, scored.num_images, first, settings, device)
+        drawn = _open_scored(reference, scored.num_images, first, settings, device, text)
         return make_reference(reference, _collect(drawn.batches), extractor)
     images = open_images(reference)
     channels, height, width = images[0].shape

@@ -17,10 +17,11 @@ from .executors import run_all
 from .figures import search_cost, search_surfaces
 from .finetune import validation_losses
 from .gradient import DenoisingLoss, learn_weights
+from .lora import FILE, merge_factors
 from .models import export_pipeline, tensors_sha256
 from .objective import Objective
 from .plan import Plan, default_device, load_checkpoints, load_experts
-from .runs import remove_leftovers, write_json, write_records
+from .runs import read_tensors, remove_leftovers, write_json, write_records, write_tensors
 from .search import best, fixed_candidates, levels, search, work
 from .seeds import stream_seed
 from .strategies import Weights
@@ -75,6 +76,8 @@ def level_opener(plan: Plan, experts: list[Tensors]) -> OpenLevel:
     storage = open_storage(settings.storage or f"sqlite:///{plan.run.study.resolve()}")
     parts = [settings.model_dump_json(exclude={"storage"}), plan.config.sample.model_dump_json(), plan.base.sha256]
     parts += [str(plan.config.seed), plan.images.sha256, *(tensors_sha256(e) for e in experts)]
+    if plan.prompts:
+        parts += [plan.config.text.model_dump_json(), *plan.prompts]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
     return lambda level: open_study(storage, f"{digest}-{level}")
 
@@ -176,6 +179,7 @@ def merge_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Tr
             "num_images": len(level.seeds),
             "seeds": [level.seeds.start, level.seeds.stop - 1],
         },
+        **({"text": plan.config.text.model_dump(mode="json")} if plan.prompts else {}),
         "projection": plan.config.finetune.projection.placement,
         "decouple_merge": __version__,
     }
@@ -187,7 +191,17 @@ def _export(plan: Plan, objective: Objective, hashes: list[str], level: Level, w
     record = merge_record(plan, hashes, level, winner)
     written = plan.run.merged / "merge.json"
     if not written.exists() or json.loads(written.read_text()) != record:
+        if _is_one_lora(plan):
+            factors = [read_tensors(plan.run.expert(i) / "lora" / FILE)[0] for i in range(len(plan.ranges))]
+            write_tensors(plan.run.merged_lora / FILE, merge_factors(factors, winner.weights))
         export_pipeline(plan.base, objective.merge(winner.weights), plan.run.merged, model_card(record), record)
+
+
+def _is_one_lora(plan: Plan) -> bool:
+    """Say whether the merge is a sum of adapters, each with one weight: an adapter itself."""
+    search = plan.config.search
+    sums = search.method == "linear" and len(search.blocks) == 1 and not search.checkpoints
+    return sums and plan.config.finetune.lora is not None
 
 
 def _write_candidates(plan: Plan, objective: Objective, screen: Level, done: list[Trial]) -> Iterator[str]:

@@ -4,33 +4,79 @@ from pathlib import Path
 
 import torch
 
-from .config import Sample, load_config
+from .captions import read_prompts
+from .config import Sample, Text, load_config
 from .models import Base, load_base, load_network, new_network
 from .plan import check, default_device
 from .results import denoiser_of, write_images
-from .sample import Denoiser, denoiser, sample_images, sampling_copy
+from .sample import Denoiser, Prompts, check_prompts, denoiser, sample_images, sampling_copy
 from .tensors import PROJECTIONS_FILE
 
 
-def open_model(model: str, device: torch.device) -> tuple[Base, Denoiser]:
-    """Open a pipeline, or the ensemble of a run folder."""
-    settings = Sample()
+def open_model(
+    model: str, device: torch.device, text: Text | None = None, first_seed: int = 0
+) -> tuple[Base, Denoiser, Prompts | None]:
+    """Open a pipeline, or the ensemble of a run folder, with the prompts for it.
+
+    Args:
+        text: prompts and guidance of a text-to-image model; what it doesn't set is a run's own.
+        first_seed: the image of the first prompt of a file.
+
+    Raises:
+        ValueError: the model is none, or is text-to-image and has no prompts, or has prompts and isn't.
+    """
+    settings, text = Sample(), text or Text()
+    prompts = read_prompts(text.prompts) if text.prompts else []
     if (Path(model) / "config.yaml").exists():
         plan = check(load_config(Path(model) / "config.yaml"), Path(model))
-        return plan.base, denoiser_of(plan, "ensemble", device)
+        text = plan.config.text.model_copy(update=text.model_dump(include=text.model_fields_set))
+        if not prompts:
+            prompts, first_seed = plan.prompts, 0
+        found = _open_prompts(plan.base, prompts, text, device, first_seed)
+        return plan.base, denoiser_of(plan, "ensemble", device), found
     base = load_base(model)
+    found = _open_prompts(base, prompts, text, device, first_seed)
     if (Path(model) / PROJECTIONS_FILE).exists():
         network = new_network(base, "trunk")
         network.load_state_dict(load_network(Path(model)))
     else:
         network = base.network
-    return base, denoiser(sampling_copy(network, settings, device))
+    return base, denoiser(sampling_copy(network, settings, device)), found
 
 
-def sample_model(model: str, out: Path, num_images: int, seed: int, num_steps: int, sampler: str) -> None:
-    """Draw images from a pipeline, or from a run's ensemble, as ``<seed>.png``."""
+def _open_prompts(base: Base, prompts: list[str], text: Text, device: torch.device, first_seed: int) -> Prompts | None:
+    check_prompts(base, bool(prompts))
+    if base.encoders is None:
+        return None
+    return Prompts(base.encoders, prompts, text, device, first_seed=first_seed)
+
+
+def sample_model(
+    model: str,
+    out: Path,
+    num_images: int | None,
+    seed: int,
+    num_steps: int,
+    sampler: str,
+    text: Text | None = None,
+    batch_size: int | None = None,
+) -> None:
+    """Draw images from a pipeline, or from a run's ensemble, as ``<seed>.png``.
+
+    Args:
+        num_images: where not given, one for each prompt of a text-to-image model.
+        text: prompts and guidance of such a model; what it doesn't set is a run's own.
+
+    Raises:
+        ValueError: as ``open_model``, or neither the number nor prompts are given.
+    """
     device = default_device()
-    base, network = open_model(model, device)
+    base, network, prompts = open_model(model, device, text, seed)
+    num = num_images or (len(prompts.prompts) if prompts else None)
+    if num is None:
+        raise ValueError(f"{model} takes no prompts that say how many images there are; give --num-images")
     settings = Sample(sampler=sampler, num_steps=num_steps)
-    seeds = list(range(seed, seed + num_images))
-    write_images(sample_images(network, base, seeds, settings, device), seeds, out)
+    if batch_size is not None:
+        settings = settings.model_copy(update={"batch_size": batch_size})
+    seeds = list(range(seed, seed + num))
+    write_images(sample_images(network, base, seeds, settings, device, prompts=prompts), seeds, out)

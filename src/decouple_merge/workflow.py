@@ -9,7 +9,8 @@ from .config import Config, Training
 from .data import check_held_out, load_images
 from .executors import run_all
 from .figures import sample_grid, training_curve
-from .finetune import StepRecord, Task, is_main_process, train
+from .finetune import StepRecord, Task, is_main_process, main_process_first, train
+from .latents import Latents
 from .models import create_base, export_pipeline
 from .plan import BASELINE, Plan, check_owner, check_precision, claim, load_experts, manifest, prepare
 from .results import Row, evaluate_run, report_models
@@ -44,7 +45,7 @@ def _train(plan: Plan, task: Task, settings: Training, folder: Path) -> Iterator
     yield from train(plan.base, plan.images, plan.config.data, task, settings, plan.config.seed, folder)
 
 
-def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[StepRecord]:
+def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[str | StepRecord]:
     """Finetune the experts, or one of them, and the baseline where the config asks for it.
 
     Raises:
@@ -66,6 +67,10 @@ def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[StepRecord
             shutil.rmtree(call[3] / "state", ignore_errors=True)
         else:
             unfinished.append(call)
+    if unfinished and isinstance(plan.images, Latents):
+        # Before several processes ask for them at once.
+        with main_process_first():
+            yield from plan.images.fill()
     yield from run_all(_train, unfinished, plan.config.num_processes)
 
 

@@ -1,0 +1,94 @@
+"""Texts: captions of images, from metadata.jsonl or a column of a data set, and prompts from files."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import Data
+from .data import Column, DecodedImages, Images
+
+METADATA = "metadata.jsonl"
+
+
+def load_captions(images: Images, data: Data) -> list[str]:
+    """Read the caption of each image that ``load_images`` found.
+
+    A folder has them in its ``metadata.jsonl``, in lines such as ``{"file_name": "a/1.png", "text": "a red cat"}``; a
+    ``datasets`` data set in a column. ``data.caption_column`` names the field or column.
+
+    Raises:
+        ValueError: the source has no captions, or an image has none, or one is no text.
+    """
+    if isinstance(images, DecodedImages) and isinstance(images.items, Column):
+        captions = _column(images.items, data)
+    elif isinstance(images, DecodedImages) and Path(data.source).is_dir():
+        captions = _metadata(images.items, data)
+    else:
+        raise ValueError(
+            f"data.source {data.source!r} has no captions, which a text-to-image base needs; expected a folder of "
+            f"images with {METADATA}, or datasets:NAME"
+        )
+    kept = [captions[i] for i in images.kept]
+    wrong = [i for i, caption in zip(images.kept, kept, strict=True) if not isinstance(caption, str)]
+    if wrong:
+        raise ValueError(
+            f"data.source {data.source!r}: {len(wrong)} of {len(kept)} captions are no text, the first of image "
+            f"{wrong[0]}: {captions[wrong[0]]!r}; expected one text each in {data.caption_column!r}"
+        )
+    return kept
+
+
+def _column(column: Column, data: Data) -> list[Any]:
+    rows, name = column.rows, data.caption_column
+    if name not in rows.column_names:
+        raise ValueError(
+            f"data set {data.source!r} has columns {', '.join(rows.column_names)}, expected {name!r} for captions: "
+            "set data.caption_column"
+        )
+    return list(rows[name])
+
+
+def _metadata(files: Sequence[Path], data: Data) -> list[Any]:
+    path, column = Path(data.source) / METADATA, data.caption_column
+    if not path.is_file():
+        raise ValueError(
+            f"{data.source} has no {METADATA}, which holds the captions; expected there a line for each image, such as "
+            f'{{"file_name": "{files[0].name}", "{column}": "…"}}'
+        )
+    captions = {}
+    for number, line in enumerate(_read_lines(path), start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            captions[Path(data.source) / record["file_name"]] = record[column]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected JSON with file_name and {column!r} ({error!r}), found {line[:80]!r}; "
+                "set data.caption_column where captions have another name"
+            ) from error
+    if missing := [file for file in files if file not in captions]:
+        raise ValueError(f"{path}: {len(missing)} of {len(files)} images have no caption, {missing[0]} among them")
+    return [captions[file] for file in files]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts from a UTF-8 text file, one a line; empty lines are left out.
+
+    Raises:
+        ValueError: there is no such file, it is in another encoding, or it is empty.
+    """
+    prompts = [line for line in _read_lines(path) if line]
+    if not prompts:
+        raise ValueError(f"{path}: found no prompts, expected one a line")
+    return prompts
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; expected a UTF-8 text file, one text a line") from error
