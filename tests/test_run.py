@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,9 @@ def test_every_trials_hash_is_that_of_its_merged_tensors(done: Finished) -> None
         assert trial["merged_sha256"] == tensors_sha256(merge(base, experts, trial["weights"]))
         assert trial["num_images"] == 10
         assert trial["seconds"] > 0
+        assert trial["worker"] == "main"
+    starts = [datetime.fromisoformat(t["started"]) for t in trials]
+    assert starts == sorted(starts)
     assert all(t["seeds"] == [1_000_000, 1_000_009] for t in trials)
     weights = [tuple(t["weights"]) for t in trials]
     assert {(0.0,) * 3, (1 / 3,) * 3, (1.0,) * 3} <= set(weights)

@@ -53,7 +53,10 @@ def _show_bytes(events: Iterable[Any]) -> None:
 
 def result_table(rows: "list[Row]") -> Table:
     """Lay out the result table, with each mean's ratio to the pretrained model's."""
-    table = Table(title="distance to the reference (smaller is better)", min_width=100)
+    distances = ("fd_", "kd_", "fid", "kid", "sfid", "cmmd")
+    only_distances = all(r.metric.startswith(distances) for r in rows)
+    title = "distance to the reference (smaller is better)" if only_distances else "results"
+    table = Table(title=title, min_width=100)
     for column in ("model", "parameters", "metric", "mean", "spread over seed sets", "/ pretrained"):
         table.add_column(column, justify="left" if column in ("model", "metric") else "right", no_wrap=True)
     first = {r.metric: r.mean for r in rows if r.model == "pretrained"}

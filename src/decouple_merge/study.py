@@ -46,6 +46,7 @@ class Trial:
         level: of fidelity, by name.
         number: its place in the order in which the level's candidates were proposed.
         worker: who evaluated it.
+        started: when, ISO 8601 by that worker's clock; with ``seconds`` it shows idle devices.
     """
 
     level: str
@@ -55,6 +56,7 @@ class Trial:
     merged_sha256: str
     seconds: float
     worker: str
+    started: str = ""
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,7 @@ def _trial(frozen: FrozenTrial) -> Trial:
         attributes["merged_sha256"],
         attributes["seconds"],
         attributes["worker"],
+        frozen.datetime_start.isoformat(timespec="seconds") if frozen.datetime_start else "",
     )
 
 
