@@ -4,10 +4,8 @@ import argparse
 import statistics
 from pathlib import Path
 
+from decouple_merge.compare import FIELDS
 from decouple_merge.runs import Run, read_records
-
-# Records that differ in one of these are not comparable.
-MUST_AGREE = ("extractor", "reference", "sampler", "num_steps", "timestep_spacing", "precision", "num_images")
 
 
 def main() -> None:
@@ -18,9 +16,9 @@ def main() -> None:
     records = [r for found in runs.values() for r in found]
     for metric in dict.fromkeys(r["metric"] for r in records):
         same = [r for r in records if r["metric"] == metric]
-        for key in MUST_AGREE:
-            if len({str(r[key]) for r in same}) > 1:
-                raise SystemExit(f"{metric}: the runs differ in {key}: {sorted({str(r[key]) for r in same})}")
+        for key in FIELDS:
+            if len({str(r.get(key)) for r in same}) > 1:
+                raise SystemExit(f"{metric}: the runs differ in {key}: {sorted({str(r.get(key)) for r in same})}")
         print(f"\n{metric}: {same[0]['sampler']} {same[0]['num_steps']}, {same[0]['num_images']} images a seed set\n")
         print("| model | mean | over training seeds | largest spread over seed sets | / pretrained | / baseline |")
         print("|---|---|---|---|---|---|")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from decouple_merge.config import Config, load_config
+from decouple_merge.models import tensors_sha256
 from decouple_merge.objective import Objective
 from decouple_merge.plan import check, git_commit, load_experts
 from decouple_merge.search import best, search
@@ -61,7 +62,7 @@ def main() -> None:
         return known[level.name, weights]
 
     rows: dict[tuple[str, int], list[float]] = {}
-    learned = learn_start(plan, experts)
+    learned = learn_start(plan, experts, [tensors_sha256(e) for e in experts])
     for repeat in range(arguments.repeats):
         first_seed = 2_000_000 + 100_000 * repeat
         held_out = Level(

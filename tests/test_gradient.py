@@ -24,7 +24,6 @@ from decouple_merge.gradient import (
     DenoisingLoss,
     NoisyBatch,
     fisher_information,
-    group_keys,
     layer_patterns,
     learn_weights,
     noisy_batch,
@@ -34,7 +33,7 @@ from decouple_merge.plan import Plan, default_device, prepare
 from decouple_merge.projection import attach_projections
 from decouple_merge.seeds import generator, stream_seed
 from decouple_merge.timesteps import TimestepRange
-from decouple_merge.weights import Tensors, merge
+from decouple_merge.weights import Tensors, group_keys, merge
 
 CPU = torch.device("cpu")
 NUM_TIMESTEPS = 40

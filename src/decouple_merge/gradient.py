@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +16,7 @@ from .models import Base
 from .projection import attach_projections
 from .seeds import generator
 from .timesteps import TimestepRange, draw_timesteps
-from .weights import Stacked, Tensors, cast, check_same_keys
+from .weights import Stacked, Tensors, cast, check_same_keys, cut_blocks
 
 
 @dataclass(frozen=True)
@@ -53,27 +52,6 @@ def noisy_batch(base: Base, images: Batch, own: TimestepRange, draws: torch.Gene
     noise = torch.randn(x0.shape, generator=draws).to(x0)
     x_t = add_noise(x0, noise, t, base.alphas_cumprod)
     return NoisyBatch(x_t, t, prediction_target(x0, noise, t, base.alphas_cumprod, base.prediction_type), condition)
-
-
-def group_keys(keys: Sequence[str], patterns: Sequence[str]) -> list[list[str]]:
-    """Give every key to the first pattern that matches it, as the blocks of a merge do.
-
-    Returns:
-        The keys of each pattern, in their order.
-
-    Raises:
-        ValueError: a key is matched by no pattern, or a pattern gets no key.
-    """
-    groups: list[list[str]] = [[] for _ in patterns]
-    for key in keys:
-        index = next((i for i, pattern in enumerate(patterns) if fnmatchcase(key, pattern)), None)
-        if index is None:
-            raise ValueError(f"no pattern of {', '.join(patterns)} matches {key}; end them with * for all other keys")
-        groups[index].append(key)
-    for pattern, group in zip(patterns, groups, strict=True):
-        if not group:
-            raise ValueError(f"no key is left for the pattern {pattern!r}; keys are like {keys[0]}")
-    return groups
 
 
 def layer_patterns(keys: Iterable[str]) -> list[str]:
@@ -118,12 +96,8 @@ class DenoisingLoss:
         start = base.network.state_dict()
         for index, expert in enumerate(experts):
             check_same_keys(start, expert, f"expert {index}")
-        keys = [*start, *sorted({k for e in experts for k in e} - start.keys())]
         self.base, self.num_experts, self.device = base, len(experts), device
-        self.stacks = [
-            Stacked(_part(start, group), [_part(e, group) for e in experts], device, _dtype(base))
-            for group in group_keys(keys, patterns)
-        ]
+        self.stacks = [Stacked(*block, device, _dtype(base)) for block in cut_blocks(start, experts, patterns)]
         self.network = _network(base, experts, device)
 
     def merge(self, weights: Float[Tensor, "patterns experts"]) -> Tensors:
@@ -239,10 +213,6 @@ def fisher_information(
 
 def _dtype(base: Base) -> torch.dtype:
     return next(base.network.parameters()).dtype
-
-
-def _part(tensors: Tensors, keys: list[str]) -> Tensors:
-    return {k: tensors[k] for k in keys if k in tensors}
 
 
 def _network(base: Base, experts: list[Tensors], device: torch.device) -> nn.Module:

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from .evaluate import score
 from .features import METRICS, Extractor, load_extractor
-from .gradient import group_keys
 from .models import tensors_sha256
 from .plan import Plan, build_network, default_device, open_prompts
 from .references import Reference, make_reference
 from .sample import Denoiser, Prompts, denoiser, ensemble, sample_images, sampling_copy
 from .strategies import Weights
 from .study import Level, Score
-from .weights import Stacked, Tensors, cast, merge
+from .weights import Stacked, Tensors, cast, cut_blocks, merge
 
 
 def load_reference(plan: Plan, extractor: str, device: torch.device) -> Reference:
@@ -35,10 +34,7 @@ class Objective:
     @cached_property
     def blocks(self) -> list[tuple[Tensors, list[Tensors]]]:
         """Base and experts, cut into the blocks that have weights of their own."""
-        start = self.plan.base.network.state_dict()
-        keys = [*start, *sorted({k for e in self.experts for k in e} - start.keys())]
-        cut = [set(group) for group in group_keys(keys, self.plan.config.search.blocks)]
-        return [(_part(start, keys), [_part(e, keys) for e in self.experts]) for keys in cut]
+        return cut_blocks(self.plan.base.network.state_dict(), self.experts, self.plan.config.search.blocks)
 
     @cached_property
     def stacked(self) -> list[Stacked]:
@@ -126,7 +122,3 @@ class Objective:
             for _ in range(2):
                 model(x.to(self.device), 0)
         return (time.monotonic() - started) / 2 * num_steps / size
-
-
-def _part(tensors: Tensors, keys: set[str]) -> Tensors:
-    return {k: v for k, v in tensors.items() if k in keys}

@@ -17,7 +17,6 @@ from .captions import load_captions, read_prompts
 from .config import Config, Search, Training, dump_config, load_config
 from .data import Examples, Images, check_held_out, load_images
 from .features import check_metrics
-from .gradient import group_keys
 from .latents import Latents
 from .lora import check_lora
 from .models import Base, load_base, load_network, make_scheduler, new_network, num_parameters
@@ -26,7 +25,7 @@ from .sample import Prompts
 from .search import check_weights, levels
 from .seeds import generator
 from .timesteps import TimestepRange, check_ranges, split_timesteps
-from .weights import Tensors, check_same_keys
+from .weights import Tensors, check_same_keys, group_keys
 
 BASELINE = "baseline-finetuned"
 

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from .config import Sample, Text
 from .data import to_pixels
-from .latents import TextEmbeddings
+from .latents import DTYPES, TextEmbeddings
 from .models import Base, Encoders, decode_latents, load_vae, make_scheduler, predict
 from .timesteps import TimestepRange, check_ranges, range_index
 
 # Maps noisy images, t and what the network takes besides to its prediction.
 Denoiser = Callable[..., Tensor]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def sampling_copy(network: nn.Module, settings: Sample, device: torch.device) -> nn.Module:

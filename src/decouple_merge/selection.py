@@ -47,12 +47,11 @@ def search_weights(plan: Plan) -> Iterator[Event]:
         ValueError: an expert or checkpoint is missing or doesn't fit, a start point or frozen weight belongs to no
             expert, or the storage doesn't open.
     """
-    experts = load_combined(plan)
-    open_level = level_opener(plan, experts)
-    first = open_level("screen")
+    hashes = _hashes(load_combined(plan))
+    first = level_opener(plan, hashes)("screen")
     # Whoever helps waits for candidates; nobody need wait for a search that is finished.
     num = 1 if first.user_attrs.get("finished") else plan.config.num_processes
-    yield from run_all(_lead_or_help, [(plan, i == 0) for i in range(num)], num)
+    yield from run_all(_lead_or_help, [(plan, hashes, i == 0) for i in range(num)], num)
 
 
 def help_search(plan: Plan) -> Iterator[Trial]:
@@ -62,10 +61,14 @@ def help_search(plan: Plan) -> Iterator[Trial]:
         ValueError: as ``search_weights``.
     """
     experts = load_combined(plan)
-    yield from work(level_opener(plan, experts), plan.config, len(experts), Objective(plan, experts))
+    yield from work(level_opener(plan, _hashes(experts)), plan.config, len(experts), Objective(plan, experts))
 
 
-def level_opener(plan: Plan, experts: list[Tensors]) -> OpenLevel:
+def _hashes(experts: list[Tensors]) -> list[str]:
+    return [tensors_sha256(e) for e in experts]
+
+
+def level_opener(plan: Plan, hashes: list[str]) -> OpenLevel:
     """Connect to a run's study storage; the function that it returns opens the study of a level.
 
     A study's name has the hash of all that a candidate's value depends on, so that several runs may share a server.
@@ -75,36 +78,35 @@ def level_opener(plan: Plan, experts: list[Tensors]) -> OpenLevel:
         plan.run.study.parent.mkdir(parents=True, exist_ok=True)
     storage = open_storage(settings.storage or f"sqlite:///{plan.run.study.resolve()}")
     parts = [settings.model_dump_json(exclude={"storage"}), plan.config.sample.model_dump_json(), plan.base.sha256]
-    parts += [str(plan.config.seed), plan.images.sha256, *(tensors_sha256(e) for e in experts)]
+    parts += [str(plan.config.seed), plan.images.sha256, *hashes]
     if plan.prompts:
         parts += [plan.config.text.model_dump_json(), *plan.prompts]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
     return lambda level: open_study(storage, f"{digest}-{level}")
 
 
-def _lead_or_help(plan: Plan, is_leader: bool) -> Iterator[Event]:
+def _lead_or_help(plan: Plan, hashes: list[str], is_leader: bool) -> Iterator[Event]:
     if is_leader:
-        yield from _lead(plan)
+        yield from _lead(plan, hashes)
     else:
         for _ in help_search(plan):
             pass
 
 
-def _lead(plan: Plan) -> Iterator[Event]:
+def _lead(plan: Plan, hashes: list[str]) -> Iterator[Event]:
     experts = load_combined(plan)
-    objective, open_level = Objective(plan, experts), level_opener(plan, experts)
+    objective, open_level = Objective(plan, experts), level_opener(plan, hashes)
     every = levels(plan.config, len(experts))
 
     def done() -> list[list[Trial]]:
         return [trials(open_level(level.name)) for level in every]
 
-    hashes = [tensors_sha256(e) for e in experts]
     num_left = sum((lv.num_candidates - len(found)) * len(lv.seeds) for lv, found in zip(every, done(), strict=True))
     if num_left > 0 and not plan.run.merged.exists():
         plan_line = ", ".join(f"{lv.name} {lv.num_candidates} x {len(lv.seeds)} images" for lv in every)
         seconds = sum(objective.seconds_per_image(lv) * lv.num_images for lv in every)
         yield f"search: {plan_line}; about {seconds / 60:.0f} min on one worker"
-    learned = learn_start(plan, experts) if plan.config.search.gradient_batches else None
+    learned = learn_start(plan, experts, hashes) if plan.config.search.gradient_batches else None
     for trial in search(open_level, plan.config, len(experts), objective, learned):
         found = done()
         _write_trials(plan, every, found)
@@ -122,14 +124,14 @@ def _lead(plan: Plan) -> Iterator[Event]:
         yield f"best on {len(every[-1].seeds)} fresh seeds: {best(found[-1]).value:.5g}"
 
 
-def learn_start(plan: Plan, experts: list[Tensors]) -> Weights:
+def learn_start(plan: Plan, experts: list[Tensors], hashes: list[str]) -> Weights:
     """Learn weights to start with by the gradient of the denoising loss, once in a run.
 
     The loss is divided by the square root of the base's own on each range. By the plain loss the cleanest timesteps
     decide alone, and the merges it likes best draw worse images than the base (docs/lab-notes.md).
     """
     path, config, base = plan.run.learned, plan.config, plan.base
-    record = {"num_batches": config.search.gradient_batches, "experts_sha256": [tensors_sha256(e) for e in experts]}
+    record = {"num_batches": config.search.gradient_batches, "experts_sha256": hashes}
     record |= {"blocks": config.search.blocks}
     if path.exists() and (found := json.loads(path.read_text())) | record == found:
         return tuple(found["weights"])

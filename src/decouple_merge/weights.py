@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -52,11 +53,51 @@ def merge(
     return merged
 
 
+def _all_keys(base: Tensors, experts: list[Tensors]) -> list[str]:
+    """List the base's keys, then those of projections."""
+    return [*base, *sorted({k for e in experts for k in e} - base.keys())]
+
+
 def _versions(base: Tensors, experts: list[Tensors]) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield each tensor of the base and of every expert; a projection that one of them lacks is the identity."""
-    for key in [*base, *sorted({k for e in experts for k in e} - base.keys())]:
+    for key in _all_keys(base, experts):
         start = base[key] if key in base else torch.eye(len(next(e[key] for e in experts if key in e)))
         yield key, [start, *(e[key] if key in base else e.get(key, start) for e in experts)]
+
+
+def group_keys(keys: Sequence[str], patterns: Sequence[str]) -> list[list[str]]:
+    """Give every key to the first pattern that matches it, as the blocks of a merge do.
+
+    Returns:
+        The keys of each pattern, in their order.
+
+    Raises:
+        ValueError: a key is matched by no pattern, or a pattern gets no key.
+    """
+    groups: list[list[str]] = [[] for _ in patterns]
+    for key in keys:
+        index = next((i for i, pattern in enumerate(patterns) if fnmatchcase(key, pattern)), None)
+        if index is None:
+            raise ValueError(f"no pattern of {', '.join(patterns)} matches {key}; end them with * for all other keys")
+        groups[index].append(key)
+    for pattern, group in zip(patterns, groups, strict=True):
+        if not group:
+            raise ValueError(f"no key is left for the pattern {pattern!r}; keys are like {keys[0]}")
+    return groups
+
+
+def cut_blocks(base: Tensors, experts: list[Tensors], patterns: Sequence[str]) -> list[tuple[Tensors, list[Tensors]]]:
+    """Cut base and experts into the blocks of ``group_keys``, which have merging weights of their own.
+
+    Raises:
+        ValueError: as ``group_keys``.
+    """
+
+    def part(tensors: Tensors, keys: list[str]) -> Tensors:
+        return {k: tensors[k] for k in keys if k in tensors}
+
+    groups = group_keys(_all_keys(base, experts), patterns)
+    return [(part(base, keys), [part(e, keys) for e in experts]) for keys in groups]
 
 
 class Stacked:
