@@ -24,7 +24,7 @@ from decouple_merge.strategies import Weights
 from decouple_merge.study import Level, Score, Trial, open_study
 
 STRATEGIES = ["gp", "tpe", "cmaes", "evolution", "coordinate", "random", "gradient"]
-BUDGETS = [10, 20, 40]
+BUDGETS = [12, 24, 48]
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--frozen", default="0:0.0", help="expert:weight")
     parser.add_argument("--low", type=float, default=-0.2)
     parser.add_argument("--high", type=float, default=1.8)
-    parser.add_argument("--grid-step", type=float, default=0.25)
+    parser.add_argument("--grid-step", type=float, default=0.4)
     parser.add_argument("--out", type=Path, help="where the values go, as JSON lines")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
