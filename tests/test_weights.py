@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from decouple_merge import rules
 from decouple_merge.weights import Stacked, Tensors, check_same_keys, merge, task_vector_norms
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -86,10 +87,13 @@ def test_a_stacked_merge_is_the_merge_bit_for_bit(tensors: list[Tensors], w: lis
 def test_the_chunks_of_a_stacked_merge_dont_show(monkeypatch: pytest.MonkeyPatch) -> None:
     base, *experts = [{"w": torch.randn(1009, generator=torch.Generator().manual_seed(i))} for i in range(5)]
     weights = [0.3, -0.7, 1.9, 0.011]
+    whole = {method: merge(base, experts, weights, method, 0.5) for method in ("linear", "ties")}
+    stacked = Stacked(base, experts, torch.device("cpu"))
     for size in (1, 7, 64, 1009, 4096):
-        monkeypatch.setattr(Stacked, "CHUNK", size)
-        stacked = Stacked(base, experts, torch.device("cpu"))
-        assert same_bits(stacked.merge(weights), merge(base, experts, weights))
+        monkeypatch.setattr(rules, "CHUNK", size)
+        assert same_bits(stacked.merge(weights), whole["linear"])
+        for method, expected in whole.items():
+            assert same_bits(merge(base, experts, weights, method, 0.5), expected)
 
 
 def test_a_stacked_merge_reuses_its_memory() -> None:
@@ -116,7 +120,7 @@ def test_inner_products_are_sums_over_chunks(monkeypatch: pytest.MonkeyPatch) ->
     )
     expected = [sum(float(((e[k] - base[k]) * gradient[k]).double().sum()) for k in "ab") for e in (one, two)]
     for size in (1, 16, 1000):
-        monkeypatch.setattr(Stacked, "CHUNK", size)
+        monkeypatch.setattr(rules, "CHUNK", size)
         found = Stacked(base, [one, two], torch.device("cpu")).inner_products(gradient)
         assert found.tolist() == pytest.approx(expected, rel=1e-4)
 

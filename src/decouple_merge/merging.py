@@ -200,7 +200,7 @@ class Sources:
         seeds = [stream_seed(self.settings.seed, sha256, key) for sha256 in self.identities]
         fishers = [f[key] for f in self.fishers if key in f.entries]
         context = Context(key, self.settings.density, seeds, fishers)
-        return combine([base, *versions], self.rule(base, versions, weights, context)).to(dtype)
+        return combine([base, *versions], self.rule(base, versions, weights, context), dtype)
 
 
 def open_expert(path: Path) -> Expert:

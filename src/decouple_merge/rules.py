@@ -10,11 +10,16 @@ A rule of your own is a function of the same arguments, added to ``RULES`` under
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 Coefficients = list[float | Tensor]
+
+# Elements whose sum stays in a core's cache while the tensors pass through it. A sum of a whole tensor would also spend
+# most of its time on the system's clearing of fresh memory.
+CHUNK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -37,27 +42,43 @@ class Context:
 Rule = Callable[[Tensor, list[Tensor], list[float], Context], Coefficients]
 
 
-def combine(tensors: list[Tensor], coefficients: Coefficients) -> Tensor:
+def combine(tensors: list[Tensor], coefficients: Coefficients, dtype: torch.dtype | None = None) -> Tensor:
     """Sum c_k·θ_k in float32, or float64 where the tensors are; a coefficient of 0 leaves its tensor out.
 
     Args:
         tensors: the base, then the experts, of one shape.
-
-    Returns:
-        The sum, not yet in the tensors' dtype.
+        dtype: of the result; that of the sum where not given.
     """
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    total: Tensor | None = None
-    for c, tensor in zip(coefficients, tensors, strict=True):
-        if not isinstance(c, Tensor) and c == 0:
-            continue
-        if total is None:
-            total = tensor.to(dtype) * c
-        elif isinstance(c, Tensor):
-            total.addcmul_(c, tensor.to(dtype))
-        else:
-            total.add_(tensor, alpha=c)
-    return torch.zeros_like(tensors[0], dtype=dtype) if total is None else total
+    out = torch.empty(tensors[0].shape, dtype=dtype or _wide(tensors[0]), device=tensors[0].device)
+    flat: Coefficients = [c.reshape(-1) if isinstance(c, Tensor) else c for c in coefficients]
+    combine_into(out.view(-1), [t.reshape(-1) for t in tensors], flat)
+    return out
+
+
+def combine_into(out: Tensor, tensors: Sequence[Tensor], coefficients: Coefficients) -> None:
+    """Do what ``combine`` does with flat tensors, into memory that is there."""
+    wide = _wide(tensors[0])
+    terms = [(c, t) for c, t in zip(coefficients, tensors, strict=True) if isinstance(c, Tensor) or c != 0]
+    if not terms:
+        out.zero_()
+        return
+    size = chunk_size(out)
+    pieces = [zip(c.split(size) if isinstance(c, Tensor) else repeat(c), t.split(size)) for c, t in terms]  # noqa: B905
+    for target, (c, first), *others in zip(out.split(size), *pieces, strict=True):
+        total = target if out.dtype == wide else torch.empty_like(target, dtype=wide)
+        torch.mul(first.to(wide), c, out=total)
+        for c, piece in others:
+            if isinstance(c, Tensor):
+                total.addcmul_(c, piece.to(wide))
+            else:
+                total.add_(piece.to(wide), alpha=c)
+        if total is not target:
+            target.copy_(total)
+
+
+def chunk_size(flat: Tensor) -> int:
+    """Say how many elements to sum at once: a device other than the CPU is best kept busy with all of them."""
+    return CHUNK if flat.device.type == "cpu" else max(1, len(flat))
 
 
 def linear(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from .rules import RULES, Context, combine
+from .rules import RULES, Context, chunk_size, combine, combine_into
 
 Tensors = dict[str, Tensor]
 
@@ -47,7 +47,7 @@ def merge(
     for key, versions in _versions(base, experts):
         if versions[0].is_floating_point():
             coefficients = RULES[method](versions[0], versions[1:], weights, Context(key, density))
-            merged[key] = combine(versions, coefficients).to(versions[0].dtype)
+            merged[key] = combine(versions, coefficients, versions[0].dtype)
         else:
             merged[key] = versions[0].clone()
     return merged
@@ -108,9 +108,6 @@ class Stacked:
         merged: [P], the last candidate.
     """
 
-    # Elements whose sum stays in a core's cache while the rows pass through it.
-    CHUNK = 1 << 17
-
     def __init__(
         self, base: Tensors, experts: list[Tensors], device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
@@ -142,19 +139,8 @@ class Stacked:
         """
         if len(weights) != len(self.matrix) - 1:
             raise ValueError(f"{len(weights)} weights for {len(self.matrix) - 1} experts, expected one each")
-        coefficients = [1.0 - math.fsum(weights), *weights]
-        rows = [(c, row) for c, row in zip(coefficients, self.matrix, strict=True) if c]
-        size = self._chunk_size()
-        chunks = zip(self.merged.split(size), *(row.split(size) for _, row in rows), strict=True)
-        (first, _), *others = rows
-        for out, start, *versions in chunks:
-            torch.mul(start, first, out=out)
-            for (c, _), version in zip(others, versions, strict=True):
-                out.add_(version, alpha=c)
+        combine_into(self.merged, self.matrix.unbind(), [1.0 - math.fsum(weights), *weights])
         return self._views(self.merged) | self.fixed
-
-    def _chunk_size(self) -> int:
-        return self.CHUNK if self.merged.device.type == "cpu" else len(self.merged)
 
     def inner_products(self, gradients: Tensors) -> Tensor:
         """Compute ⟨g, θ_i - θ⟩ of each expert over all floating tensors: by the chain rule, ∂L/∂w_i of ``merge``.
@@ -167,7 +153,7 @@ class Stacked:
         """
         flat = torch.cat([gradients[key].flatten() for key in self.shapes])
         total = torch.zeros(len(self.matrix) - 1, dtype=torch.float64)
-        size = self._chunk_size()
+        size = chunk_size(flat)
         for rows, chunk in zip(self.matrix.split(size, dim=1), flat.split(size), strict=True):
             total += ((rows[1:] - rows[0]) @ chunk).cpu().double()
         return total
