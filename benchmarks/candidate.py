@@ -18,18 +18,25 @@ from decouple_merge.weights import Stacked
 WEIGHTS = [0.3, 0.9, -0.2, 1.4]
 
 
-def compare(num_millions: int, num_experts: int, num_repeats: int) -> None:
+def compare(num_millions: int, num_experts: int, num_repeats: int, dtype: torch.dtype) -> None:
     """Print a row for each contender."""
     names = [f"blocks.{i}.weight" for i in range(num_millions)]
-    base: dict[str, Tensor] = {k: torch.randn(1000, 1000) for k in names}
+    base: dict[str, Tensor] = {k: torch.randn(1000, 1000).to(dtype) for k in names}
     weights = WEIGHTS[:num_experts]
-    stacked = Stacked(base, [base] * num_experts, torch.device("cpu"))
+    stacked = Stacked(base, [base] * num_experts, torch.device("cpu"), dtype)
+    del base
     # The loop's dicts are the matrix's own rows, or two copies of everything would not fit.
     versions = [stacked._views(row) for row in stacked.matrix]
     network = stacked._views(stacked.merged)
-    # Half of the bytes are read, half written.
-    source = torch.zeros((num_experts + 2) * stacked.merged.numel() // 2)
+    # Half of the bytes are read, half written; in parts, or large networks would leave no memory for it.
+    num_copied = (num_experts + 2) * stacked.merged.numel() // 2
+    source = torch.zeros(min(num_copied, 1 << 26), dtype=dtype)
     target = torch.zeros_like(source)
+
+    def copy() -> None:
+        for start in range(0, num_copied, len(source)):
+            num = min(len(source), num_copied - start)
+            target[:num].copy_(source[:num])
 
     def loop() -> None:
         first, *others = versions
@@ -39,7 +46,7 @@ def compare(num_millions: int, num_experts: int, num_repeats: int) -> None:
             v.copy_(first[k] + total[k])
 
     contenders: dict[str, Callable[[], object]] = {
-        "copy of as many bytes": lambda: target.copy_(source),
+        "copy of as many bytes": copy,
         "ours": lambda: stacked.merge(weights),
         "loop over state dicts": loop,
     }
@@ -53,7 +60,8 @@ def compare(num_millions: int, num_experts: int, num_repeats: int) -> None:
     first = times["copy of as many bytes"]
     for name, found in times.items():
         ratio = statistics.median(t / f for t, f in zip(found, first, strict=True))
-        print(f"| {num_millions}M | {num_experts} | {name} | {1000 * statistics.median(found):.1f} | {ratio:.2f} |")
+        milliseconds = 1000 * statistics.median(found)
+        print(f"| {num_millions}M {dtype} | {num_experts} | {name} | {milliseconds:.1f} | {ratio:.2f} |")
 
 
 def main() -> None:
@@ -61,11 +69,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--millions", type=int, nargs="*", default=[36])
     parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--num-repeats", type=int, default=9)
     arguments = parser.parse_args()
     print("| parameters | experts | | ms | / first |\n|---|---|---|---|---|")
     for num_millions in arguments.millions:
-        compare(num_millions, arguments.experts, arguments.num_repeats)
+        compare(num_millions, arguments.experts, arguments.num_repeats, getattr(torch, arguments.dtype))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ Coefficients = list[float | Tensor]
 
 # Elements whose sum stays in a core's cache while the tensors pass through it. A sum of a whole tensor would also spend
 # most of its time on the system's clearing of fresh memory.
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
