@@ -71,6 +71,7 @@ def check(config: Config, out: Path) -> Plan:
     for num_steps in {config.sample.num_steps, config.search.num_steps or config.sample.num_steps}:
         make_scheduler(base, config.sample.sampler, num_steps, config.sample.timestep_spacing)
     check_metrics([*config.evaluate.metrics, config.search.metric], config.evaluate.inception_weights)
+    check_distance(config, config.finetune, base)
     check_precision(config.finetune)
     check_weights(config.search, len(config.search.checkpoints) or len(ranges))
     if config.finetune.lora is not None:
@@ -114,6 +115,13 @@ def check_precision(settings: Training) -> None:
         raise ValueError(
             "mixed_precision is fp16, which needs a GPU, and this machine has none: set it to bf16 or fp32"
         )
+
+
+def check_distance(config: Config, settings: Training, base: Base) -> None:
+    """Require that a training can be watched by the distance it asks for, if it does."""
+    if settings.distance is not None:
+        make_scheduler(base, config.sample.sampler, settings.distance.num_steps, config.sample.timestep_spacing)
+        check_metrics([settings.distance.metric], config.evaluate.inception_weights)
 
 
 def check_owner(run: Run, config: Config) -> None:

@@ -12,9 +12,9 @@ from PIL import Image
 from .config import Config
 from .evaluate import metrics_record, score
 from .executors import run_all
-from .features import METRICS, load_extractor
+from .features import METRICS
 from .models import load_network, make_scheduler, num_parameters
-from .objective import load_reference
+from .objective import load_compared
 from .plan import BASELINE, Plan, build_network, default_device, git_commit, load_experts, open_prompts
 from .runs import append_record, atomic_path, read_records, read_tensors
 from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
@@ -69,11 +69,7 @@ def _seed_set(config: Config, index: int) -> range:
 def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) -> Iterator[dict[str, Any]]:
     """Score one model on one set of seeds; the images are drawn once for all metrics."""
     config, device = plan.config, default_device()
-    extractors = [
-        load_extractor(name, device, config.evaluate.inception_weights)
-        for name in dict.fromkeys(METRICS[m] for m in metrics)
-    ]
-    compared = {e.name: (e, load_reference(plan, e.name, device)) for e in extractors}
+    compared = {name: load_compared(plan, name, device) for name in dict.fromkeys(METRICS[m] for m in metrics)}
     prompts = open_prompts(plan, device)
     batches = sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device, prompts=prompts)
     sampling = config.sample.model_dump() | {"timestep_spacing": _spacing(plan)}
@@ -102,7 +98,7 @@ def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
                 calls.append((plan, model, seeds, missing))
     # Cached before several processes ask for it at once.
     for extractor in dict.fromkeys(METRICS[m] for *_, missing in calls for m in missing):
-        load_reference(plan, extractor, device)
+        load_compared(plan, extractor, device)
     for record in run_all(_evaluate_model, calls, config.num_processes):
         append_record(plan.run.metrics, record)
         yield record
