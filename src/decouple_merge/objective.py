@@ -26,7 +26,8 @@ def load_compared(plan: Plan, extractor: str, device: torch.device) -> tuple[Ext
     settings = plan.config.evaluate
     # Networks draw weights before they load theirs.
     with torch.random.fork_rng(devices=[]):
-        loaded = load_extractor(extractor, device, settings.inception_weights)
+        weights = settings.inception_weights if extractor == "inception" else settings.encoders.get(extractor)
+        loaded = load_extractor(extractor, device, weights)
     return loaded, make_reference(plan.config.data.source, plan.references, loaded, settings.num_reference_images)
 
 
