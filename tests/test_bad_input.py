@@ -74,6 +74,11 @@ def test_a_good_config_passes_and_checking_writes_nothing(tiny_config: MakeConfi
             {"evaluate": {"metrics": ["fid"], "inception_weights": "nowhere.pth"}},
             "Inception weights: there is no file nowhere.pth",
         ),
+        ({"search": {"metric": "cmmd"}}, "metric 'cmmd' needs a clip model: .* or as evaluate.clip of a config"),
+        (
+            {"evaluate": {"metrics": ["kd_dinov2"], "dinov2": "nowhere"}},
+            "dinov2 nowhere: can't be loaded .*expected a dinov2 or dinov2_with_registers model",
+        ),
         ({"search": {"frozen": {2: 1.0}}}, "search.frozen fixes weight 2, which doesn't exist: expected 0 to 1"),
         ({"search": {"start": [[1.0, 1.0, 1.0]]}}, r"search.start holds \[1.0, 1.0, 1.0\], expected 2 weights"),
         (

@@ -1,5 +1,6 @@
 """DINOv2 and CLIP encoders on tiny random models, against transformers' own models and image processing."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from transformers import (
 
 from decouple_merge.encoders import ENCODERS, load_encoder, resize_pillow, resize_plain
 from decouple_merge.features import load_extractor
+from decouple_merge.plan import prepare
+from decouple_merge.results import _evaluate_model
+from decouple_merge.scoring import evaluate_model
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -141,3 +145,19 @@ def test_damaged_files_are_refused_in_one_line(damage: str, tmp_path: Path) -> N
     ) as caught:
         load_encoder("dinov2", str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_measures_on_the_models_its_config_names_what_the_verb_does(
+    tiny_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    metrics, given = ["kd_dinov2", "cmmd"], {n: str(tmp_path / n) for n in ("dinov2", "clip")}
+    for name, folder in given.items():
+        save_model(name, Path(folder))
+    plan = prepare(tiny_config(evaluate={"metrics": metrics, **given}, search={"metric": "cmmd"}), tmp_path / "run")
+    config = plan.config
+    found = list(_evaluate_model(plan, "pretrained", range(10), metrics))
+    events = evaluate_model(
+        config.base, config.data.source, metrics, 10, encoders=given, settings=config.sample, name="pretrained"
+    )
+    assert [r | {"time": ""} for r in found] == [r | {"time": ""} for r in events if isinstance(r, dict)]
+    assert [r["extractor"].split(":")[0] for r in found] == ["dinov2", "clip"]

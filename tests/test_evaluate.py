@@ -204,7 +204,7 @@ def test_neighbours_are_computed_once_for_both_of_their_numbers(monkeypatch: pyt
 
 def test_metrics_without_their_weights_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"'fd_dinov2' needs a dinov2 model: .* --dinov2, such as facebook/dinov2-large"
+        ValueError, match=r"'fd_dinov2' needs a dinov2 model: .* --dinov2, or .*, such as facebook/dinov2-large"
     ):
         check_metrics(["fd_dinov2"], None, {"clip": "somewhere"})
     with pytest.raises(ValueError, match="'cmmd' needs a clip model"):

@@ -2,10 +2,11 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -23,6 +24,15 @@ from .seeds import check_disjoint
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Probability = Field(ge=0, le=1)
+
+
+def _check_distance(metric: str) -> str:
+    if metric.startswith(("precision", "recall", "density", "coverage", "inception_score")):
+        raise ValueError("expected a distance, which is smaller for better images")
+    return metric
+
+
+DistanceName = Annotated[str, AfterValidator(_check_distance)]
 
 
 class Section(BaseModel):
@@ -101,6 +111,23 @@ class Lora(Section):
     target_modules: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
 
 
+class Distance(Section):
+    """What is drawn and compared with the data while a model is trained: its averaged weights, in few images.
+
+    An expert draws on its own range and the base on the others, so that only the range's training counts. The seeds lie
+    behind the search's: whoever stops a training by this number chooses a model by it.
+
+    Attributes:
+        every: updates; a multiple of ``validate_every``, since it is logged with the validation. Also after the last.
+        num_steps: of the sampler of ``sample``.
+    """
+
+    every: PositiveInt = 1000
+    metric: DistanceName = "kd_effnetlite0"
+    num_images: int = Field(256, ge=2)
+    num_steps: PositiveInt = 20
+
+
 class Training(Section):
     """One training run: an expert, the baseline or a base model. Updates are optimiser updates.
 
@@ -109,6 +136,7 @@ class Training(Section):
         schedule: the rate over the updates: ``constant``; ``cosine`` and ``linear`` fall to
             learning_rate × floor, which they reach after ``decay_fraction`` of the updates.
         gradient_checkpointing: compute activations again for the backward pass: less memory, a third more compute.
+        distance: None draws nothing during training.
         tracker: any Accelerate tracker by name, or ``none``.
     """
 
@@ -131,7 +159,16 @@ class Training(Section):
     ema: Ema = Ema()
     validate_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 1000
+    distance: Distance | None = None
     tracker: str = "tensorboard"
+
+    @model_validator(mode="after")
+    def _distance_at_validations(self) -> "Training":
+        if self.distance is not None and self.distance.every % self.validate_every:
+            raise ValueError(
+                f"distance.every is {self.distance.every}, expected a multiple of validate_every, {self.validate_every}"
+            )
+        return self
 
 
 class Finetune(Training):
@@ -237,7 +274,7 @@ class Search(Section):
     max_minutes: PositiveFloat | None = None
     batch_size: PositiveInt = 1
     grid_step: PositiveFloat = 0.4
-    metric: str = "fd_effnetlite0"
+    metric: DistanceName = "fd_effnetlite0"
     num_images: PositiveInt = 1000
     num_steps: PositiveInt | None = None
     halving: int = Field(3, ge=2)
@@ -245,13 +282,6 @@ class Search(Section):
     num_final_images: PositiveInt | None = None
     first_seed: NonNegativeInt = 1_000_000
     storage: str | None = None
-
-    @field_validator("metric")
-    @classmethod
-    def _distance(cls, metric: str) -> str:
-        if metric.startswith(("precision", "recall", "density", "coverage", "inception_score")):
-            raise ValueError("expected a distance, which is smaller for better images: the search minimises")
-        return metric
 
     @model_validator(mode="after")
     def _bounds(self) -> "Search":
@@ -300,11 +330,13 @@ class Evaluate(Section):
 
     Attributes:
         metrics: ``fd_effnetlite0``, ``kd_effnetlite0`` and others of that network; with ``inception_weights``, ``fid``,
-            ``kid``, ``sfid``, ``inception_score`` and others: all of ``features.METRICS`` but those on DINOv2 and CLIP.
+            ``kid``, ``sfid``, ``inception_score`` and others; with ``dinov2`` or ``clip``, ``fd_dinov2``, ``cmmd`` and
+            others: all of ``features.METRICS``.
         num_images: in each of num_seed_sets sets of consecutive seeds from first_seed on.
         num_reference_images: of the data, from the start; None takes all.
         num_sample_images: written as PNG for each model.
         inception_weights: the file ``pt_inception-2015-12-05-6726825d.pth``.
+        dinov2, clip: folder or hub name of such a model.
     """
 
     metrics: list[str] = ["fd_effnetlite0", "kd_effnetlite0"]
@@ -314,6 +346,13 @@ class Evaluate(Section):
     num_reference_images: PositiveInt | None = None
     num_sample_images: PositiveInt = 64
     inception_weights: Path | None = None
+    dinov2: str | None = None
+    clip: str | None = None
+
+    @property
+    def encoders(self) -> dict[str, str]:
+        """The models that are given, by the extractors they serve."""
+        return {name: path for name, path in (("dinov2", self.dinov2), ("clip", self.clip)) if path is not None}
 
 
 class Pretrain(Training):
@@ -362,6 +401,13 @@ class Config(Section):
         return range(self.search.first_seed, last.stop)
 
     @property
+    def distance_seeds(self) -> range:
+        """Seeds of the images that are drawn during training, after all the search's."""
+        trainings = [t for t in (self.finetune, self.pretrain) if t is not None]
+        num = max(t.distance.num_images if t.distance else 0 for t in trainings)
+        return range(self.all_search_seeds.stop, self.all_search_seeds.stop + num)
+
+    @property
     def report_seeds(self) -> range:
         return range(
             self.evaluate.first_seed,
@@ -371,7 +417,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _seeds(self) -> "Config":
-        check_disjoint(self.all_search_seeds, self.report_seeds)
+        check_disjoint(range(self.search.first_seed, self.distance_seeds.stop), self.report_seeds)
         return self
 
 

@@ -83,7 +83,7 @@ def check_metrics(metrics: list[str], inception_weights: Path | None, encoders: 
         if extractor in ENCODERS and extractor not in (encoders or {}):
             raise ValueError(
                 f"metric {metric!r} needs a {extractor} model: give its folder or hub name to deme evaluate "
-                f"--{extractor}, such as {ENCODERS[extractor].example}"
+                f"--{extractor}, or as evaluate.{extractor} of a config, such as {ENCODERS[extractor].example}"
             )
     if inception_weights is not None and any(METRICS[m] == "inception" for m in metrics):
         InceptionFeatures(inception_weights)

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,6 +56,7 @@ class StepRecord:
         loss, consistency_loss: means over the updates since the last validation.
         own_range: the index of the range that is trained, where it is one of the task's ranges.
         validation: losses of the averaged weights on each range, where they were just taken.
+        distance: of images drawn with the averaged weights, where it was just taken.
     """
 
     name: str
@@ -68,6 +69,7 @@ class StepRecord:
     seconds_left: float
     own_range: int | None = None
     validation: list[float] | None = None
+    distance: float | None = None
 
 
 def is_main_process() -> bool:
@@ -289,6 +291,11 @@ class Trainer:
         names = [name for name, p in self.network.named_parameters() if p.requires_grad]
         return dict(zip(names, self.ema, strict=True))
 
+    def result(self) -> dict[str, Tensor]:
+        """Compute the averaged weights under the base's keys: what the training has made so far."""
+        stock = unadapted_state_dict if self.has_lora else folded_state_dict
+        return stock(self.network, self.ema_parameters())
+
     def save(self, folder: Path) -> None:
         """Write weights, EMA and optimiser as one safetensors file, replaced atomically."""
         tensors: dict[str, Tensor] = {f"network.{i}": p for i, p in enumerate(self.parameters)}
@@ -331,7 +338,14 @@ class Trainer:
 
 
 def train(
-    base: Base, images: Examples, data: Data, task: Task, settings: Training, seed: int, folder: Path
+    base: Base,
+    images: Examples,
+    data: Data,
+    task: Task,
+    settings: Training,
+    seed: int,
+    folder: Path,
+    distance: Callable[[dict[str, Tensor]], float] | None = None,
 ) -> Iterator[StepRecord]:
     """Train a copy of the base on one task; yields progress, leaves the folded EMA weights in ``folder``.
 
@@ -339,6 +353,10 @@ def train(
     been. Records go to ``folder/log.jsonl``, the state to ``folder/state/`` until the training is finished. The
     result is ``folder/model.safetensors`` (EMA weights, stock keys) with ``expert.json``; of an adapter also its
     factors, ``folder/lora/``, which diffusers loads.
+
+    Args:
+        distance: scores the averaged weights, given under the base's keys, every ``settings.distance.every`` updates.
+            It must leave them as they are; then the training is bitwise the same with it and without.
 
     Raises:
         ValueError: the loss is no longer finite, or a saved state is damaged or of another network.
@@ -374,6 +392,8 @@ def train(
             record = _record(trainer, seconds_per_update)
             if validates:
                 record = replace(record, validation=trainer.validate(held_out))
+                if distance and settings.distance and (trainer.num_done % settings.distance.every == 0 or finished):
+                    record = replace(record, distance=distance(trainer.result()))
                 _log(trainer, record, log, folder)
                 first, started = trainer.num_done, time.monotonic()
             yield record
@@ -382,11 +402,9 @@ def train(
 
     if accelerator.is_main_process:
         write_json(folder / "expert.json", _expert_record(base, task, settings, seed))
-        network, averaged = trainer.network, trainer.ema_parameters()
         if trainer.has_lora:
-            write_tensors(folder / "lora" / FILE, lora_factors(network, averaged))
-        stock = unadapted_state_dict if trainer.has_lora else folded_state_dict
-        write_tensors(folder / "model.safetensors", stock(network, averaged))
+            write_tensors(folder / "lora" / FILE, lora_factors(trainer.network, trainer.ema_parameters()))
+        write_tensors(folder / "model.safetensors", trainer.result())
     accelerator.end_training()
     shutil.rmtree(folder / "state", ignore_errors=True)
 
@@ -417,13 +435,14 @@ def _log(trainer: Trainer, record: StepRecord, log: list[dict[str, Any]], folder
     """Write a validation's record to log.jsonl and the tracker, and start the next mean."""
     assert record.validation is not None
     losses = {"loss": record.loss, "consistency_loss": record.consistency_loss}
-    log.append({"update": record.update, **losses, "validation": record.validation})
+    distance = {} if record.distance is None else {"distance": record.distance}
+    log.append({"update": record.update, **losses, "validation": record.validation, **distance})
     if trainer.accelerator.is_main_process:
         write_records(folder / "log.jsonl", log)
     by_range = {
         f"validation_loss/{r.low}-{r.high}": v for r, v in zip(trainer.task.ranges, record.validation, strict=True)
     }
-    trainer.accelerator.log(losses | by_range, trainer.num_done)
+    trainer.accelerator.log(losses | by_range | distance, trainer.num_done)
     trainer.sums.zero_()
     trainer.num_summed = 0
 

@@ -1,11 +1,14 @@
-"""The objective of the search: the distance between a merge's images and the reference."""
+"""From weights to a distance: the objective of the search, and what a training is watched by."""
 
 import time
+from collections.abc import Callable
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from .config import Distance
 from .evaluate import score
 from .features import METRICS, Extractor, load_extractor
 from .models import tensors_sha256
@@ -14,13 +17,46 @@ from .references import Reference, make_reference
 from .sample import Denoiser, Prompts, denoiser, ensemble, sample_images, sampling_copy
 from .strategies import Weights
 from .study import Level, Score
+from .timesteps import TimestepRange
 from .weights import Stacked, Tensors, cast, cut_blocks, merge
 
 
-def load_reference(plan: Plan, extractor: str, device: torch.device) -> Reference:
-    """Compute or read from the cache what a run's images are compared with."""
-    loaded = load_extractor(extractor, device, plan.config.evaluate.inception_weights)
-    return make_reference(plan.config.data.source, plan.references, loaded, plan.config.evaluate.num_reference_images)
+def load_compared(plan: Plan, extractor: str, device: torch.device) -> tuple[Extractor, Reference]:
+    """Load a feature network, and compute or read from the cache what a run's images are compared with."""
+    settings = plan.config.evaluate
+    # Networks draw weights before they load theirs.
+    with torch.random.fork_rng(devices=[]):
+        weights = settings.inception_weights if extractor == "inception" else settings.encoders.get(extractor)
+        loaded = load_extractor(extractor, device, weights)
+    return loaded, make_reference(plan.config.data.source, plan.references, loaded, settings.num_reference_images)
+
+
+def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Callable[[Tensors], float]:
+    """Make the function that scores weights while they are trained on a range.
+
+    It draws with them on their range and with the base on the others, always from the same initial noise. Neither the
+    weights nor any global random state are changed.
+
+    Args:
+        own: in timesteps; all of them for the baseline.
+    """
+    config, base, device = plan.config, plan.base, default_device()
+    # Every call has a network of its own, and compiling it takes longer than drawing so few images.
+    drawing = config.sample.model_copy(update={"num_steps": settings.num_steps, "compile": False})
+    compared = load_compared(plan, METRICS[settings.metric], device)
+    prompts = open_prompts(plan, device)
+    edges = sorted({0, own.low, own.high, base.num_train_timesteps})
+    ranges = [TimestepRange(low, high) for low, high in pairwise(edges)]
+    others = sampling_copy(base.network, drawing, device) if len(ranges) > 1 else base.network
+
+    def distance(weights: Tensors) -> float:
+        trained = sampling_copy(build_network(plan, weights), drawing, device)
+        model = ensemble([trained if r == own else others for r in ranges], ranges, base.num_train_timesteps)
+        seeds = config.distance_seeds[: settings.num_images]
+        batches = sample_images(model, base, seeds, drawing, device, prompts=prompts)
+        return score(batches, [settings.metric], [compared])[settings.metric]
+
+    return distance
 
 
 class Objective:
@@ -42,9 +78,7 @@ class Objective:
 
     @cached_property
     def compared(self) -> tuple[Extractor, Reference]:
-        settings = self.plan.config
-        extractor = load_extractor(METRICS[settings.search.metric], self.device, settings.evaluate.inception_weights)
-        return extractor, load_reference(self.plan, extractor.name, self.device)
+        return load_compared(self.plan, METRICS[self.plan.config.search.metric], self.device)
 
     @cached_property
     def prompts(self) -> Prompts | None:

@@ -14,9 +14,10 @@ from torch import nn
 
 from . import __version__
 from .captions import load_captions, read_prompts
-from .config import Config, Search, Training, dump_config, load_config
+from .config import Config, Evaluate, Search, Training, dump_config, load_config
 from .data import Examples, Images, check_held_out, load_images
-from .features import check_metrics
+from .encoders import load_encoder
+from .features import METRICS, check_metrics
 from .latents import Latents
 from .lora import check_lora
 from .models import Base, load_base, load_network, make_scheduler, new_network, num_parameters
@@ -70,7 +71,8 @@ def check(config: Config, out: Path) -> Plan:
     check_ranges(ranges, base.num_train_timesteps)
     for num_steps in {config.sample.num_steps, config.search.num_steps or config.sample.num_steps}:
         make_scheduler(base, config.sample.sampler, num_steps, config.sample.timestep_spacing)
-    check_metrics([*config.evaluate.metrics, config.search.metric], config.evaluate.inception_weights)
+    check_extractors([*config.evaluate.metrics, config.search.metric], config.evaluate)
+    check_distance(config, config.finetune, base)
     check_precision(config.finetune)
     check_weights(config.search, len(config.search.checkpoints) or len(ranges))
     if config.finetune.lora is not None:
@@ -114,6 +116,21 @@ def check_precision(settings: Training) -> None:
         raise ValueError(
             "mixed_precision is fp16, which needs a GPU, and this machine has none: set it to bf16 or fp32"
         )
+
+
+def check_extractors(metrics: list[str], settings: Evaluate) -> None:
+    """Require that metrics exist and that the networks which they are measured on can be loaded."""
+    check_metrics(metrics, settings.inception_weights, settings.encoders)
+    for extractor in dict.fromkeys(METRICS[m] for m in metrics):
+        if extractor in settings.encoders:
+            load_encoder(extractor, settings.encoders[extractor])
+
+
+def check_distance(config: Config, settings: Training, base: Base) -> None:
+    """Require that a training can be watched by the distance it asks for, if it does."""
+    if settings.distance is not None:
+        make_scheduler(base, config.sample.sampler, settings.distance.num_steps, config.sample.timestep_spacing)
+        check_extractors([settings.distance.metric], config.evaluate)
 
 
 def check_owner(run: Run, config: Config) -> None:

@@ -67,10 +67,11 @@ def training_line(record: StepRecord) -> str:
 
 
 def validation_line(record: StepRecord) -> str:
-    """Say the validation losses, the own range's first."""
+    """Say the validation losses, the own range's first, and the distance of drawn images."""
     losses = list(record.validation or [])
     own = "" if record.own_range is None else f"own {losses.pop(record.own_range):.5f} others "
-    return f"  validation {own}" + " ".join(f"{v:.5f}" for v in losses)
+    distance = "" if record.distance is None else f"  distance {record.distance:.4g}"
+    return f"  validation {own}" + " ".join(f"{v:.5f}" for v in losses) + distance
 
 
 def metrics_line(record: dict[str, Any]) -> str:

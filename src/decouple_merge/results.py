@@ -12,12 +12,12 @@ from PIL import Image
 from .config import Config
 from .evaluate import metrics_record, score
 from .executors import run_all
-from .features import METRICS, load_extractor
-from .models import load_network, make_scheduler, num_parameters
-from .objective import load_reference
+from .features import METRICS
+from .models import load_network, num_parameters
+from .objective import load_compared
 from .plan import BASELINE, Plan, build_network, default_device, git_commit, load_experts, open_prompts
 from .runs import append_record, atomic_path, read_records, read_tensors
-from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
+from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy, sampling_fields
 from .weights import Tensors
 
 
@@ -69,24 +69,13 @@ def _seed_set(config: Config, index: int) -> range:
 def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) -> Iterator[dict[str, Any]]:
     """Score one model on one set of seeds; the images are drawn once for all metrics."""
     config, device = plan.config, default_device()
-    extractors = [
-        load_extractor(name, device, config.evaluate.inception_weights)
-        for name in dict.fromkeys(METRICS[m] for m in metrics)
-    ]
-    compared = {e.name: (e, load_reference(plan, e.name, device)) for e in extractors}
+    compared = {name: load_compared(plan, name, device) for name in dict.fromkeys(METRICS[m] for m in metrics)}
     prompts = open_prompts(plan, device)
     batches = sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device, prompts=prompts)
-    sampling = config.sample.model_dump() | {"timestep_spacing": _spacing(plan)}
-    sampling |= {"prompts": prompts.label if prompts else None}
+    sampling = sampling_fields(plan.base, config.sample, prompts)
     for metric, value in score(batches, metrics, list(compared.values())).items():
         found = compared[METRICS[metric]]
         yield metrics_record(model, metric, value, len(seeds), seeds, found, sampling, git_commit())
-
-
-def _spacing(plan: Plan) -> str:
-    settings = plan.config.sample
-    scheduler = make_scheduler(plan.base, settings.sampler, settings.num_steps, settings.timestep_spacing)
-    return str(scheduler.config.get("timestep_spacing"))
 
 
 def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
@@ -102,7 +91,7 @@ def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
                 calls.append((plan, model, seeds, missing))
     # Cached before several processes ask for it at once.
     for extractor in dict.fromkeys(METRICS[m] for *_, missing in calls for m in missing):
-        load_reference(plan, extractor, device)
+        load_compared(plan, extractor, device)
     for record in run_all(_evaluate_model, calls, config.num_processes):
         append_record(plan.run.metrics, record)
         yield record

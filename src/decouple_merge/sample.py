@@ -144,6 +144,13 @@ def sample_images(
         yield to_pixels(x if prompts is None else prompts.decode(x))[: len(batch)].cpu()
 
 
+def sampling_fields(base: Base, settings: Sample, prompts: Prompts | None) -> dict[str, Any]:
+    """Say what an image depends on besides model and seed, as records carry it."""
+    scheduler = make_scheduler(base, settings.sampler, settings.num_steps, settings.timestep_spacing)
+    spacing = scheduler.config.get("timestep_spacing")
+    return settings.model_dump() | {"timestep_spacing": spacing, "prompts": prompts.label if prompts else None}
+
+
 def check_prompts(base: Base, has_prompts: bool) -> None:
     """Require prompts for a text-to-image base, and none for another.
 

@@ -13,11 +13,10 @@ from .config import Sample, Text
 from .data import ArrayImages, Images, holds_jpeg, open_images
 from .evaluate import check_reference, metrics_record, needs_reference, needs_rows, score
 from .features import MEASURED, METRICS, Extractor, check_metrics, load_extractor
-from .models import make_scheduler
 from .plan import default_device, git_commit
 from .references import Reference, holds_statistics, make_reference, read_statistics, write_statistics
 from .runs import append_record
-from .sample import sample_images
+from .sample import sample_images, sampling_fields
 from .standalone import open_model
 
 
@@ -122,9 +121,7 @@ def _open_scored(
     if _is_model(model):
         seeds = range(seed, seed + (num_images or 5000))
         base, network, prompts = open_model(model, device, text, seed)
-        scheduler = make_scheduler(base, settings.sampler, settings.num_steps, settings.timestep_spacing)
-        sampling = settings.model_dump() | {"timestep_spacing": scheduler.config.get("timestep_spacing")}
-        sampling |= {"prompts": prompts.label if prompts else None}
+        sampling = sampling_fields(base, settings, prompts)
         drawn = sample_images(network, base, seeds, settings, device, prompts=prompts)
         return _Scored(drawn, base.channels, base.image_size, len(seeds), seeds, sampling)
     images = open_images(model)

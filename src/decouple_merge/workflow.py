@@ -8,11 +8,24 @@ from typing import Any
 from .config import Config, Training
 from .data import check_held_out, load_images
 from .executors import run_all
+from .features import METRICS
 from .figures import sample_grid, training_curve
 from .finetune import StepRecord, Task, is_main_process, main_process_first, train
 from .latents import Latents
 from .models import create_base, export_pipeline
-from .plan import BASELINE, Plan, check_owner, check_precision, claim, load_experts, manifest, prepare
+from .objective import load_compared, training_distance
+from .plan import (
+    BASELINE,
+    Plan,
+    check_distance,
+    check_owner,
+    check_precision,
+    claim,
+    default_device,
+    load_experts,
+    manifest,
+    prepare,
+)
 from .results import Row, evaluate_run, report_models
 from .runs import Run, read_records, read_tensors, write_records
 from .selection import search_weights
@@ -42,7 +55,9 @@ def _baseline_task(plan: Plan) -> Task:
 
 
 def _train(plan: Plan, task: Task, settings: Training, folder: Path) -> Iterator[StepRecord]:
-    yield from train(plan.base, plan.images, plan.config.data, task, settings, plan.config.seed, folder)
+    with main_process_first():
+        distance = training_distance(plan, task.own, settings.distance) if settings.distance else None
+    yield from train(plan.base, plan.images, plan.config.data, task, settings, plan.config.seed, folder, distance)
 
 
 def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[str | StepRecord]:
@@ -67,10 +82,13 @@ def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[str | Step
             shutil.rmtree(call[3] / "state", ignore_errors=True)
         else:
             unfinished.append(call)
-    if unfinished and isinstance(plan.images, Latents):
+    if unfinished:
         # Before several processes ask for them at once.
         with main_process_first():
-            yield from plan.images.fill()
+            if isinstance(plan.images, Latents):
+                yield from plan.images.fill()
+            if settings.distance is not None:
+                load_compared(plan, METRICS[settings.distance.metric], default_device())
     yield from run_all(_train, unfinished, plan.config.num_processes)
 
 
@@ -101,13 +119,15 @@ def pretrain(config: Config, out: Path) -> Iterator[Event]:
         raise ValueError("the config has no section pretrain, which holds the model's and the training's settings")
     base = create_base(settings.model, settings.scheduler, config.seed)
     check_precision(settings)
+    check_distance(config, settings, base)
     check_owner(Run(out), config)
     images = load_images(config.data, base.channels, base.image_size)
     check_held_out(images, config.data)
     claim(Run(out), config, manifest(config, base, images))
     ranges = tuple(split_timesteps(base.num_train_timesteps, settings.num_ranges))
     task = Task("pretrain", TimestepRange(0, base.num_train_timesteps), ranges)
-    yield from train(base, images, config.data, task, settings, config.seed, out / "training")
+    plan = Plan(config, Run(out), base, images, ranges, images, [])
+    yield from _train(plan, task, settings, out / "training")
     if is_main_process():
         weights, _ = read_tensors(out / "training" / "model.safetensors")
         pipeline, log = out / "pipeline", read_records(out / "training" / "log.jsonl")
