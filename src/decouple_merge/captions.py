@@ -1,4 +1,4 @@
-"""Texts: captions of images, from metadata.jsonl or a column of a data set, and prompts from files."""
+"""Captions of images, from metadata.jsonl or a column of a data set."""
 
 import json
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 from .config import Data
 from .data import Column, DecodedImages, Images
+from .prompts import read_lines
 
 METADATA = "metadata.jsonl"
 
@@ -57,7 +58,7 @@ def _metadata(files: Sequence[Path], data: Data) -> list[Any]:
             f'{{"file_name": "{files[0].name}", "{column}": "…"}}'
         )
     captions = {}
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line:
             continue
         try:
@@ -71,24 +72,3 @@ def _metadata(files: Sequence[Path], data: Data) -> list[Any]:
     if missing := [file for file in files if file not in captions]:
         raise ValueError(f"{path}: {len(missing)} of {len(files)} images have no caption, {missing[0]} among them")
     return [captions[file] for file in files]
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Read prompts from a UTF-8 text file, one a line; empty lines are left out.
-
-    Raises:
-        ValueError: there is no such file, it is in another encoding, or it is empty.
-    """
-    prompts = [line for line in _read_lines(path) if line]
-    if not prompts:
-        raise ValueError(f"{path}: found no prompts, expected one a line")
-    return prompts
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; expected a UTF-8 text file, one text a line") from error

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from . import __version__
-from .captions import load_captions, read_prompts
+from .captions import load_captions
 from .config import Config, Search, Training, dump_config, load_config
 from .data import Examples, Images, check_held_out, load_images
 from .features import check_metrics
 from .latents import Latents
 from .lora import check_lora
 from .models import Base, load_base, load_network, make_scheduler, new_network, num_parameters
+from .prompts import load_prompts
 from .runs import Run, read_tensors, write_json, write_text
 from .sample import Prompts
 from .search import check_weights, levels
@@ -85,7 +86,7 @@ def check(config: Config, out: Path) -> Plan:
     captions = load_captions(images, config.data)
     # The data may be sorted, and a set of seeds asks for some of the captions only.
     order = torch.randperm(len(captions), generator=generator("prompts")).tolist()
-    prompts = read_prompts(config.text.prompts) if config.text.prompts else [captions[i] for i in order]
+    prompts = load_prompts(config.text) or [captions[i] for i in order]
     latents = Latents(base.encoders, images, captions, base.image_size, config.data, default_device())
     return Plan(config, Run(out), base, latents, tuple(ranges), images, prompts)
 
