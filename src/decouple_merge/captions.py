@@ -1,4 +1,4 @@
-"""Captions of images, from metadata.jsonl or a column of a data set."""
+"""Texts of images: captions from metadata.jsonl or a column of a data set, or the prompts they were drawn from."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Data
-from .data import Column, DecodedImages, Images
+from .data import Column, DecodedImages, Images, file_names
 from .prompts import read_lines
 
 METADATA = "metadata.jsonl"
@@ -72,3 +72,28 @@ def _metadata(files: Sequence[Path], data: Data) -> list[Any]:
     if missing := [file for file in files if file not in captions]:
         raise ValueError(f"{path}: {len(missing)} of {len(files)} images have no caption, {missing[0]} among them")
     return [captions[file] for file in files]
+
+
+def texts_of(images: Images, source: str, prompts: list[str], first: int) -> list[str]:
+    """Say what images are to show: their prompts, or where there are none their captions.
+
+    Where files are numbered, as ``deme sample`` names them, the prompt of image n is number n - first; otherwise that
+    of the k-th image in the order of names is number k. After the last prompt comes the first again.
+
+    Raises:
+        ValueError: a number is missing, or as ``load_captions``.
+    """
+    if not prompts:
+        return load_captions(images, Data(source=source))
+    stems = [path.stem for path in file_names(images)]
+    places = list(range(len(images)))
+    # By name, 10 comes before 2: the order of the images isn't that of the prompts.
+    if stems and all(stem.isdecimal() for stem in stems):
+        places = [int(stem) - first for stem in stems]
+        if sorted(places) != list(range(len(images))):
+            raise ValueError(
+                f"{source}: found {len(places)} images numbered {first + min(places)} to {first + max(places)}, "
+                f"expected every number from {first} to {first + len(places) - 1}: give the number of the image of the "
+                "first prompt as --seed, and draw or rename what is missing"
+            )
+    return [prompts[place % len(prompts)] for place in places]

@@ -261,7 +261,7 @@ class Search(Section):
     @field_validator("metric")
     @classmethod
     def _distance(cls, metric: str) -> str:
-        if metric.startswith(("precision", "recall", "density", "coverage", "inception_score")):
+        if metric.startswith(("precision", "recall", "density", "coverage", "inception_score", "clip_score")):
             raise ValueError("expected a distance, which is smaller for better images: the search minimises")
         return metric
 
