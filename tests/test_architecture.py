@@ -21,6 +21,7 @@ LAYERS = [
         "inception",
         "latents",
         "lora",
+        "prompts",
         "references",
         "runs",
         "search",

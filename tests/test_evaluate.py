@@ -210,4 +210,4 @@ def test_metrics_without_their_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="'cmmd' needs a clip model"):
         check_metrics(["cmmd"], None)
     check_metrics(["cmmd", "kd_dinov2"], None, {"clip": "a", "dinov2": "b"})
-    assert {m.extractor for m in MEASURED.values()} == {"effnetlite0", "inception", "dinov2", "clip"}
+    assert {m.extractor for m in MEASURED.values()} == {"effnetlite0", "inception", "dinov2", "clip", "clip_text"}

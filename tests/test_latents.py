@@ -19,7 +19,7 @@ from transformers import CLIPTextModel
 
 from conftest import WORDS, save_stable_diffusion
 from decouple_merge import latents as latents_module
-from decouple_merge.captions import load_captions, read_prompts
+from decouple_merge.captions import load_captions
 from decouple_merge.config import Data
 from decouple_merge.data import Images, LatentBatch, load_images, model_input, to_model, training_batches
 from decouple_merge.gradient import noisy_batch
@@ -119,20 +119,6 @@ def test_a_source_that_can_have_no_captions_is_refused(tmp_path: Path) -> None:
     data = Data(source=str(tmp_path / "images.npz"))
     with pytest.raises(ValueError, match=r"has no captions, .*expected a folder of images with metadata.jsonl"):
         load_captions(load_images(data, 3, 16), data)
-
-
-def test_prompts_are_the_lines_of_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffa café\r\n\n  two dogs \n".encode())
-    assert read_prompts(path) == ["a café", "two dogs"]
-    path.write_bytes("a café".encode("utf-16"))
-    with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 \(byte 0: .*save it as UTF-8"):
-        read_prompts(path)
-    path.write_text(" \n")
-    with pytest.raises(ValueError, match=r"prompts.txt: found no prompts, expected one a line"):
-        read_prompts(path)
-    with pytest.raises(ValueError, match=r"nowhere.txt: No such file or directory; expected a UTF-8 text file"):
-        read_prompts(tmp_path / "nowhere.txt")
 
 
 # -- the cache

@@ -21,6 +21,7 @@ _PUBLIC = {
     "frechet_distance": "metrics",
     "kernel_distance": "metrics",
     "inception_score": "metrics",
+    "clip_score": "metrics",
     "precision_recall": "neighbours",
     "density_coverage": "neighbours",
     "split_timesteps": "timesteps",

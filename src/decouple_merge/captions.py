@@ -1,4 +1,4 @@
-"""Texts: captions of images, from metadata.jsonl or a column of a data set, and prompts from files."""
+"""Texts of images: captions from metadata.jsonl or a column of a data set, or the prompts they were drawn from."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .config import Data
-from .data import Column, DecodedImages, Images
+from .data import Column, DecodedImages, Images, file_names
+from .prompts import read_lines
 
 METADATA = "metadata.jsonl"
 
@@ -57,7 +58,7 @@ def _metadata(files: Sequence[Path], data: Data) -> list[Any]:
             f'{{"file_name": "{files[0].name}", "{column}": "…"}}'
         )
     captions = {}
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line:
             continue
         try:
@@ -73,22 +74,26 @@ def _metadata(files: Sequence[Path], data: Data) -> list[Any]:
     return [captions[file] for file in files]
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read prompts from a UTF-8 text file, one a line; empty lines are left out.
+def texts_of(images: Images, source: str, prompts: list[str], first: int) -> list[str]:
+    """Say what images are to show: their prompts, or where there are none their captions.
+
+    Where files are numbered, as ``deme sample`` names them, the prompt of image n is number n - first; otherwise that
+    of the k-th image in the order of names is number k. After the last prompt comes the first again.
 
     Raises:
-        ValueError: there is no such file, it is in another encoding, or it is empty.
+        ValueError: a number is missing, or as ``load_captions``.
     """
-    prompts = [line for line in _read_lines(path) if line]
     if not prompts:
-        raise ValueError(f"{path}: found no prompts, expected one a line")
-    return prompts
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; expected a UTF-8 text file, one text a line") from error
+        return load_captions(images, Data(source=source))
+    stems = [path.stem for path in file_names(images)]
+    places = list(range(len(images)))
+    # By name, 10 comes before 2: the order of the images isn't that of the prompts.
+    if stems and all(stem.isdecimal() for stem in stems):
+        places = [int(stem) - first for stem in stems]
+        if sorted(places) != list(range(len(images))):
+            raise ValueError(
+                f"{source}: found {len(places)} images numbered {first + min(places)} to {first + max(places)}, "
+                f"expected every number from {first} to {first + len(places) - 1}: give the number of the image of the "
+                "first prompt as --seed, and draw or rename what is missing"
+            )
+    return [prompts[place % len(prompts)] for place in places]

@@ -226,7 +226,8 @@ def info(
 
 
 PromptFile = Annotated[
-    Path | None, typer.Option("--prompts", metavar="FILE", help="For text-to-image models: one prompt a line")
+    Path | None,
+    typer.Option("--prompts", metavar="FILE", help="One prompt a line, PartiPrompts' .tsv, .json of names or of COCO"),
 ]
 NegativePrompt = Annotated[str | None, typer.Option(help="What guidance leads away from")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale, 7.5 where not given; 1 is none")]
@@ -270,7 +271,7 @@ def sample(
 
 InceptionWeights = Annotated[Path | None, typer.Option(help="For fid, kid and other metrics of Inception")]
 DinoV2 = Annotated[str | None, typer.Option("--dinov2", help="Folder or hub name, for fd_dinov2 and others")]
-Clip = Annotated[str | None, typer.Option(help="Folder or hub name, for cmmd, fd_clip and others")]
+Clip = Annotated[str | None, typer.Option(help="Folder or hub name, for clip_score, cmmd, fd_clip and others")]
 
 
 def _encoders(dinov2: str | None, clip: str | None) -> dict[str, str]:

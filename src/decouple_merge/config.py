@@ -27,7 +27,7 @@ Probability = Field(ge=0, le=1)
 
 
 def _check_distance(metric: str) -> str:
-    if metric.startswith(("precision", "recall", "density", "coverage", "inception_score")):
+    if metric.startswith(("precision", "recall", "density", "coverage", "inception_score", "clip_score")):
         raise ValueError("expected a distance, which is smaller for better images")
     return metric
 
@@ -221,15 +221,27 @@ class Text(Section):
     """What text-to-image models are asked for; other models don't use it.
 
     Attributes:
-        prompts: a text file with one prompt a line; None takes the data's captions, in a fixed random order. The prompt
-            of an image is the one at its seed, modulo their number.
+        prompts: a text file with one prompt a line, PartiPrompts' ``.tsv``, or ``.json`` of texts or COCO's captions;
+            None takes the data's captions, in a fixed random order. The prompt of an image is the one at its seed,
+            modulo their number.
+        template: what is asked for, with the prompt of the file in the place of ``{}``.
+        prompt_seed: of the choice of one caption for each of COCO's images, and of their order.
         negative_prompt: what guidance leads away from.
         guidance_scale: 1 is no guidance, which takes half the compute.
     """
 
     prompts: Path | None = None
+    template: str = "{}"
+    prompt_seed: NonNegativeInt = 0
     negative_prompt: str = ""
     guidance_scale: float = Field(7.5, ge=1)
+
+    @field_validator("template")
+    @classmethod
+    def _has_place(cls, template: str) -> str:
+        if "{}" not in template:
+            raise ValueError("expected {} where the prompt goes, such as 'a photo of a {}'")
+        return template
 
 
 class Search(Section):

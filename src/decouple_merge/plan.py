@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from . import __version__
-from .captions import load_captions, read_prompts
+from .captions import load_captions
 from .config import Config, Evaluate, Search, Training, dump_config, load_config
 from .data import Examples, Images, check_held_out, load_images
-from .encoders import load_encoder
-from .features import METRICS, check_metrics
+from .encoders import load_encoder, load_text_encoder
+from .features import METRICS, check_metrics, weights_of
 from .latents import Latents
 from .lora import check_lora
 from .models import Base, load_base, load_network, make_scheduler, new_network, num_parameters
+from .prompts import load_prompts
 from .runs import Run, read_tensors, write_json, write_text
 from .sample import Prompts
 from .search import check_weights, levels
@@ -72,6 +73,8 @@ def check(config: Config, out: Path) -> Plan:
     for num_steps in {config.sample.num_steps, config.search.num_steps or config.sample.num_steps}:
         make_scheduler(base, config.sample.sampler, num_steps, config.sample.timestep_spacing)
     check_extractors([*config.evaluate.metrics, config.search.metric], config.evaluate)
+    if "clip_score" in config.evaluate.metrics and base.encoders is None:
+        raise ValueError(f"evaluate.metrics has clip_score, but {config.base} reads no texts; take another metric")
     check_distance(config, config.finetune, base)
     check_precision(config.finetune)
     check_weights(config.search, len(config.search.checkpoints) or len(ranges))
@@ -87,7 +90,7 @@ def check(config: Config, out: Path) -> Plan:
     captions = load_captions(images, config.data)
     # The data may be sorted, and a set of seeds asks for some of the captions only.
     order = torch.randperm(len(captions), generator=generator("prompts")).tolist()
-    prompts = read_prompts(config.text.prompts) if config.text.prompts else [captions[i] for i in order]
+    prompts = load_prompts(config.text) or [captions[i] for i in order]
     latents = Latents(base.encoders, images, captions, base.image_size, config.data, default_device())
     return Plan(config, Run(out), base, latents, tuple(ranges), images, prompts)
 
@@ -121,9 +124,11 @@ def check_precision(settings: Training) -> None:
 def check_extractors(metrics: list[str], settings: Evaluate) -> None:
     """Require that metrics exist and that the networks which they are measured on can be loaded."""
     check_metrics(metrics, settings.inception_weights, settings.encoders)
-    for extractor in dict.fromkeys(METRICS[m] for m in metrics):
-        if extractor in settings.encoders:
-            load_encoder(extractor, settings.encoders[extractor])
+    for extractor in dict.fromkeys(METRICS[m] for m in metrics) if settings.encoders else ():
+        if (path := weights_of(extractor, None, settings.encoders)) is not None:
+            load_encoder(extractor, str(path))
+            if extractor == "clip_text":
+                load_text_encoder(str(path))
 
 
 def check_distance(config: Config, settings: Training, base: Base) -> None:

@@ -42,7 +42,7 @@ class Reference:
         num_images: 0 where statistics don't say.
         moments: for each output of the extractor.
         rows: float32 features, for the ``kernel`` distances and for ``neighbours``; empty where there are only
-            statistics.
+            statistics. Of a CLIP score the ``texts``: row k is that of image k, modulo their number.
     """
 
     name: str
@@ -93,6 +93,20 @@ def _statistics(images: Images, num: int, extractor: Extractor) -> dict[str, Ten
             f"{output}.root": matrix_root(covariance),
         }
     return tensors
+
+
+def text_reference(prompts: list[str], texts: list[str], extractor: Extractor) -> Reference:
+    """Embed the texts that images are to show, for the CLIP score.
+
+    Args:
+        prompts: all that there are, of which records carry the hash.
+        texts: of the images in their order.
+    """
+    assert extractor.embed is not None
+    index = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    rows = extractor.embed(list(index))[[index[text] for text in texts]]
+    digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
+    return Reference(f"prompts:{digest[:16]}:{len(prompts)}", 0, {}, {"texts": rows})
 
 
 def write_statistics(reference: Reference, path: Path) -> None:

@@ -14,8 +14,9 @@ from .evaluate import metrics_record, score
 from .executors import run_all
 from .features import METRICS
 from .models import load_network, num_parameters
-from .objective import load_compared
+from .objective import load_compared, load_features
 from .plan import BASELINE, Plan, build_network, default_device, git_commit, load_experts, open_prompts
+from .references import text_reference
 from .runs import append_record, atomic_path, read_records, read_tensors
 from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy, sampling_fields
 from .weights import Tensors
@@ -69,8 +70,13 @@ def _seed_set(config: Config, index: int) -> range:
 def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) -> Iterator[dict[str, Any]]:
     """Score one model on one set of seeds; the images are drawn once for all metrics."""
     config, device = plan.config, default_device()
-    compared = {name: load_compared(plan, name, device) for name in dict.fromkeys(METRICS[m] for m in metrics)}
-    prompts = open_prompts(plan, device)
+    prompts, compared = open_prompts(plan, device), {}
+    for name in dict.fromkeys(METRICS[m] for m in metrics):
+        if name == "clip_text" and prompts is not None:
+            clip = load_features(plan, name, device)
+            compared[name] = clip, text_reference(prompts.prompts, prompts.choose(seeds), clip)
+        else:
+            compared[name] = load_compared(plan, name, device)
     batches = sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device, prompts=prompts)
     sampling = sampling_fields(plan.base, config.sample, prompts)
     for metric, value in score(batches, metrics, list(compared.values())).items():
@@ -90,7 +96,7 @@ def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
             if missing:
                 calls.append((plan, model, seeds, missing))
     # Cached before several processes ask for it at once.
-    for extractor in dict.fromkeys(METRICS[m] for *_, missing in calls for m in missing):
+    for extractor in {METRICS[m] for *_, missing in calls for m in missing} - {"clip_text"}:
         load_compared(plan, extractor, device)
     for record in run_all(_evaluate_model, calls, config.num_processes):
         append_record(plan.run.metrics, record)

@@ -74,13 +74,17 @@ class Prompts:
         digest = hashlib.sha256(repr((self.prompts, settings.negative_prompt)).encode()).hexdigest()
         self.label = f"{len(prompts)} texts {digest[:16]}, guidance {settings.guidance_scale:g}"
 
+    def choose(self, seeds: Sequence[int]) -> list[str]:
+        """Look up the prompts of some seeds."""
+        return [self.prompts[(seed - self.first_seed) % len(self.prompts)] for seed in seeds]
+
     def guide(self, model: Denoiser, seeds: Sequence[int]) -> Denoiser:
         """Bind the prompts of some seeds to a denoiser, with classifier-free guidance (Ho & Salimans 2022).
 
         f = f(x, negative) + s·(f(x, prompt) - f(x, negative)), both by one call of twice the batch; at s = 1 the
         prompt's alone.
         """
-        chosen = [self.prompts[(seed - self.first_seed) % len(self.prompts)] for seed in seeds]
+        chosen = self.choose(seeds)
         scale = self.settings.guidance_scale
         negative = [self.settings.negative_prompt] * len(chosen) if scale > 1 else []
         text = self.texts.embed([*negative, *chosen]).to(self.device)

@@ -9,12 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .captions import texts_of
 from .config import Sample, Text
 from .data import ArrayImages, Images, holds_jpeg, open_images
 from .evaluate import check_reference, metrics_record, needs_reference, needs_rows, score
-from .features import MEASURED, METRICS, Extractor, check_metrics, load_extractor
+from .features import MEASURED, METRICS, Extractor, check_metrics, load_extractor, weights_of
 from .plan import default_device, git_commit
-from .references import Reference, holds_statistics, make_reference, read_statistics, write_statistics
+from .prompts import load_prompts
+from .references import (
+    Reference,
+    holds_statistics,
+    make_reference,
+    read_statistics,
+    text_reference,
+    write_statistics,
+)
 from .runs import append_record
 from .sample import sample_images, sampling_fields
 from .standalone import open_model
@@ -22,7 +31,12 @@ from .standalone import open_model
 
 @dataclass
 class _Scored:
-    """Images to be scored, from wherever they come."""
+    """Images to be scored, from wherever they come.
+
+    Attributes:
+        prompts: all that images may be drawn from.
+        texts: those of these images, in their order.
+    """
 
     batches: Iterable[Tensor]
     channels: int
@@ -31,6 +45,8 @@ class _Scored:
     seeds: range | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     has_jpeg: bool = False
+    prompts: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
 
 def evaluate_model(
@@ -59,7 +75,7 @@ def evaluate_model(
         encoders: folder or hub name of ``dinov2`` and ``clip``.
         settings: how a model draws; DDIM with 50 steps where not given.
         name: of the model in the records; the path where not given.
-        text: prompts and guidance, where models are text-to-image.
+        text: prompts and guidance, where models are text-to-image; of images, what the CLIP score says that they show.
 
     Raises:
         ValueError: a metric, its weights, the model, the images or the reference is wrong.
@@ -67,8 +83,13 @@ def evaluate_model(
     check_metrics(metrics, inception_weights, encoders)
     name = name or (model if isinstance(model, str) else "images")
     device, settings = default_device(), settings or Sample()
-    weights: dict[str, Any] = {"inception": inception_weights, **(encoders or {})}
-    scored = _open_scored(model, num_images, seed, settings, device, text)
+    with_texts = any(MEASURED[m].measure == "clip_score" for m in metrics)
+    scored = _open_scored(model, num_images, seed, settings, device, text, with_texts)
+    if with_texts and not scored.texts:
+        raise ValueError(
+            f"clip_score needs the texts that the images of {name} show: give --prompts, or take another metric for a "
+            "model that reads none"
+        )
     if scored.has_jpeg:
         yield (
             f"warning: {name} holds JPEG files, whose compression moves every metric; compare only with images that "
@@ -77,10 +98,12 @@ def evaluate_model(
     against = reference if reference is None or isinstance(reference, str) else _collect(reference)
     compared: dict[str, tuple[Extractor, Reference | None]] = {}
     for extractor_name in dict.fromkeys(METRICS[m] for m in metrics):
-        extractor = load_extractor(extractor_name, device, weights.get(extractor_name))
+        extractor = load_extractor(extractor_name, device, weights_of(extractor_name, inception_weights, encoders))
         needed = [m for m in metrics if METRICS[m] == extractor_name]
         found = None
-        if against is not None and any(map(needs_reference, needed)):
+        if extractor.embed is not None:
+            found = text_reference(scored.prompts, scored.texts, extractor)
+        elif against is not None and any(map(needs_reference, needed)):
             found = _any_reference(against, extractor, scored, any(map(needs_rows, needed)), settings, device, text)
         for metric in needed:
             check_reference(metric, found)
@@ -110,6 +133,7 @@ def _open_scored(
     settings: Sample,
     device: torch.device,
     text: Text | None = None,
+    with_texts: bool = False,
 ) -> _Scored:
     if not isinstance(model, str):
         batches = iter(model)
@@ -117,19 +141,28 @@ def _open_scored(
         if not isinstance(first, Tensor) or first.ndim != 4 or first.dtype != torch.uint8:
             found = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
             raise ValueError(f"the first batch is {found}, expected uint8 [N, C, H, W], 0 to 255: quantise the images")
-        return _Scored(chain([first], batches), first.shape[1], first.shape[2])
+        given = load_prompts(text or Text())
+        return _Scored(chain([first], batches), first.shape[1], first.shape[2], prompts=given, texts=given)
     if _is_model(model):
         seeds = range(seed, seed + (num_images or 5000))
         base, network, prompts = open_model(model, device, text, seed)
         sampling = sampling_fields(base, settings, prompts)
         drawn = sample_images(network, base, seeds, settings, device, prompts=prompts)
-        return _Scored(drawn, base.channels, base.image_size, len(seeds), seeds, sampling)
+        scored = _Scored(drawn, base.channels, base.image_size, len(seeds), seeds, sampling)
+        if prompts is not None:
+            scored.prompts, scored.texts = prompts.prompts, prompts.choose(seeds)
+        return scored
     images = open_images(model)
     num = num_images or len(images)
     if num > len(images):
         raise ValueError(f"{model}: found {len(images)} images, expected at least --num-images {num}")
     batches = (images.stack(b.tolist()) for b in torch.arange(num).split(256))
-    return _Scored(batches, images[0].shape[0], images[0].shape[1], num, has_jpeg=holds_jpeg(images))
+    scored = _Scored(batches, images[0].shape[0], images[0].shape[1], num, has_jpeg=holds_jpeg(images))
+    if with_texts:
+        given = load_prompts(text or Text())
+        texts = texts_of(images, model, given, seed)
+        scored.prompts, scored.texts = given or texts, texts[:num]
+    return scored
 
 
 def rank_warning(metric: str, num_images: int, extractor: Extractor) -> str | None:
@@ -185,6 +218,10 @@ def write_reference(
 ) -> None:
     """Write the mean and covariance of a data set's features as an npz file."""
     check_metrics([metric], inception_weights, encoders)
-    weights: dict[str, Any] = {"inception": inception_weights, **(encoders or {})}
-    extractor = load_extractor(METRICS[metric], default_device(), weights.get(METRICS[metric]))
+    if metric == "clip_score":
+        raise ValueError(
+            "clip_score compares images with texts, for which there are no statistics; take another metric"
+        )
+    weights = weights_of(METRICS[metric], inception_weights, encoders)
+    extractor = load_extractor(METRICS[metric], default_device(), weights)
     write_statistics(make_reference(images, open_images(images), extractor), out)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from .captions import read_prompts
 from .config import Sample, Text, load_config
 from .models import Base, load_base, load_network, new_network
 from .plan import check, default_device
+from .prompts import load_prompts
 from .results import denoiser_of, write_images
 from .sample import Denoiser, Prompts, check_prompts, denoiser, sample_images, sampling_copy
 from .tensors import PROJECTIONS_FILE
@@ -26,13 +26,12 @@ def open_model(
         ValueError: the model is none, or is text-to-image and has no prompts, or has prompts and isn't.
     """
     settings, text = Sample(), text or Text()
-    prompts = read_prompts(text.prompts) if text.prompts else []
+    prompts = load_prompts(text)
     if (Path(model) / "config.yaml").exists():
         plan = check(load_config(Path(model) / "config.yaml"), Path(model))
-        text = plan.config.text.model_copy(update=text.model_dump(include=text.model_fields_set))
-        if not prompts:
-            prompts, first_seed = plan.prompts, 0
-        found = _open_prompts(plan.base, prompts, text, device, first_seed)
+        both = plan.config.text.model_copy(update=text.model_dump(include=text.model_fields_set))
+        prompts = load_prompts(both) or plan.prompts
+        found = _open_prompts(plan.base, prompts, both, device, first_seed if text.prompts else 0)
         return plan.base, denoiser_of(plan, "ensemble", device), found
     base = load_base(model)
     found = _open_prompts(base, prompts, text, device, first_seed)
