@@ -24,7 +24,8 @@ from decouple_merge.config import Data
 from decouple_merge.data import Images, LatentBatch, load_images, model_input, to_model, training_batches
 from decouple_merge.gradient import noisy_batch
 from decouple_merge.latents import Latents, TextEmbeddings
-from decouple_merge.models import encode_images, encode_texts, load_base, load_text_encoder, load_vae
+from decouple_merge.models import load_base
+from decouple_merge.parts import encode_images, encode_texts, load_text_encoder, load_vae
 from decouple_merge.timesteps import TimestepRange
 
 CPU = torch.device("cpu")

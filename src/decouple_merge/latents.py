@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .config import Data
 from .data import Examples, Images, LatentBatch, to_model
-from .models import Encoders, encode_images, encode_texts, encoder_sha256, load_text_encoder, load_vae
+from .parts import Encoders, encode_images, encode_texts, encoder_sha256, load_text_encoder, load_vae
 from .runs import cache_folder, read_tensors, write_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

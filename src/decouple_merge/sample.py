@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .config import Sample, Text
 from .data import to_pixels
 from .latents import DTYPES, TextEmbeddings
-from .models import Base, Encoders, decode_latents, load_vae, make_scheduler, predict
+from .models import Base, make_scheduler, predict
+from .parts import Encoders, decode_latents, load_vae
 from .timesteps import TimestepRange, check_ranges, range_index
 
 # Maps noisy images, t and what the network takes besides to its prediction.
