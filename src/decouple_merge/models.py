@@ -23,8 +23,10 @@ from .tensors import PROJECTIONS_FILE, TensorFiles, hash_tensors, model_files
 
 SUPPORTED = (
     "a diffusers pipeline of a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline, …) with a VP schedule, or a "
-    "StableDiffusionPipeline"
+    "StableDiffusionPipeline or StableDiffusionXLPipeline"
 )
+ADDED_INPUTS = ("text_embeds", "time_ids")
+
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
 
@@ -63,7 +65,7 @@ class Base:
 
     @property
     def image_size(self) -> int:
-        return self.network.config.sample_size * (self.encoders.downscale if self.encoders else 1)
+        return self.encoders.image_size if self.encoders else self.network.config.sample_size
 
     @property
     def channels(self) -> int:
@@ -93,7 +95,7 @@ def load_base(name: str) -> Base:
         ) from error
     network: Any = getattr(pipeline, "unet", None)
     scheduler: Any = getattr(pipeline, "scheduler", None)
-    is_text_to_image = type(pipeline).__name__ == TEXT_TO_IMAGE
+    is_text_to_image = type(pipeline).__name__ in TEXT_TO_IMAGE
     is_unet = type(network) is (UNet2DConditionModel if is_text_to_image else UNet2DModel)
     if not is_unet or hasattr(pipeline, "vqvae") or (hasattr(pipeline, "vae") and not is_text_to_image):
         kind = type(network).__name__ if network is not None else "no unet"
@@ -159,9 +161,16 @@ def predict(
     """Run the denoiser once on noisy images at timesteps t (a number, or one for each image).
 
     Args:
-        condition: the network's other inputs by their names in diffusers: none, or encoder_hidden_states [batch, l, d].
+        condition: the network's other inputs by their names in diffusers, each [batch, ...].
     """
-    return network(x, t, return_dict=False, **condition)[0]
+    return network(x, t, return_dict=False, **nest_inputs(condition))[0]
+
+
+def nest_inputs(condition: dict[str, Tensor]) -> dict[str, Any]:
+    """Put the inputs that SDXL's network takes in a dict of their own into one."""
+    added = {name: condition[name] for name in ADDED_INPUTS if name in condition}
+    others = {name: value for name, value in condition.items() if name not in added}
+    return {**others, "added_cond_kwargs": added} if added else others
 
 
 def num_parameters(network: nn.Module) -> int:
