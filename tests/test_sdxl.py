@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from conftest import WORDS, make_sdxl_unet, save_sdxl, save_stable_diffusion, stock_images
 from decouple_merge import finetune, selection, workflow
 from decouple_merge.captions import load_captions
-from decouple_merge.config import Config, Data, Sample, Text
+from decouple_merge.config import Config, Data, Sample, Text, load_config
 from decouple_merge.data import load_images
 from decouple_merge.gradient import DenoisingLoss, noisy_batch
 from decouple_merge.latents import Latents
 from decouple_merge.lora import FILE
 from decouple_merge.models import load_base
 from decouple_merge.parts import decode_latents, encode_images, encode_texts, load_text_encoders, load_vae
-from decouple_merge.plan import prepare
+from decouple_merge.plan import describe, prepare
 from decouple_merge.projection import attach_projections, folded_state_dict, projection_parameters
 from decouple_merge.sample import Prompts, denoiser, sample_images
 from decouple_merge.timesteps import TimestepRange
@@ -293,6 +293,21 @@ def test_adapters_end_as_a_pipeline_and_as_one_lora_of_the_base(
     found = pipeline(["red cat"], generator=[torch.Generator().manual_seed(0)], output_type="np", **asked).images
     assert abs(found - merged).max() < 1e-3
     assert abs(stock_images(Path(config.base), ["red cat"], [0], **asked) - merged).max() > 1e-2
+
+
+def test_the_shipped_config_plans_and_trains_a_tiny_pipeline(
+    tiny_sdxl_base: Path, tiny_captioned: Path, tmp_path: Path
+) -> None:
+    tiny = {"base": tiny_sdxl_base, "data.source": tiny_captioned, "data.num_held_out": 4, "data.num_workers": 0}
+    tiny |= {"finetune.num_updates": 1, "finetune.tracker": "none"}
+    overrides = [f"{key}={value}" for key, value in tiny.items()]
+    config = load_config(Path(__file__).parents[1] / "configs/sdxl-lora.yaml", overrides)
+    lines = list(describe(config, tmp_path / "run"))
+    assert "prompts: 24, guidance 5" in lines
+    assert any(line.startswith("experts: 4 x 1 updates of 16 images on [0, 10)") for line in lines)
+    list(workflow.finetune_experts(prepare(config, tmp_path / "run"), 3))
+    factors = load_file(tmp_path / "run/experts/3/lora" / FILE)
+    assert {v.shape[0] for k, v in factors.items() if k.endswith("lora_A.weight")} == {32}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
