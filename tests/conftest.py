@@ -14,6 +14,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     UNet2DConditionModel,
     UNet2DModel,
@@ -85,36 +86,11 @@ def save_stable_diffusion(
     """Save a StableDiffusionPipeline of random parts: 16×16 images, letters as vocabulary, T = 40."""
     # Imported here, since this takes seconds that most tests needn't pay.
     from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel
 
-    folder.mkdir(parents=True)
-    letters = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase)]
-    vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
-    for name in ("vocab.json", "merges.txt"):
-        (folder / name).unlink()
     torch.manual_seed(1)
-    text_config = CLIPTextConfig(
-        vocab_size=vocabulary_size or len(vocabulary),
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        bos_token_id=vocabulary["<|startoftext|>"],
-        eos_token_id=vocabulary["<|endoftext|>"],
-        pad_token_id=vocabulary["<|endoftext|>"],
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        sample_size=16,
-    )
+    tokenizer, text_config = make_text_parts(folder, width, vocabulary_size)
+    vae = make_vae(latent_channels)
     arguments = {"num_train_timesteps": 40, "beta_schedule": "scaled_linear", "steps_offset": 1, "skip_prk_steps": True}
     StableDiffusionPipeline(
         vae.eval().to(parts_dtype),
@@ -127,6 +103,97 @@ def save_stable_diffusion(
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def make_text_parts(folder: Path, width: int, vocabulary_size: int | None = None, **changes: Any) -> tuple[Any, Any]:
+    """Build CLIP's tokenizer with letters as vocabulary, and the config of a text encoder."""
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase)]
+    vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    arguments: dict[str, Any] = {
+        "vocab_size": vocabulary_size or len(vocabulary),
+        "hidden_size": width,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 12,
+        "bos_token_id": vocabulary["<|startoftext|>"],
+        "eos_token_id": vocabulary["<|endoftext|>"],
+        "pad_token_id": vocabulary["<|endoftext|>"],
+    }
+    return tokenizer, CLIPTextConfig(**(arguments | changes))
+
+
+def make_vae(latent_channels: int = 4, **changes: Any) -> AutoencoderKL:
+    """Build an AutoencoderKL for colour images of 16×16."""
+    arguments: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "latent_channels": latent_channels,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+    }
+    return AutoencoderKL(**(arguments | changes))
+
+
+def make_sdxl_unet(**changes: Any) -> UNet2DConditionModel:
+    """Build a UNet2DConditionModel with SDXL's inputs: two text encoders' states, pooled embeddings, sizes."""
+    arguments: dict[str, Any] = {
+        "cross_attention_dim": 16 + 24,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 20 + 6 * 8,
+    }
+    return make_text_unet(**(arguments | changes))
+
+
+def save_sdxl(
+    folder: Path,
+    unet: UNet2DConditionModel | None = None,
+    pooled_width: int = 20,
+    zeros: bool = True,
+    vae: dict[str, Any] | None = None,
+    **scheduler: Any,
+) -> Path:
+    """Save a StableDiffusionXLPipeline of random parts: 16×16 images, letters as vocabulary, T = 40."""
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(1)
+    tokenizer, first = make_text_parts(folder, 16, num_hidden_layers=2)
+    # As OpenCLIP's, it is padded with another token than CLIP's.
+    tokenizer_2, second = make_text_parts(folder, 24, num_hidden_layers=2, projection_dim=pooled_width)
+    tokenizer_2.pad_token = "a"
+    arguments = {"num_train_timesteps": 40, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    StableDiffusionXLPipeline(
+        make_vae(**(vae or {})).eval(),
+        CLIPTextModel(first).eval(),
+        CLIPTextModelWithProjection(second).eval(),
+        tokenizer,
+        tokenizer_2,
+        unet or make_sdxl_unet(),
+        EulerDiscreteScheduler(**(arguments | scheduler)),
+        force_zeros_for_empty_prompt=zeros,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_sdxl_base(tmp_path: Path) -> Path:
+    """The folder of a tiny Stable Diffusion XL pipeline."""
+    return save_sdxl(tmp_path / "sdxl-base")
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ LAYERS = [
         "inception",
         "latents",
         "lora",
+        "parts",
         "prompts",
         "references",
         "runs",
@@ -48,19 +49,19 @@ LAYERS = [
 ]
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 MATHS, STAGES = LAYERS[0], LAYERS[2]
-# A foreign library has one adapter; the other files don't know that it exists.
+# A foreign library has one adapter, diffusers has two; the other files don't know that it exists.
 ADAPTERS = {
-    "diffusers": "models",
-    "typer": "cli",
-    "optuna": "study",
-    "cmaes": "strategies",
-    "accelerate": "finetune",
-    "datasets": "data",
-    "matplotlib": "figures",
-    "yaml": "config",
-    "pydantic": "config",
-    "transformers": "encoders",
-    "peft": "lora",
+    "diffusers": ("models", "parts"),
+    "typer": ("cli",),
+    "optuna": ("study",),
+    "cmaes": ("strategies",),
+    "accelerate": ("finetune",),
+    "datasets": ("data",),
+    "matplotlib": ("figures",),
+    "yaml": ("config",),
+    "pydantic": ("config",),
+    "transformers": ("encoders",),
+    "peft": ("lora",),
 }
 
 
@@ -111,8 +112,8 @@ def test_maths_needs_only_torch_and_the_standard_library(name: str) -> None:
 
 
 @pytest.mark.parametrize("library", ADAPTERS)
-def test_a_foreign_library_has_one_adapter(library: str) -> None:
-    assert [name for name in LAYER if library in imports(name)] == [ADAPTERS[library]]
+def test_only_its_adapter_imports_a_foreign_library(library: str) -> None:
+    assert [name for name in LAYER if library in imports(name)] == list(ADAPTERS[library])
 
 
 def test_modules_do_not_import_each_other_in_circles() -> None:

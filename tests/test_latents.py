@@ -24,7 +24,8 @@ from decouple_merge.config import Data
 from decouple_merge.data import Images, LatentBatch, load_images, model_input, to_model, training_batches
 from decouple_merge.gradient import noisy_batch
 from decouple_merge.latents import Latents, TextEmbeddings
-from decouple_merge.models import encode_images, encode_texts, load_base, load_text_encoder, load_vae
+from decouple_merge.models import load_base
+from decouple_merge.parts import encode_images, encode_texts, load_text_encoders, load_vae
 from decouple_merge.timesteps import TimestepRange
 
 CPU = torch.device("cpu")
@@ -128,12 +129,13 @@ def test_cached_rows_are_what_the_encoders_say(tiny_text_base: Path, tiny_captio
     examples = open_latents(tiny_text_base, tiny_captioned, flip=True)
     batch = examples.stack([20, 3])
     encoders, images = load_base(str(tiny_text_base)).encoders, to_model(pixels(tiny_captioned).stack([20, 3]))
-    vae, text_encoder = load_vae(encoders, CPU), load_text_encoder(encoders, CPU)
+    vae, text_encoder = load_vae(encoders, CPU), load_text_encoders(encoders, CPU)
     assert batch.moments.shape == (2, 2, 2, 4, 8, 8)
     torch.testing.assert_close(batch.moments[:, 0], encode_images(vae, images))
     torch.testing.assert_close(batch.moments[:, 1], encode_images(vae, images.flip(-1)))
-    torch.testing.assert_close(batch.text, encode_texts(text_encoder, [CAPTIONS[20], CAPTIONS[3]]))
-    torch.testing.assert_close(batch.empty, encode_texts(text_encoder, [""])[0])
+    text = encode_texts(text_encoder, [CAPTIONS[20], CAPTIONS[3], ""])["encoder_hidden_states"]
+    torch.testing.assert_close(batch.condition, {"encoder_hidden_states": text[:2]})
+    torch.testing.assert_close(batch.empty, {"encoder_hidden_states": text[2]})
     assert open_latents(tiny_text_base, tiny_captioned).stack([0]).moments.shape == (1, 1, 2, 4, 8, 8)
 
 
@@ -144,11 +146,11 @@ def test_encoders_run_once_whoever_asks(
     assert list(first.fill()) == ["texts: 7 of 7 computed", "latents: 24 of 24 computed"]
     expected = first.stack(range(24))
     monkeypatch.setattr(latents_module, "load_vae", None)
-    monkeypatch.setattr(latents_module, "load_text_encoder", None)
+    monkeypatch.setattr(latents_module, "load_text_encoders", None)
     again = open_latents(tiny_text_base, tiny_captioned)
     assert list(again.fill()) == []
     assert torch.equal(again.stack(range(24)).moments, expected.moments)
-    assert torch.equal(pickle.loads(pickle.dumps(again)).stack(range(24)).text, expected.text)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(again)).stack(range(24)).condition, expected.condition)
 
 
 def test_encoders_leave_memory_once_the_cache_is_full(tiny_text_base: Path, tiny_captioned: Path) -> None:
@@ -201,7 +203,7 @@ def test_the_cache_knows_data_encoders_size_and_precision(
     assert renamed.sha256 != brighter.sha256
     half.stack([0])
     tensors, _ = latents_module.read_tensors(next(half.latents.folder.iterdir()))
-    assert tensors["rows"].dtype == torch.float16
+    assert tensors["moments"].dtype == torch.float16
 
 
 def test_latents_of_other_encoders_are_refused(tiny_text_base: Path, tiny_captioned: Path, tmp_path: Path) -> None:
@@ -227,7 +229,8 @@ def test_texts_in_any_order_and_number_are_the_same_rows(tiny_text_base: Path) -
     one = TextEmbeddings(encoders, ["red", "blue", "red"], "fp32", CPU)
     other = TextEmbeddings(encoders, ["blue", "red", ""], "fp32", CPU)
     assert one.folder == other.folder
-    assert torch.equal(one.embed(["blue", "", "red"]), other.embed(["blue", "", "red"]))
+    asked = ["blue", "", "red"]
+    torch.testing.assert_close(one.embed(asked), other.embed(asked), rtol=0, atol=0)
 
 
 # -- batches
@@ -237,7 +240,9 @@ def test_texts_in_any_order_and_number_are_the_same_rows(tiny_text_base: Path) -
 def batch() -> LatentBatch:
     draws = torch.Generator().manual_seed(0)
     moments = torch.randn(5, 2, 2, 1, 2, 2, generator=draws)
-    return LatentBatch(moments, torch.randn(5, 3, 4, generator=draws), torch.zeros(3, 4))
+    condition = {"states": torch.randn(5, 3, 4, generator=draws), "pooled": torch.randn(5, 2, generator=draws)}
+    empty = {"states": torch.zeros(3, 4), "pooled": torch.ones(2)}
+    return LatentBatch(moments, condition | {"sizes": torch.ones(5, 6)}, empty)
 
 
 def test_latents_are_drawn_afresh_from_their_distribution(batch: LatentBatch) -> None:
@@ -247,7 +252,7 @@ def test_latents_are_drawn_afresh_from_their_distribution(batch: LatentBatch) ->
     deviation = (log_variance / 2).exp()
     assert ((samples.mean(0) - mean) / deviation).abs().max() < 5 / 4000**0.5
     torch.testing.assert_close(samples.std(0), deviation, rtol=0.06, atol=0)
-    assert model_input(batch, draws)[1]["encoder_hidden_states"] is batch.text
+    assert model_input(batch, draws)[1] is batch.condition
 
 
 def test_mirrored_images_give_their_own_latents(batch: LatentBatch) -> None:
@@ -257,9 +262,11 @@ def test_mirrored_images_give_their_own_latents(batch: LatentBatch) -> None:
 
 
 def test_dropped_captions_are_empty_ones(batch: LatentBatch) -> None:
-    found = batch.drop_captions(torch.tensor([False, True, False, False, True])).text
-    assert torch.equal(found[[0, 2, 3]], batch.text[[0, 2, 3]])
-    assert torch.equal(found[[1, 4]], batch.empty.expand(2, 3, 4))
+    found = batch.drop_captions(torch.tensor([False, True, False, False, True])).condition
+    for name, empty in batch.empty.items():
+        assert torch.equal(found[name][[0, 2, 3]], batch.condition[name][[0, 2, 3]])
+        assert torch.equal(found[name][[1, 4]], torch.stack([empty, empty]))
+    assert torch.equal(found["sizes"], batch.condition["sizes"])
 
 
 def test_captions_are_dropped_at_the_share_asked_for_and_as_a_function_of_the_step(
@@ -270,7 +277,12 @@ def test_captions_are_dropped_at_the_share_asked_for_and_as_a_function_of_the_st
     def dropped(share: float, first: int = 0) -> list[list[bool]]:
         data = Data(source=str(tiny_captioned), num_held_out=4, caption_dropout=share)
         batches = training_batches(examples, data, 10, 7, first, 40)
-        return [[bool((row == b.empty).all()) for row in b.text] for b in batches if isinstance(b, LatentBatch)]
+        name = "encoder_hidden_states"
+        return [
+            [torch.equal(row, b.empty[name]) for row in b.condition[name]]
+            for b in batches
+            if isinstance(b, LatentBatch)
+        ]
 
     assert not any(map(any, dropped(0.0)))
     found = dropped(0.3)
@@ -283,4 +295,4 @@ def test_a_noisy_batch_of_latents_carries_its_captions(tiny_text_base: Path, tin
     stacked = examples.stack([0, 1, 2])
     found = noisy_batch(base, stacked, TimestepRange(0, 40), torch.Generator().manual_seed(0))
     assert found.x_t.shape == (3, 4, 8, 8)
-    assert torch.equal(found.condition["encoder_hidden_states"], stacked.text)
+    torch.testing.assert_close(found.condition, stacked.condition, rtol=0, atol=0)

@@ -101,7 +101,7 @@ def test_the_experts_need_the_encoders_only_once(
 ) -> None:
     plan = opened(text_config(finetune={"baseline": False}), tmp_path / "run")
     monkeypatch.setattr(latents, "load_vae", None)
-    monkeypatch.setattr(latents, "load_text_encoder", None)
+    monkeypatch.setattr(latents, "load_text_encoders", None)
     list(workflow.finetune_experts(plan))
     assert (tmp_path / "run/experts/1/model.safetensors").exists()
 
@@ -125,7 +125,7 @@ def test_training_gives_each_image_its_caption_and_the_teacher_too(
     (x, text), (same_x, same_text) = seen[:2]
     assert torch.equal(x, same_x)
     assert torch.equal(text, same_text)
-    known = plan.images.texts.embed(["", *WORDS])  # type: ignore[attr-defined]
+    known = plan.images.texts.embed(["", *WORDS])["encoder_hidden_states"]  # type: ignore[attr-defined]
     found = [next(i for i, row in enumerate(known) if torch.equal(row, t)) for t in text]
     assert (0 in found) == (dropout > 0)
 
@@ -210,7 +210,7 @@ def test_a_dry_run_says_what_is_asked_for(text_config: MakeConfig, tmp_path: Pat
 
 def test_checking_computes_nothing(text_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latents, "load_vae", None)
-    monkeypatch.setattr(latents, "load_text_encoder", None)
+    monkeypatch.setattr(latents, "load_text_encoders", None)
     check(text_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -1,9 +1,13 @@
 """Decouple-then-Merge for diffusers models: finetune timestep experts, merge them into one better model."""
 
 import importlib
+import os
 from typing import Any
 
 __version__ = "0.1.0"
+
+# transformers, which a text-to-image pipeline imports, warns of image processors that nothing of ours uses.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # Names are imported when they are asked for: the command's --help needs no torch.
 _PUBLIC = {

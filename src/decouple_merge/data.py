@@ -39,24 +39,25 @@ FASHION_FILES = {
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Latents as distributions, with the embeddings of their captions.
+    """Latents as distributions, with what the denoiser is told of them.
 
     Attributes:
         moments: mean and log-variance of an image's latents, and where there are two views of its mirror image's.
-        text: embeddings of the captions.
-        empty: embedding of the empty caption.
+        condition: the denoiser's other inputs by their names, [n, ...]: the captions' embeddings, and SDXL's sizes.
+        empty: those of the empty caption, [...].
     """
 
     moments: Float[Tensor, "n views 2 z h w"]
-    text: Float[Tensor, "n l d"]
-    empty: Float[Tensor, "l d"]
+    condition: dict[str, Tensor]
+    empty: dict[str, Tensor]
 
     def __len__(self) -> int:
         return len(self.moments)
 
     def to(self, device: torch.device) -> "LatentBatch":
         """Move all tensors."""
-        return LatentBatch(self.moments.to(device), self.text.to(device), self.empty.to(device))
+        condition, empty = ({k: v.to(device) for k, v in d.items()} for d in (self.condition, self.empty))
+        return LatentBatch(self.moments.to(device), condition, empty)
 
     def mirror(self, is_mirrored: Bool[Tensor, " n"]) -> "LatentBatch":
         """Choose the view of each image."""
@@ -64,7 +65,11 @@ class LatentBatch:
 
     def drop_captions(self, is_dropped: Bool[Tensor, " n"]) -> "LatentBatch":
         """Put the empty caption in the place of some."""
-        return replace(self, text=torch.where(is_dropped[:, None, None], self.empty, self.text))
+        kept = {
+            name: torch.where(is_dropped.view(-1, *[1] * empty.dim()), empty, self.condition[name])
+            for name, empty in self.empty.items()
+        }
+        return replace(self, condition=self.condition | kept)
 
 
 Batch = UInt8[Tensor, "n c h w"] | LatentBatch
@@ -93,6 +98,13 @@ class Images(Examples):
         """Load several images as one batch."""
         return torch.stack([self[i] for i in indices])
 
+    def frames(self, indices: Sequence[int]) -> Float[Tensor, "n 6"]:
+        """Say how images were cut, in pixels, as SDXL is told (Podell et al. 2023, section 2.2).
+
+        Height and width of the original, top and left of the crop in what it was resized to, height and width now.
+        """
+        raise NotImplementedError
+
 
 class ArrayImages(Images):
     """Images held in memory."""
@@ -118,10 +130,20 @@ class DecodedImages(Images):
 
     Attributes:
         kept: indices of the items that can be decoded.
+        sizes: width and height of each of these, before they were cut.
     """
 
-    def __init__(self, items: Sequence[Any], kept: Sequence[int], sha256: str, channels: int, size: int, fit: str):
-        self.items, self.kept, self.sha256 = items, kept, sha256
+    def __init__(
+        self,
+        items: Sequence[Any],
+        kept: Sequence[int],
+        sizes: Sequence[Sequence[int]],
+        sha256: str,
+        channels: int,
+        size: int,
+        fit: str,
+    ):
+        self.items, self.kept, self.sizes, self.sha256 = items, kept, sizes, sha256
         self.channels, self.size, self.fit = channels, size, fit
 
     def __len__(self) -> int:
@@ -129,6 +151,13 @@ class DecodedImages(Images):
 
     def __getitem__(self, index: int) -> UInt8[Tensor, "c h w"]:
         return decode(self.items[self.kept[index]], self.channels, self.size, self.fit)
+
+    def frames(self, indices: Sequence[int]) -> Float[Tensor, "n 6"]:
+        rows = []
+        for width, height in (self.sizes[i] for i in indices):
+            left, top, side = _centre(width, height)
+            rows.append([height, width, round(top * self.size / side), round(left * self.size / side)])
+        return torch.tensor([[*row, self.size, self.size] for row in rows], dtype=torch.float32)
 
 
 def _open(item: Any) -> Image.Image:
@@ -148,12 +177,20 @@ def decode(item: Any, channels: int, size: int, fit: str) -> UInt8[Tensor, "c h 
     Raises:
         ValueError: the file is no image or is cut short, or (fit = exact) its size or channels are not the model's.
     """
-    image = _open(item)
+    return _convert(_open(item), item, channels, size, fit)
+
+
+def _centre(width: int, height: int) -> tuple[int, int, int]:
+    """Find left, top and side of the largest square in the middle."""
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side
+
+
+def _convert(image: Image.Image, item: Any, channels: int, size: int, fit: str) -> UInt8[Tensor, "c h w"]:
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     name = item if isinstance(item, str | Path | Member) else "an image of the data set"
     if fit == "resize":
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
+        left, top, side = _centre(*image.size)
         square = image.crop((left, top, left + side, top + side))
         image = square.convert(mode).resize((size, size), Image.Resampling.LANCZOS)
     found = len(image.getbands()) if image.mode != "P" else 3
@@ -226,29 +263,36 @@ def _checked(items: Sequence[Any], identity: str, channels: int, size: int, data
 
     What was found is kept under the identity of the items, so that the next start decodes nothing.
     """
-    key = hashlib.sha256(repr((identity, channels, size, data.fit, data.skip_damaged)).encode()).hexdigest()[:24]
-    known = cache_folder() / "checked" / f"{key}.json"
+    key = repr((identity, channels, size, data.fit, data.skip_damaged))
+    known = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if not known.exists():
-        damaged, digest = [], hashlib.sha256()
+        damaged, sizes, digest = [], [], hashlib.sha256()
         with ThreadPoolExecutor() as pool:
             decoded = pool.map(lambda i: _try_decode(items, i, channels, size, data), range(len(items)))
-            for index, pixels in enumerate(decoded):
-                if pixels is None:
+            for index, found in enumerate(decoded):
+                if found is None:
                     damaged.append(index)
                 else:
+                    pixels, original = found
+                    sizes.append(original)
                     digest.update(pixels.numpy().data)
-        write_json(known, {"damaged": damaged, "sha256": digest.hexdigest()})
-    found = json.loads(known.read_text())
-    left_out = set(found["damaged"])
+        write_json(known, {"damaged": damaged, "sizes": sizes, "sha256": digest.hexdigest()})
+    record = json.loads(known.read_text())
+    left_out = set(record["damaged"])
     kept = [i for i in range(len(items)) if i not in left_out] if left_out else range(len(items))
     if not kept:
         raise ValueError(f"{data.source}: none of the {len(items)} images can be used")
-    return DecodedImages(items, kept, found["sha256"], channels, size, data.fit)
+    return DecodedImages(items, kept, record["sizes"], record["sha256"], channels, size, data.fit)
 
 
-def _try_decode(items: Sequence[Any], index: int, channels: int, size: int, data: Data) -> Tensor | None:
+def _try_decode(
+    items: Sequence[Any], index: int, channels: int, size: int, data: Data
+) -> tuple[Tensor, tuple[int, int]] | None:
+    """Decode an item, and say its width and height before it is cut."""
     try:
-        return decode(items[index], channels, size, data.fit)
+        item = items[index]
+        image = _open(item)
+        return _convert(image, item, channels, size, data.fit), image.size
     except DamagedError:
         if data.skip_damaged:
             return None
@@ -414,7 +458,7 @@ def model_input(batch: Batch, draws: torch.Generator) -> tuple[Float[Tensor, "n 
         return to_model(batch), {}
     mean, log_variance = batch.moments[:, 0].unbind(1)
     noise = torch.randn(mean.shape, generator=draws).to(mean)
-    return mean + (log_variance / 2).exp() * noise, {"encoder_hidden_states": batch.text}
+    return mean + (log_variance / 2).exp() * noise, batch.condition
 
 
 def to_pixels(x: Float[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from .data import Batch, model_input
 from .losses import add_noise, per_sample_mse, prediction_target
-from .models import Base
+from .models import Base, nest_inputs
 from .projection import attach_projections
 from .seeds import generator
 from .timesteps import TimestepRange, draw_timesteps
@@ -234,6 +234,6 @@ def _loss_and_gradients(
 ) -> tuple[float, tuple[Tensor, ...]]:
     x_t, t, target = batch.x_t.to(device), batch.t.to(device), batch.target.to(device)
     condition = {name: value.to(device) for name, value in batch.condition.items()}
-    output = functional_call(network, tensors, (x_t, t), {"return_dict": False, **condition})[0]
+    output = functional_call(network, tensors, (x_t, t), {"return_dict": False, **nest_inputs(condition)})[0]
     loss = (scale.to(device) * per_sample_mse(output, target)).mean()
     return loss.item(), torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)

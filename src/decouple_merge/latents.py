@@ -6,32 +6,35 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from .config import Data
 from .data import Examples, Images, LatentBatch, to_model
-from .models import Encoders, encode_images, encode_texts, encoder_sha256, load_text_encoder, load_vae
+from .parts import Encoders, encode_images, encode_texts, encoder_sha256, load_text_encoders, load_vae
 from .runs import cache_folder, read_tensors, write_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A killed computation goes on at the file it was at.
 ROWS_PER_FILE = 1024
 ENCODED_AT_ONCE = 16
+# Of the files; another has another folder.
+FORMAT = 2
+
+Rows = dict[str, Tensor]
 
 
 @cache
-def _read_rows(path: Path, identity: str) -> Tensor:
+def _read_rows(path: Path, identity: str) -> Rows:
     """Map the rows of a file: the operating system reads what is asked for, and processes share it."""
     tensors, metadata = read_tensors(path)
     found = metadata.get("made_from")
     if found != identity:
         raise ValueError(f"{path} was made from {found}, expected {identity}; remove it to have it made again")
-    return tensors["rows"]
+    return tensors
 
 
 class CachedRows:
-    """Rows of one tensor, which an encoder computes once; files of the cache folder hold them.
+    """Rows of some tensors, which an encoder computes once; files of the cache folder hold them.
 
     Attributes:
         identity: all that the rows depend on, encoders and data among it; files of another are refused.
@@ -41,9 +44,9 @@ class CachedRows:
     def __init__(self, kind: str, identity: str, num_rows: int, precision: str) -> None:
         self.kind, self.num_rows, self.precision = kind, num_rows, precision
         self.identity = f"{identity}, {precision}"
-        self.folder = cache_folder() / kind / hashlib.sha256(self.identity.encode()).hexdigest()[:24]
+        self.folder = cache_folder() / kind / hashlib.sha256(f"{self.identity}, {FORMAT}".encode()).hexdigest()[:24]
 
-    def open_encoder(self) -> Callable[[Sequence[int]], Tensor]:
+    def open_encoder(self) -> Callable[[Sequence[int]], Rows]:
         """Load what computes rows of the given indices; it leaves memory with the function."""
         raise NotImplementedError
 
@@ -58,13 +61,13 @@ class CachedRows:
         encode = self.open_encoder()
         for first in missing:
             last = min(first + ROWS_PER_FILE, self.num_rows)
-            rows = [encode(i.tolist()).cpu() for i in torch.arange(first, last).split(ENCODED_AT_ONCE)]
-            write_tensors(
-                self._path(first), {"rows": torch.cat(rows).to(DTYPES[self.precision])}, {"made_from": self.identity}
-            )
+            found = [encode(i.tolist()) for i in torch.arange(first, last).split(ENCODED_AT_ONCE)]
+            dtype = DTYPES[self.precision]
+            rows = {name: torch.cat([part[name].to("cpu", dtype) for part in found]) for name in found[0]}
+            write_tensors(self._path(first), rows, {"made_from": self.identity})
             yield f"{self.kind}: {last:,} of {self.num_rows:,} computed"
 
-    def read(self, indices: Sequence[int]) -> Tensor:
+    def read(self, indices: Sequence[int]) -> Rows:
         """Read some rows, in float32; computes what the cache lacks.
 
         Raises:
@@ -73,7 +76,11 @@ class CachedRows:
         if not all(self._path(i).exists() for i in indices):
             for _ in self.fill():
                 pass
-        return torch.stack([_read_rows(self._path(i), self.identity)[i % ROWS_PER_FILE] for i in indices]).float()
+        files = [_read_rows(self._path(i), self.identity) for i in indices]
+        return {
+            name: torch.stack([f[name][i % ROWS_PER_FILE] for f, i in zip(files, indices, strict=True)]).float()
+            for name in files[0]
+        }
 
 
 class ImageLatents(CachedRows):
@@ -85,13 +92,13 @@ class ImageLatents(CachedRows):
         identity = f"images {images.sha256} of {size}x{size}{' and mirrored' if data.flip else ''}, vae {vae}"
         super().__init__("latents", identity, len(images), data.cache_precision)
 
-    def open_encoder(self) -> Callable[[Sequence[int]], Tensor]:
+    def open_encoder(self) -> Callable[[Sequence[int]], Rows]:
         vae = load_vae(self.encoders, self.device)
 
-        def encode(indices: Sequence[int]) -> Tensor:
+        def encode(indices: Sequence[int]) -> Rows:
             pixels = to_model(self.images.stack(indices)).to(self.device)
             views = [pixels, pixels.flip(-1)] if self.mirrored else [pixels]
-            return torch.stack([encode_images(vae, view) for view in views], 1)
+            return {"moments": torch.stack([encode_images(vae, view) for view in views], 1)}
 
         return encode
 
@@ -104,15 +111,16 @@ class TextEmbeddings(CachedRows):
         # Sorted, so that the captions in any order, as training and sampling have them, are the same rows.
         self.index = {text: i for i, text in enumerate(sorted({"", *texts}))}
         digest = hashlib.sha256(repr(list(self.index)).encode()).hexdigest()
-        encoder = encoder_sha256(encoders, "tokenizer", "text_encoder")
-        super().__init__("texts", f"texts {digest}, text encoder {encoder}", len(self.index), precision)
+        encoder = encoder_sha256(encoders, *encoders.text_parts)
+        empty = ", zeros for the empty one" if encoders.zeros_for_empty else ""
+        super().__init__("texts", f"texts {digest}{empty}, text encoder {encoder}", len(self.index), precision)
 
-    def open_encoder(self) -> Callable[[Sequence[int]], Tensor]:
-        text_encoder, texts = load_text_encoder(self.encoders, self.device), list(self.index)
-        return lambda indices: encode_texts(text_encoder, [texts[i] for i in indices])
+    def open_encoder(self) -> Callable[[Sequence[int]], Rows]:
+        pipeline, texts = load_text_encoders(self.encoders, self.device), list(self.index)
+        return lambda indices: encode_texts(pipeline, [texts[i] for i in indices])
 
-    def embed(self, texts: Sequence[str]) -> Float[Tensor, "n l d"]:
-        """Look up the embeddings of some of the texts."""
+    def embed(self, texts: Sequence[str]) -> Rows:
+        """Look up the embeddings of some of the texts, [n, ...], by the names of the denoiser's inputs."""
         return self.read([self.index[text] for text in texts])
 
 
@@ -122,10 +130,13 @@ class Latents(Examples):
     def __init__(
         self, encoders: Encoders, images: Images, captions: list[str], size: int, data: Data, device: torch.device
     ) -> None:
-        self.captions = captions
+        self.captions, self.images, self.is_sized = captions, images, encoders.is_sized
         self.latents = ImageLatents(encoders, images, size, data, device)
         self.texts = TextEmbeddings(encoders, captions, data.cache_precision, device)
         identity = f"{self.latents.identity}, {self.texts.identity}, {captions}"
+        if self.is_sized:
+            frames = images.frames(range(len(images)))
+            identity += f", cut {hashlib.sha256(frames.numpy().data).hexdigest()}"
         self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -139,5 +150,8 @@ class Latents(Examples):
 
     def stack(self, indices: Sequence[int]) -> LatentBatch:
         """Read several examples as one batch."""
-        text, empty = self.texts.embed([self.captions[i] for i in indices]), self.texts.embed([""])[0]
-        return LatentBatch(self.latents.read(indices), text, empty)
+        condition = self.texts.embed([self.captions[i] for i in indices])
+        empty = {name: value[0] for name, value in self.texts.embed([""]).items()}
+        if self.is_sized:
+            condition["time_ids"] = self.images.frames(indices)
+        return LatentBatch(self.latents.read(indices)["moments"], condition, empty)

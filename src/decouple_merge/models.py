@@ -1,17 +1,10 @@
-"""The one adapter to diffusers: load a base, run its network, build its sampler, export."""
+"""The adapter to diffusers: load a base, run its network, build its sampler, export."""
 
-import hashlib
 import json
-import math
-import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-# transformers, which a text-to-image pipeline imports, warns of image processors that nothing of ours uses.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import diffusers
 import torch
@@ -23,36 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .losses import PREDICTION_TYPES
+from .parts import TEXT_TO_IMAGE, Encoders, find_encoders, load_parts
 from .projection import attach_projections
 from .runs import atomic_path
 from .tensors import PROJECTIONS_FILE, TensorFiles, hash_tensors, model_files
 
 SUPPORTED = (
     "a diffusers pipeline of a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline, …) with a VP schedule, or a "
-    "StableDiffusionPipeline"
+    "StableDiffusionPipeline or StableDiffusionXLPipeline"
 )
-# Its class is known by name: importing it imports transformers, which takes seconds.
-TEXT_TO_IMAGE = "StableDiffusionPipeline"
-# Inputs of a UNet2DConditionModel that we have nothing to give for.
-OTHER_INPUTS = ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+ADDED_INPUTS = ("text_embeds", "time_ids")
 
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """The parts of a text-to-image pipeline around its denoiser, which stay on disk until they are loaded.
-
-    Attributes:
-        folder: the pipeline's.
-        channels: of images.
-        downscale: pixels of an image for each of its latents, along a side.
-    """
-
-    folder: Path
-    channels: int
-    downscale: int
 
 
 @dataclass
@@ -89,7 +65,7 @@ class Base:
 
     @property
     def image_size(self) -> int:
-        return self.network.config.sample_size * (self.encoders.downscale if self.encoders else 1)
+        return self.encoders.image_size if self.encoders else self.network.config.sample_size
 
     @property
     def channels(self) -> int:
@@ -109,7 +85,7 @@ def load_base(name: str) -> Base:
     """
     try:
         folder = pipeline_folder(name)
-        pipeline = _load_parts(folder, "unet", "scheduler")
+        pipeline = load_parts(folder, "unet", "scheduler")
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"base {name!r}: its weights file is damaged ({error}); fetch or copy it again") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
@@ -119,7 +95,7 @@ def load_base(name: str) -> Base:
         ) from error
     network: Any = getattr(pipeline, "unet", None)
     scheduler: Any = getattr(pipeline, "scheduler", None)
-    is_text_to_image = type(pipeline).__name__ == TEXT_TO_IMAGE
+    is_text_to_image = type(pipeline).__name__ in TEXT_TO_IMAGE
     is_unet = type(network) is (UNet2DConditionModel if is_text_to_image else UNet2DModel)
     if not is_unet or hasattr(pipeline, "vqvae") or (hasattr(pipeline, "vae") and not is_text_to_image):
         kind = type(network).__name__ if network is not None else "no unet"
@@ -139,47 +115,10 @@ def load_base(name: str) -> Base:
     size = network.config.sample_size
     if not isinstance(size, int):
         raise ValueError(f"base {name!r} has sample_size {size!r}, expected one integer: square images")
-    encoders = _find_encoders(name, folder, network) if is_text_to_image else None
+    encoders = find_encoders(name, folder, network) if is_text_to_image else None
     network.requires_grad_(False).eval()
     sha256 = tensors_sha256(network.state_dict())
     return Base(pipeline, network, alphas_cumprod.float(), prediction_type, sha256, _stored_dtype(folder), encoders)
-
-
-def _load_parts(folder: Path, *parts: str) -> Any:
-    """Load a pipeline, and of a text-to-image one only the parts that are named."""
-    path = folder / "model_index.json"
-    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    left_out = {}
-    if index.get("_class_name") == TEXT_TO_IMAGE:
-        left_out = {name: None for name, value in index.items() if isinstance(value, list) and name not in parts}
-    return DiffusionPipeline.from_pretrained(folder, **left_out)
-
-
-def _find_encoders(name: str, folder: Path, network: Any) -> Encoders:
-    """Read the configs of a text-to-image pipeline's other parts, and require that they fit the network."""
-    found = {}
-    for part, file in (("vae", "config"), ("text_encoder", "config"), ("tokenizer", "tokenizer_config")):
-        path = folder / part / f"{file}.json"
-        if not path.is_file():
-            raise ValueError(f"base {name!r}: there is no {path}, expected {TEXT_TO_IMAGE} with all of its parts")
-        found[part] = json.loads(path.read_text(encoding="utf-8"))
-    vae, text_encoder, config = found["vae"], found["text_encoder"], network.config
-    if vae.get("_class_name") != "AutoencoderKL":
-        raise ValueError(f"base {name!r}: its vae is {vae.get('_class_name')}, expected AutoencoderKL")
-    for what, number, expected in (
-        ("vae writes latents of {} channels, its unet reads {}", vae.get("latent_channels"), config.in_channels),
-        (
-            "text_encoder writes embeddings of width {}, its unet reads {}",
-            text_encoder.get("hidden_size"),
-            config.cross_attention_dim,
-        ),
-    ):
-        if number != expected:
-            raise ValueError(f"base {name!r}: its {what.format(number, expected)}; give parts that belong together")
-    others = [key for key in OTHER_INPUTS if config.get(key) is not None]
-    if others:
-        raise ValueError(f"base {name!r}: its unet needs more than a text ({', '.join(others)}), which isn't supported")
-    return Encoders(folder, vae["out_channels"], 2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
@@ -222,67 +161,16 @@ def predict(
     """Run the denoiser once on noisy images at timesteps t (a number, or one for each image).
 
     Args:
-        condition: the network's other inputs by their names in diffusers: none, or encoder_hidden_states [batch, l, d].
+        condition: the network's other inputs by their names in diffusers, each [batch, ...].
     """
-    return network(x, t, return_dict=False, **condition)[0]
+    return network(x, t, return_dict=False, **nest_inputs(condition))[0]
 
 
-def load_vae(encoders: Encoders, device: torch.device) -> Any:
-    """Load the VAE of a text-to-image pipeline, in float32."""
-    vae = _load_parts(encoders.folder, "vae").vae.float().requires_grad_(False).eval().to(device)
-    # Images one after the other: decoding takes far more memory than denoising.
-    vae.enable_slicing()
-    return vae
-
-
-@torch.no_grad()
-def encode_images(vae: Any, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2 z hz wz"]:
-    """Encode images in [-1, 1] to mean and log-variance of their latents, in the scale that the denoiser works in."""
-    found, scale = vae.encode(images).latent_dist, vae.config.scaling_factor
-    return torch.stack([found.mean * scale, found.logvar + 2 * math.log(scale)], 1)
-
-
-@torch.no_grad()
-def decode_latents(vae: Any, latents: Float[Tensor, "n z hz wz"]) -> Float[Tensor, "n c h w"]:
-    """Decode latents to images, about in [-1, 1]."""
-    return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
-
-
-def load_text_encoder(encoders: Encoders, device: torch.device) -> Any:
-    """Load the tokenizer and the text encoder, as a pipeline without its other parts.
-
-    Raises:
-        ValueError: the tokenizer is another text encoder's.
-    """
-    pipeline = _load_parts(encoders.folder, "tokenizer", "text_encoder")
-    config, tokenizer = pipeline.text_encoder.config, pipeline.tokenizer
-    for what, found, most in (
-        ("has a vocabulary of", len(tokenizer), config.vocab_size),
-        ("pads to a length of", tokenizer.model_max_length, config.max_position_embeddings),
-    ):
-        if found > most:
-            raise ValueError(
-                f"{encoders.folder}: its tokenizer {what} {found}, its text_encoder reads {most}; give parts that "
-                "belong together"
-            )
-    pipeline.text_encoder.float().requires_grad_(False).eval()
-    return pipeline.to(device)
-
-
-@torch.no_grad()
-def encode_texts(text_encoder: Any, texts: Sequence[str]) -> Float[Tensor, "n l d"]:
-    """Encode texts as the pipeline itself does; what is longer than its text encoder reads is cut off."""
-    return text_encoder.encode_prompt(list(texts), text_encoder.device, 1, do_classifier_free_guidance=False)[0]
-
-
-def encoder_sha256(encoders: Encoders, *parts: str) -> str:
-    """Hash the files of some parts of a text-to-image pipeline, configs included."""
-    digest = hashlib.sha256()
-    for path in sorted(p for part in parts for p in (encoders.folder / part).rglob("*") if p.is_file()):
-        digest.update(str(path.relative_to(encoders.folder)).encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+def nest_inputs(condition: dict[str, Tensor]) -> dict[str, Any]:
+    """Put the inputs that SDXL's network takes in a dict of their own into one."""
+    added = {name: condition[name] for name in ADDED_INPUTS if name in condition}
+    others = {name: value for name, value in condition.items() if name not in added}
+    return {**others, "added_cond_kwargs": added} if added else others
 
 
 def num_parameters(network: nn.Module) -> int:

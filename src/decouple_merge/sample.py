@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .config import Sample, Text
 from .data import to_pixels
 from .latents import DTYPES, TextEmbeddings
-from .models import Base, Encoders, decode_latents, load_vae, make_scheduler, predict
+from .models import Base, make_scheduler, predict
+from .parts import Encoders, decode_latents, load_vae
 from .timesteps import TimestepRange, check_ranges, range_index
 
 # Maps noisy images, t and what the network takes besides to its prediction.
@@ -69,6 +70,7 @@ class Prompts:
         first_seed: int = 0,
     ) -> None:
         self.prompts, self.settings, self.device, self.first_seed = list(prompts), settings, device, first_seed
+        self.encoders = encoders
         self.texts = TextEmbeddings(encoders, [*prompts, settings.negative_prompt], precision, device)
         self.vae = load_vae(encoders, device)
         digest = hashlib.sha256(repr((self.prompts, settings.negative_prompt)).encode()).hexdigest()
@@ -87,12 +89,17 @@ class Prompts:
         chosen = self.choose(seeds)
         scale = self.settings.guidance_scale
         negative = [self.settings.negative_prompt] * len(chosen) if scale > 1 else []
-        text = self.texts.embed([*negative, *chosen]).to(self.device)
+        condition = self.texts.embed([*negative, *chosen])
+        if self.encoders.is_sized:
+            size = self.encoders.image_size
+            # The stock pipeline's: an original of that size, not cut.
+            condition["time_ids"] = torch.tensor([[size, size, 0.0, 0.0, size, size]] * len(negative + chosen))
+        condition = {name: value.to(self.device) for name, value in condition.items()}
         if not negative:
-            return lambda x, t: model(x, t, encoder_hidden_states=text)
+            return lambda x, t: model(x, t, **condition)
 
         def guided(x: Tensor, t: Any) -> Tensor:
-            away, toward = model(torch.cat([x, x]), t, encoder_hidden_states=text).chunk(2)
+            away, toward = model(torch.cat([x, x]), t, **condition).chunk(2)
             return away + scale * (toward - away)
 
         return guided
