@@ -20,6 +20,7 @@ from diffusers import (
     UNet2DModel,
 )
 from PIL import Image
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from decouple_merge.config import Config
 
@@ -260,6 +261,26 @@ def tiny_config(tiny_base: Path, tiny_images: Path) -> Callable[..., Config]:
         return Config.model_validate(values)
 
     return make
+
+
+def save_clip(folder: Path, image_size: int = 16, seed: int = 0, **preprocessor: Any) -> Path:
+    """Save a CLIP of random parts, with the tokenizer of the tiny Stable Diffusion pipeline."""
+    tokenizer = AutoTokenizer.from_pretrained(save_stable_diffusion(folder / "pipeline") / "tokenizer")
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, **special, "vocab_size": len(tokenizer), "max_position_embeddings": 12}
+    vision = {**sizes, "image_size": image_size, "patch_size": 8}
+    torch.manual_seed(seed)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
+    # As they are drawn, the weights hardly tell one image or text from another.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if preprocessor:
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder
 
 
 @pytest.fixture

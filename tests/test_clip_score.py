@@ -1,6 +1,5 @@
 """The CLIP score on a tiny random CLIP: torchmetrics' numbers, the right text for each image, the records."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.multimodal import clip_score as theirs
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import AutoTokenizer, CLIPModel
 
-from conftest import WORDS, save_stable_diffusion
+from conftest import WORDS, save_clip
 from decouple_merge.compare import compare
 from decouple_merge.config import Sample, Search, Text, validate
 from decouple_merge.encoders import ENCODERS, load_encoder, load_text_encoder
@@ -23,26 +22,6 @@ from decouple_merge.scoring import evaluate_model, write_reference
 from decouple_merge.standalone import sample_model
 
 CPU = torch.device("cpu")
-
-
-def save_clip(folder: Path, image_size: int = 16, seed: int = 0, **preprocessor: Any) -> Path:
-    """Save a CLIP of random parts, with the tokenizer of the tiny Stable Diffusion pipeline."""
-    tokenizer = AutoTokenizer.from_pretrained(save_stable_diffusion(folder / "pipeline") / "tokenizer")
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**sizes, **special, "vocab_size": len(tokenizer), "max_position_embeddings": 12}
-    vision = {**sizes, "image_size": image_size, "patch_size": 8}
-    torch.manual_seed(seed)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
-    # As they are drawn, the weights hardly tell one image or text from another.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if preprocessor:
-        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return folder
 
 
 @pytest.fixture
@@ -219,7 +198,9 @@ def test_scores_of_unlike_prompts_or_networks_are_not_compared(clip: Path, tmp_p
 
 def test_what_can_have_no_score_is_refused(clip: Path, tiny_base: Path, tiny_images: Path, tmp_path: Path) -> None:
     images = [draw_images(4)]
-    with pytest.raises(ValueError, match=r"'clip_score' needs a clip model: .* --clip, such as laion/CLIP-ViT-g-14"):
+    with pytest.raises(
+        ValueError, match=r"needs a clip model: .* --clip, or as evaluate.clip of a config, such as laion/CLIP"
+    ):
         records(images, None, ["clip_score"])
     with pytest.raises(ValueError, match="clip_score needs the texts that the images of images show: give --prompts"):
         score_of(images, clip)

@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conftest import WORDS, stock_images
+from conftest import WORDS, save_clip, stock_images
 from decouple_merge import finetune, latents, workflow
-from decouple_merge.config import Config, dump_config
+from decouple_merge.config import Config, Text, dump_config
 from decouple_merge.finetune import StepRecord
 from decouple_merge.gradient import DenoisingLoss, fisher_information, noisy_batch
 from decouple_merge.models import load_base, new_network
@@ -24,6 +24,7 @@ from decouple_merge.plan import Plan, check, describe, open_prompts, prepare
 from decouple_merge.results import Row, denoiser_of
 from decouple_merge.runs import read_records
 from decouple_merge.sample import sample_images
+from decouple_merge.scoring import evaluate_model
 from decouple_merge.seeds import generator
 from decouple_merge.standalone import sample_model
 from decouple_merge.timesteps import TimestepRange
@@ -42,7 +43,9 @@ def _fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_the_whole_job(text_config: MakeConfig, tmp_path: Path) -> None:
-    config, folder = text_config(), tmp_path / "run"
+    clip = str(save_clip(tmp_path / "clip"))
+    metrics = ["clip_score", "fd_effnetlite0", "kd_effnetlite0"]
+    config, folder = text_config(evaluate={"clip": clip, "metrics": metrics}), tmp_path / "run"
     events = list(workflow.run(config, folder))
     assert events[:2] == ["texts: 7 of 7 computed", "latents: 24 of 24 computed"]
     assert {e.name for e in events if isinstance(e, StepRecord)} == {"expert-0", "expert-1", "baseline-finetuned"}
@@ -51,6 +54,14 @@ def test_the_whole_job(text_config: MakeConfig, tmp_path: Path) -> None:
     assert {(r["model"], r["metric"]) for r in records} == {(m, n) for m in MODELS for n in config.evaluate.metrics}
     assert len({r["prompts"] for r in records}) == 1
     assert records[0]["prompts"].endswith("guidance 3")
+    # Six images of the prompts that six seeds have, in a run as by itself.
+    (tmp_path / "prompts.json").write_text(json.dumps(check(config, folder).prompts))
+    text = Text(prompts=tmp_path / "prompts.json", guidance_scale=3.0)
+    alone = evaluate_model(
+        str(folder / "merged"), None, ["clip_score"], 6, encoders={"clip": clip}, settings=config.sample, text=text
+    )
+    (value,) = (r["value"] for r in records if (r["model"], r["metric"]) == ("merged", "clip_score"))
+    assert [r["value"] for r in alone if isinstance(r, dict)] == [pytest.approx(value, rel=1e-5)]
     # A start at the sum and at the base is among the candidates, so the best is no worse than the base.
     values = {tuple(r["weights"]): r["value"] for r in read_records(folder / "search/trials.jsonl")}
     record = json.loads((folder / "merged/merge.json").read_text())

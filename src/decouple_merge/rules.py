@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,15 +169,8 @@ def _trimmed(task_vector: Tensor, density: float) -> Tensor:
     if num_kept >= task_vector.numel():
         return task_vector
     sizes = task_vector.abs()
-    threshold = _kth_smallest(sizes.flatten(), task_vector.numel() - num_kept + 1)
+    threshold = sizes.flatten().kthvalue(task_vector.numel() - num_kept + 1).values
     return torch.where(sizes >= threshold, task_vector, 0.0)
-
-
-def _kth_smallest(flat: Tensor, k: int) -> Tensor:
-    if flat.device.type != "cpu":
-        return flat.kthvalue(k).values
-    # A seventh of kthvalue's time on a CPU.
-    return torch.tensor(np.partition(flat.numpy(), k - 1)[k - 1])
 
 
 def _mask(base: Tensor, seed: int, context: Context) -> Tensor:
