@@ -1,7 +1,8 @@
 """Scoring on a small network of our own: which features each metric takes, what it compares with, what it keeps."""
 
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from decouple_merge.data import ArrayImages
 from decouple_merge.evaluate import metrics_record, score
 from decouple_merge.features import MEASURED, METRICS, Extractor, check_metrics
 from decouple_merge.metrics import (
+    FeatureStats,
     frechet_distance,
     frechet_infinity,
     gaussian_kernel_distance,
@@ -115,8 +117,59 @@ def test_frechet_distances_keep_no_features() -> None:
     reference = make_reference("real", ArrayImages(REAL.numpy()), extractor())
     score(iter(GENERATED.split(5)), ["fid", "sfid"], [(extractor(watched), reference)])
     assert len(alive) == 120
-    # Those of the batch before may still be there, and no others.
-    assert most <= 3
+    # Those of two batches before may still be there, the one that is summed and one that waits, and no others.
+    assert most <= 6
+
+
+def test_a_batch_is_summed_while_the_next_is_drawn_and_one_waits_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = scored(["fid", "kid"], 20)
+    asked, num_summed, most = [threading.Event() for _ in range(11)], 0, 0
+    add = FeatureStats.add
+
+    def batches() -> Iterator[Tensor]:
+        nonlocal most
+        for number, batch in enumerate(GENERATED.split(20)):
+            most = max(most, number - num_summed)
+            asked[number].set()
+            yield batch
+        asked[10].set()
+
+    def waiting(self: FeatureStats, features: Tensor) -> None:
+        nonlocal num_summed
+        # Without a thread the next batch is never asked for, and this waits in vain.
+        assert asked[num_summed + 1].wait(20)
+        add(self, features)
+        num_summed += 1
+
+    reference = make_reference("real", ArrayImages(REAL.numpy()), extractor())
+    monkeypatch.setattr(FeatureStats, "add", waiting)
+    assert score(batches(), ["fid", "kid"], [(extractor(), reference)]) == expected
+    assert num_summed == 10
+    assert most == 1
+
+
+@pytest.mark.parametrize("place", ["drawing", "summing"])
+def test_what_goes_wrong_in_either_thread_is_raised(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, num_threads = 0, threading.active_count()
+
+    def batches() -> Iterator[Tensor]:
+        nonlocal drawn
+        for batch in GENERATED.split(20):
+            drawn += 1
+            if place == "drawing" and drawn == 3:
+                raise RuntimeError("it broke")
+            yield batch
+
+    def breaking(self: FeatureStats, features: Tensor) -> None:
+        raise RuntimeError("it broke")
+
+    reference = make_reference("real", ArrayImages(REAL.numpy()), extractor())
+    if place == "summing":
+        monkeypatch.setattr(FeatureStats, "add", breaking)
+    with pytest.raises(RuntimeError, match="it broke"):
+        score(batches(), ["fid"], [(extractor(), reference)])
+    assert drawn <= 3
+    assert threading.active_count() == num_threads
 
 
 def test_images_that_were_not_quantised_are_refused() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from decouple_merge.executors import run_all
+from decouple_merge.executors import in_order, run_all, shares
 
 
 def count_up(first: int, num: int) -> Iterator[tuple[int, int]]:
@@ -91,3 +91,22 @@ def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do() -> None:
 def test_a_worker_may_start_processes_of_its_own(tmp_path: Path) -> None:
     """Data loader workers (data.num_workers) are children of the process that trains."""
     assert list(run_all(start_loader, [(str(tmp_path / "a"),), (str(tmp_path / "b"),)], 2)) == [1, 1]
+
+
+@pytest.mark.parametrize(("num_batches", "num_processes", "expected"), [(7, 3, 3), (2, 5, 2), (1, 2, 1)])
+def test_shares_hold_every_batch_once_and_none_is_empty(num_batches: int, num_processes: int, expected: int) -> None:
+    found = [range(num_batches)[share] for share in shares(num_batches, num_processes)]
+    assert len(found) == expected
+    assert min(map(len, found)) >= 1
+    assert sorted(number for share in found for number in share) == list(range(num_batches))
+
+
+def test_numbered_items_are_put_in_order_as_soon_as_they_can() -> None:
+    taken: list[int] = []
+
+    def numbered() -> Iterator[tuple[int, str]]:
+        for number in (1, 0, 3, 2, 4):
+            taken.append(number)
+            yield number, "abcde"[number]
+
+    assert [(item, len(taken)) for item in in_order(numbered())] == [("a", 2), ("b", 2), ("c", 4), ("d", 4), ("e", 5)]

@@ -185,7 +185,7 @@ def test_mistakes_are_found_before_an_image_is_drawn(
     def no_pass(*arguments: Any) -> None:
         raise AssertionError("scored")
 
-    monkeypatch.setattr(scoring, "score", no_pass)
+    monkeypatch.setattr(scoring, "score_features", no_pass)
     model, reference = str(tiny_base), str(tiny_images)
     mistakes: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
         ((model, reference, ["fdi"]), {}, "metric is 'fdi', expected one of"),

@@ -240,6 +240,12 @@ def _text(prompts: Path | None, negative_prompt: str | None, guidance: float | N
     return validate(Text, {key: value for key, value in given.items() if value is not None}, "prompts")
 
 
+NumProcesses = Annotated[
+    int,
+    typer.Option(min=1, help="Share the batches; GPUs are taken in turn. Images and numbers are those of one process"),
+]
+
+
 @app.command()
 def sample(
     model: Annotated[
@@ -254,6 +260,7 @@ def sample(
     negative_prompt: NegativePrompt = None,
     guidance: Guidance = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images drawn at once, 256 where not given")] = None,
+    num_processes: NumProcesses = 1,
 ) -> None:
     """Draw images from a model, or from a run's ensemble of experts.
 
@@ -265,7 +272,7 @@ def sample(
     from . import standalone
 
     text = _text(prompts, negative_prompt, guidance)
-    standalone.sample_model(model, out, num_images, seed, num_steps, sampler, text, batch_size)
+    standalone.sample_model(model, out, num_images, seed, num_steps, sampler, text, batch_size, num_processes)
     console.print(f"images: {out}")
 
 
@@ -301,6 +308,7 @@ def evaluate(
     prompts: PromptFile = None,
     negative_prompt: NegativePrompt = None,
     guidance: Guidance = None,
+    num_processes: NumProcesses = 1,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option(metavar="A B", help="Metrics files or runs to compare instead, each as PATH or PATH:MODEL"),
@@ -322,11 +330,8 @@ def evaluate(
 
     settings, encoders = Sample(sampler=sampler, num_steps=num_steps), _encoders(dinov2, clip)
     names, text = metrics.split(","), _text(prompts, negative_prompt, guidance)
-    _show(
-        evaluate_model(
-            model, reference, names, num_images, seed, out, inception_weights, encoders, settings=settings, text=text
-        )
-    )
+    given = {"settings": settings, "text": text, "num_processes": num_processes}
+    _show(evaluate_model(model, reference, names, num_images, seed, out, inception_weights, encoders, **given))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Score images against a reference, and record the numbers with all that they depend on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -24,6 +25,7 @@ from .references import Reference
 
 # An extractor's name and the name of one of its outputs.
 Output = tuple[str, str]
+Features = dict[Output, Tensor]
 # Which of a reference's rows a measure needs; measures that aren't here do with its moments.
 ROWS = {
     "kd": "kernel",
@@ -114,10 +116,29 @@ def score(
     Raises:
         ValueError: a reference lacks what a metric needs, the images are not uint8, or there are under two.
     """
+    return score_features(extract(batches, [extractor for extractor, _ in compared]), metrics, compared)
+
+
+def extract(batches: Iterable[UInt8[Tensor, "_ c h w"]], extractors: list[Extractor]) -> Iterator[Features]:
+    """Run the extractors over the images; features stay on their device, which may not be done with them.
+
+    Raises:
+        ValueError: the images are not uint8.
+    """
+    for batch in batches:
+        if batch.dtype != torch.uint8:
+            raise ValueError(f"found {batch.dtype} images, expected uint8 [N, C, H, W], 0 to 255: quantise them")
+        yield {(e.name, output): found for e in extractors for output, found in e.extract(batch).items()}
+
+
+def score_features(
+    batches: Iterable[Features], metrics: list[str], compared: list[tuple[Extractor, Reference | None]]
+) -> dict[str, float]:
+    """Compute metrics as ``score`` does, from features that were extracted already, in the order of the images."""
     references = {extractor.name: reference for extractor, reference in compared}
     for metric in metrics:
         check_reference(metric, references[METRICS[metric]])
-    stats, rows = _extract(batches, [MEASURED[m] for m in metrics], [extractor for extractor, _ in compared])
+    stats, rows = _collect(batches, [MEASURED[m] for m in metrics], [extractor for extractor, _ in compared])
 
     @cache
     def neighbours(function: Callable[[Tensor, Tensor], tuple[float, float]], name: str) -> tuple[float, float]:
@@ -151,24 +172,34 @@ def score(
     return {metric: value(metric) for metric in metrics}
 
 
-def _extract(
-    batches: Iterable[Tensor], measured: list[Metric], extractors: list[Extractor]
+def _collect(
+    batches: Iterable[Features], measured: list[Metric], extractors: list[Extractor]
 ) -> tuple[dict[Output, FeatureStats], dict[Output, Tensor]]:
-    """Run the extractors over the images: moments of outputs for the Fréchet distance, all features for the rest."""
+    """Sum the moments of outputs for the Fréchet distance, and keep all features for the rest.
+
+    A thread of its own fetches a batch's features from the device and sums them, while the next batch is drawn. It does
+    no more: a feature network there would turn off TF32 for the sampler too, since the switch is the process's.
+    """
     widths = {(e.name, output): width for e in extractors for output, width in e.outputs.items()}
     stats = {m[1:]: FeatureStats.empty(widths[m[1:]]) for m in measured if m.measure == "fd"}
     kept: dict[Output, list[Tensor]] = {m[1:]: [] for m in measured if m.measure != "fd"}
-    num = 0
-    for batch in batches:
-        if batch.dtype != torch.uint8:
-            raise ValueError(f"found {batch.dtype} images, expected uint8 [N, C, H, W], 0 to 255: quantise them")
-        num += len(batch)
-        for extractor in extractors:
-            for output, features in extractor.extract(batch).items():
-                if (extractor.name, output) in stats:
-                    stats[extractor.name, output].add(features)
-                if (extractor.name, output) in kept:
-                    kept[extractor.name, output].append(features)
+
+    def take(features: Features) -> int:
+        for output, found in features.items():
+            rows = found.cpu()
+            if output in stats:
+                stats[output].add(rows)
+            if output in kept:
+                kept[output].append(rows)
+        return len(rows)
+
+    num, taken = 0, None
+    with ThreadPoolExecutor(1) as thread:
+        for features in batches:
+            # One batch waits at most.
+            num += taken.result() if taken else 0
+            taken = thread.submit(take, features)
+        num += taken.result() if taken else 0
     if num < 2:
         raise ValueError(f"found {num} image(s) to score, expected at least 2")
     return stats, {key: torch.cat(kept.pop(key)) for key in list(kept)}

@@ -49,7 +49,8 @@ class Extractor:
     Attributes:
         sha256: of its weights.
         outputs: the outputs that images are compared in, with their widths.
-        extract: maps uint8 [N, C, H, W] to float32 [N, d] for each output; Inception's has the logits as well.
+        extract: maps uint8 [N, C, H, W] to float32 [N, d] for each output, on its own device; Inception's has the
+            logits as well.
         embed: maps texts to float32 [N, d], where the network reads them.
     """
 
@@ -159,7 +160,7 @@ def _batched(network: Callable[[Tensor], dict[str, Tensor]], device: torch.devic
     @torch.no_grad()
     def extract(images: UInt8[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n _"]]:
         outputs = [network(batch.to(device)) for batch in images.split(64)]
-        return {name: torch.cat([o[name].float().cpu() for o in outputs]) for name in outputs[0]}
+        return {name: torch.cat([o[name].float() for o in outputs]) for name in outputs[0]}
 
     return extract
 

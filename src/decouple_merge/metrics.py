@@ -37,7 +37,7 @@ class FeatureStats:
 
     def add(self, features: Float[Tensor, "n d"]) -> None:
         """Take in a batch of features."""
-        x = features.double().cpu()
+        x = features.cpu().double()
         self.num += len(x)
         self.total += x.sum(0)
         self.outer += x.T @ x

@@ -79,7 +79,7 @@ def _statistics(images: Images, num: int, extractor: Extractor) -> dict[str, Ten
     wanted = {k: set(np.linspace(0, num - 1, min(num, limit)).astype(int).tolist()) for k, limit in NUM_ROWS.items()}
     rows: dict[str, list[Tensor]] = {kind: [] for kind in NUM_ROWS}
     for batch in torch.arange(num).split(256):
-        features = extractor.extract(images.stack(batch.tolist()))
+        features = {k: v.cpu() for k, v in extractor.extract(images.stack(batch.tolist())).items()}
         for output, found in stats.items():
             found.add(features[output])
         for kind, kept in rows.items():

@@ -109,6 +109,11 @@ class Prompts:
         return decode_latents(self.vae, latents)
 
 
+def seed_batches(seeds: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """Cut seeds into the batches that are drawn at once."""
+    return [seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size)]
+
+
 @torch.no_grad()
 def sample_images(
     model: Denoiser,
@@ -118,6 +123,7 @@ def sample_images(
     device: torch.device,
     num_steps: int | None = None,
     prompts: Prompts | None = None,
+    share: slice = slice(None),
 ) -> Iterator[UInt8[Tensor, "batch c h w"]]:
     """Draw one image for each seed; yields uint8 batches in the order of the seeds.
 
@@ -129,6 +135,7 @@ def sample_images(
         model: maps (x_t float32, t) to the network's prediction.
         num_steps: instead of the settings'.
         prompts: for a text-to-image base.
+        share: of the batches; other processes draw the others, to the same bits as one would.
 
     Raises:
         ValueError: a text-to-image base has no prompts, or another has some.
@@ -136,9 +143,8 @@ def sample_images(
     check_prompts(base, prompts is not None)
     steps = num_steps or settings.num_steps
     size = min(settings.batch_size, len(seeds))
-    for first in range(0, len(seeds), size):
-        batch = list(seeds[first : first + size])
-        padded = batch + batch[-1:] * (size - len(batch))
+    for batch in seed_batches(seeds, size)[share]:
+        padded = [*batch] + [batch[-1]] * (size - len(batch))
         generators = [torch.Generator().manual_seed(seed) for seed in padded]
         # Multistep samplers keep a history: each batch has its own scheduler.
         scheduler = make_scheduler(base, settings.sampler, steps, settings.timestep_spacing)

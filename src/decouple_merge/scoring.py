@@ -6,13 +6,24 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .captions import texts_of
 from .config import Sample, Text
 from .data import ArrayImages, Images, holds_jpeg, open_images
-from .evaluate import check_reference, metrics_record, needs_reference, needs_rows, score
+from .evaluate import (
+    Features,
+    Output,
+    check_reference,
+    extract,
+    metrics_record,
+    needs_reference,
+    needs_rows,
+    score_features,
+)
+from .executors import in_order, run_all, shares
 from .features import MEASURED, METRICS, Extractor, check_metrics, load_extractor, weights_of
 from .plan import default_device, git_commit
 from .prompts import load_prompts
@@ -25,7 +36,7 @@ from .references import (
     write_statistics,
 )
 from .runs import append_record
-from .sample import sample_images, sampling_fields
+from .sample import sample_images, sampling_fields, seed_batches
 from .standalone import open_model
 
 
@@ -45,6 +56,7 @@ class _Scored:
     seeds: range | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     has_jpeg: bool = False
+    num_batches: int = 1
     prompts: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
@@ -61,6 +73,7 @@ def evaluate_model(
     settings: Sample | None = None,
     name: str | None = None,
     text: Text | None = None,
+    num_processes: int = 1,
 ) -> Iterator[dict[str, Any] | str]:
     """Score a model on images drawn on the fly, or images, against images or statistics; yields records and warnings.
 
@@ -76,6 +89,8 @@ def evaluate_model(
         settings: how a model draws; DDIM with 50 steps where not given.
         name: of the model in the records; the path where not given.
         text: prompts and guidance, where models are text-to-image; of images, what the CLIP score says that they show.
+        num_processes: share the batches of a model or of images, each with the networks in its memory. The numbers are
+            those of one process. Batches that are given, and the reference, are this one's.
 
     Raises:
         ValueError: a metric, its weights, the model, the images or the reference is wrong.
@@ -108,15 +123,24 @@ def evaluate_model(
         for metric in needed:
             check_reference(metric, found)
         compared[extractor_name] = (extractor, found)
+    extracted = extract(scored.batches, [extractor for extractor, _ in compared.values()])
+    if num_processes > 1 and scored.num_batches > 1:
+        weights = {extractor: weights_of(extractor, inception_weights, encoders) for extractor in compared}
+        chosen = shares(scored.num_batches, num_processes)
+        calls = [(model, num_images, seed, settings, text, weights, share) for share in chosen]
+        arrays = in_order(run_all(_extract_share, calls, num_processes))
+        extracted = ({key: torch.from_numpy(value) for key, value in found.items()} for found in arrays)
+        # What was opened here to look at it need not stay in memory.
+        scored.batches = []
     num = 0
 
-    def counted() -> Iterator[Tensor]:
+    def counted() -> Iterator[Features]:
         nonlocal num
-        for batch in scored.batches:
-            num += len(batch)
-            yield batch
+        for features in extracted:
+            num += len(next(iter(features.values())))
+            yield features
 
-    for metric, value in score(counted(), metrics, list(compared.values())).items():
+    for metric, value in score_features(counted(), metrics, list(compared.values())).items():
         used = compared[METRICS[metric]]
         if warning := rank_warning(metric, num, used[0]):
             yield warning
@@ -124,6 +148,27 @@ def evaluate_model(
         if out is not None:
             append_record(out, record)
         yield record
+
+
+def _extract_share(
+    model: str,
+    num_images: int | None,
+    seed: int,
+    settings: Sample,
+    text: Text | None,
+    weights: dict[str, Any],
+    share: slice,
+) -> Iterator[tuple[int, dict[Output, np.ndarray]]]:
+    """Extract the features of some batches in a process of its own; yields them with their numbers.
+
+    As arrays: tensors would be sent as handles of memory that goes with the process.
+    """
+    device = default_device()
+    scored = _open_scored(model, num_images, seed, settings, device, text, share=share)
+    extractors = [load_extractor(name, device, path) for name, path in weights.items()]
+    numbers = range(scored.num_batches)[share]
+    for number, features in zip(numbers, extract(scored.batches, extractors), strict=True):
+        yield number, {key: value.cpu().numpy() for key, value in features.items()}
 
 
 def _open_scored(
@@ -134,6 +179,7 @@ def _open_scored(
     device: torch.device,
     text: Text | None = None,
     with_texts: bool = False,
+    share: slice = slice(None),
 ) -> _Scored:
     if not isinstance(model, str):
         batches = iter(model)
@@ -147,8 +193,9 @@ def _open_scored(
         seeds = range(seed, seed + (num_images or 5000))
         base, network, prompts = open_model(model, device, text, seed)
         sampling = sampling_fields(base, settings, prompts)
-        drawn = sample_images(network, base, seeds, settings, device, prompts=prompts)
+        drawn = sample_images(network, base, seeds, settings, device, prompts=prompts, share=share)
         scored = _Scored(drawn, base.channels, base.image_size, len(seeds), seeds, sampling)
+        scored.num_batches = len(seed_batches(seeds, settings.batch_size))
         if prompts is not None:
             scored.prompts, scored.texts = prompts.prompts, prompts.choose(seeds)
         return scored
@@ -156,8 +203,10 @@ def _open_scored(
     num = num_images or len(images)
     if num > len(images):
         raise ValueError(f"{model}: found {len(images)} images, expected at least --num-images {num}")
-    batches = (images.stack(b.tolist()) for b in torch.arange(num).split(256))
+    numbers = torch.arange(num).split(256)
+    batches = (images.stack(b.tolist()) for b in numbers[share])
     scored = _Scored(batches, images[0].shape[0], images[0].shape[1], num, has_jpeg=holds_jpeg(images))
+    scored.num_batches = len(numbers)
     if with_texts:
         given = load_prompts(text or Text())
         texts = texts_of(images, model, given, seed)

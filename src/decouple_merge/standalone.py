@@ -1,15 +1,17 @@
 """The verbs that need no run: sample any model."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from .config import Sample, Text, load_config
+from .executors import run_all, shares
 from .models import Base, load_base, load_network, new_network
 from .plan import check, default_device
 from .prompts import load_prompts
 from .results import denoiser_of, write_images
-from .sample import Denoiser, Prompts, check_prompts, denoiser, sample_images, sampling_copy
+from .sample import Denoiser, Prompts, check_prompts, denoiser, sample_images, sampling_copy, seed_batches
 from .tensors import PROJECTIONS_FILE
 
 
@@ -59,23 +61,42 @@ def sample_model(
     sampler: str,
     text: Text | None = None,
     batch_size: int | None = None,
+    num_processes: int = 1,
 ) -> None:
     """Draw images from a pipeline, or from a run's ensemble, as ``<seed>.png``.
 
     Args:
         num_images: where not given, one for each prompt of a text-to-image model.
         text: prompts and guidance of such a model; what it doesn't set is a run's own.
+        num_processes: share the batches, each with the model in its memory; the images are those of one process.
 
     Raises:
         ValueError: as ``open_model``, or neither the number nor prompts are given.
     """
-    device = default_device()
-    base, network, prompts = open_model(model, device, text, seed)
-    num = num_images or (len(prompts.prompts) if prompts else None)
-    if num is None:
-        raise ValueError(f"{model} takes no prompts that say how many images there are; give --num-images")
+    num = num_images or _num_prompts(model, text)
+    if num == 0:
+        raise ValueError(f"{model}: no prompts say how many images there are; give --num-images, or --prompts")
     settings = Sample(sampler=sampler, num_steps=num_steps)
     if batch_size is not None:
         settings = settings.model_copy(update={"batch_size": batch_size})
-    seeds = list(range(seed, seed + num))
-    write_images(sample_images(network, base, seeds, settings, device, prompts=prompts), seeds, out)
+    seeds = range(seed, seed + num)
+    num_batches = len(seed_batches(seeds, settings.batch_size))
+    calls = [(model, out, seeds, settings, text, share) for share in shares(num_batches, num_processes)]
+    for _ in run_all(_draw, calls, num_processes):
+        pass
+
+
+def _num_prompts(model: str, text: Text | None) -> int:
+    given = load_prompts(text or Text())
+    if not given and (Path(model) / "config.yaml").exists():
+        given = check(load_config(Path(model) / "config.yaml"), Path(model)).prompts
+    return len(given)
+
+
+def _draw(model: str, out: Path, seeds: range, settings: Sample, text: Text | None, share: slice) -> Iterator[int]:
+    """Write the images of some batches; yields how many there are."""
+    device = default_device()
+    base, network, prompts = open_model(model, device, text, seeds.start)
+    names = [seed for batch in seed_batches(seeds, settings.batch_size)[share] for seed in batch]
+    write_images(sample_images(network, base, seeds, settings, device, prompts=prompts, share=share), names, out)
+    yield len(names)
