@@ -56,6 +56,7 @@ ADAPTERS = {
     "optuna": ("study",),
     "cmaes": ("strategies",),
     "accelerate": ("finetune",),
+    "bitsandbytes": ("finetune",),
     "datasets": ("data",),
     "matplotlib": ("figures",),
     "yaml": ("config",),

@@ -135,6 +135,7 @@ class Training(Section):
         batch_size: images per process and micro-batch; an update sees batch_size × accumulation × processes.
         schedule: the rate over the updates: ``constant``; ``cosine`` and ``linear`` fall to
             learning_rate × floor, which they reach after ``decay_fraction`` of the updates.
+        optimizer: ``adamw``, torch's, fused; or ``adamw8bit``, bitsandbytes', whose moments take a quarter of that.
         gradient_checkpointing: compute activations again for the backward pass: less memory, a third more compute.
         distance: None draws nothing during training.
         tracker: any Accelerate tracker by name, or ``none``.
@@ -148,6 +149,7 @@ class Training(Section):
     num_warmup_updates: NonNegativeInt = 0
     floor: float = Field(0.0, ge=0, le=1)
     decay_fraction: float = Field(1.0, gt=0, le=1)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     betas: tuple[float, float] = (0.95, 0.999)
     weight_decay: NonNegativeFloat = 1e-6
     eps: PositiveFloat = 1e-8

@@ -198,15 +198,26 @@ class Trainer:
             {"params": others, "scale": 1.0},
             {"params": list(scaled.values()), "scale": self.task.projection_rate_scale},
         ]
-        s = self.settings
-        return torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=s.learning_rate,
-            betas=s.betas,
-            weight_decay=s.weight_decay,
-            eps=s.eps,
-            fused=True,
-        )
+        s, groups = self.settings, [g for g in groups if g["params"]]
+        settings: dict[str, Any] = {
+            "lr": s.learning_rate,
+            "betas": s.betas,
+            "weight_decay": s.weight_decay,
+            "eps": s.eps,
+        }
+        if s.optimizer == "adamw":
+            return torch.optim.AdamW(groups, **settings, fused=True)
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **settings)
+
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        """List what the optimiser remembers of each parameter, in its own order; written into, it goes on from there.
+
+        Its ``state_dict`` is not the same for all: bitsandbytes nests some tensors for FSDP.
+        """
+        states = self.optimizer.state
+        return [states[p] for group in self.optimizer.param_groups for p in group["params"]]
 
     def update(self, batches: Iterator[Batch]) -> None:
         """Do one optimiser update, on as many batches as are accumulated, and follow it with the EMA."""
@@ -300,8 +311,11 @@ class Trainer:
         """Write weights, EMA and optimiser as one safetensors file, replaced atomically."""
         tensors: dict[str, Tensor] = {f"network.{i}": p for i, p in enumerate(self.parameters)}
         tensors |= {f"ema.{i}": p for i, p in enumerate(self.ema)}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+        for i, state in enumerate(self._optimizer_states()):
+            for key, value in state.items():
+                # A count is a number in bitsandbytes; its codebooks are one tensor for all, which safetensors refuses.
+                own = value.clone() if isinstance(value, Tensor) and key.startswith("qmap") else value
+                tensors[f"optimizer.{i}.{key}"] = own if isinstance(own, Tensor) else torch.tensor(own)
         tensors["sums"] = self.sums
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
         counts = {"num_done": self.num_done, "num_summed": self.num_summed, "scaler": scaler}
@@ -325,12 +339,13 @@ class Trainer:
                     e.copy_(tensors[f"ema.{i}"])
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{path} is of another network ({error}); remove the folder to start over") from error
-        state: dict[int, dict[str, Tensor]] = {}
+        states = self._optimizer_states()
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+                states[int(index)][name] = (
+                    value.to(self.device) if value.is_floating_point() or value.dim() else value.item()
+                )
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(counts["scaler"])
         self.sums = tensors["sums"].to(self.device)

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def check(config: Config, out: Path) -> Plan:
         raise ValueError(f"evaluate.metrics has clip_score, but {config.base} reads no texts; take another metric")
     check_distance(config, config.finetune, base)
     check_precision(config.finetune)
+    check_optimizer(config.finetune)
     check_weights(config.search, len(config.search.checkpoints) or len(ranges))
     if config.finetune.lora is not None:
         check_lora(base.network, config.finetune.lora)
@@ -136,6 +138,15 @@ def check_distance(config: Config, settings: Training, base: Base) -> None:
     if settings.distance is not None:
         make_scheduler(base, config.sample.sampler, settings.distance.num_steps, config.sample.timestep_spacing)
         check_extractors([settings.distance.metric], config.evaluate)
+
+
+def check_optimizer(settings: Training) -> None:
+    """Require that the optimiser is installed."""
+    if settings.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "optimizer is adamw8bit, which needs bitsandbytes, and that isn't installed: pip install "
+            "'decouple-merge[8bit]', or set it to adamw"
+        )
 
 
 def check_owner(run: Run, config: Config) -> None:

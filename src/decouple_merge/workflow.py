@@ -18,6 +18,7 @@ from .plan import (
     BASELINE,
     Plan,
     check_distance,
+    check_optimizer,
     check_owner,
     check_precision,
     claim,
@@ -120,6 +121,7 @@ def pretrain(config: Config, out: Path) -> Iterator[Event]:
     base = create_base(settings.model, settings.scheduler, config.seed)
     check_precision(settings)
     check_distance(config, settings, base)
+    check_optimizer(settings)
     check_owner(Run(out), config)
     images = load_images(config.data, base.channels, base.image_size)
     check_held_out(images, config.data)
