@@ -41,6 +41,7 @@ LAYERS = [
         "selection",
         "recipes",
         "standalone",
+        "scored",
         "scoring",
         "workflow",
         "progress",

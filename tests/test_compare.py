@@ -18,6 +18,7 @@ COMMON = {
     "timestep_spacing": "leading",
     "precision": "fp32",
     "prompts": "24 texts 0123456789abcdef, guidance 7",
+    "resize": "256, centre square, Lanczos of Pillow",
 }
 
 

@@ -14,10 +14,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from decouple_merge import cli, scoring
-from decouple_merge.config import Sample
+from decouple_merge.config import Sample, Text
 from decouple_merge.data import holds_jpeg, open_images
 from decouple_merge.features import Extractor, load_extractor
 from decouple_merge.runs import read_records
+from decouple_merge.scored import Source, open_scored
 from decouple_merge.scoring import evaluate_model
 from test_encoders import save_model
 from test_evaluate import features_of
@@ -105,8 +106,9 @@ def _again(tmp_path: Path) -> None:
 
 def test_a_model_is_a_reference_from_the_seeds_that_follow(tiny_base: Path, tmp_path: Path) -> None:
     (record,) = records(str(tiny_base), str(tiny_base), METRICS[:1], 6, 10, settings=FOUR)
-    drawn = {seed: scoring._open_scored(str(tiny_base), 6, seed, FOUR, torch.device("cpu")) for seed in (10, 16)}
-    (expected,) = records(*(torch.cat(list(d.batches)).split(6) for d in drawn.values()), METRICS[:1])
+    sources = [Source(str(tiny_base), 6, seed, FOUR, Text()) for seed in (10, 16)]
+    drawn = [open_scored(source, torch.device("cpu")) for source in sources]
+    (expected,) = records(*(torch.cat(list(d.batches)).split(6) for d in drawn), METRICS[:1])
     assert record["value"] == pytest.approx(expected["value"], rel=1e-9)
     assert record["value"] > 1e-3
     assert record["seeds"] == [10, 15]

@@ -12,6 +12,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Names are imported when they are asked for: the command's --help needs no torch.
 _PUBLIC = {
     "load_config": "config",
+    "load_protocol": "config",
     "run": "workflow",
     "finetune_experts": "workflow",
     "search_weights": "selection",

@@ -294,13 +294,20 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(metavar="REF", help="Images, a model, or statistics of deme stats, pytorch-fid or ADM")
     ] = None,
-    metrics: Annotated[str, typer.Option(help="Separated by commas")] = "fd_effnetlite0",
+    protocol: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="cifar10-50k, lsun-50k, coco-30k, imagenet-names or partiprompts"),
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="Separated by commas; fd_effnetlite0 where not given")] = None,
     num_images: Annotated[
         int | None, typer.Option(min=2, help="5000 of a model, all of images, where not given")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    num_steps: Annotated[int, typer.Option(min=1)] = 50,
-    sampler: Annotated[str, typer.Option(help="Any diffusers scheduler by name")] = "DDIM",
+    seed: Annotated[int, typer.Option(min=0, help="Of the first image, which has the first prompt")] = 0,
+    num_steps: Annotated[int | None, typer.Option(min=1, help="50 where not given")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Any diffusers scheduler by name, DDIM where not given")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a value of the protocol")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Records are appended here")] = Path("metrics.jsonl"),
     inception_weights: InceptionWeights = None,
     dinov2: DinoV2 = None,
@@ -317,6 +324,9 @@ def evaluate(
     """Score a model or images against a reference; the records go to a metrics file.
 
     Example: `deme evaluate models/fashion-ddpm --reference fashion-mnist --num-images 500`
+
+    As papers do it: `deme evaluate runs/sd14/merged --protocol coco-30k --reference val2014 --prompts
+    captions_val2014.json --clip laion/CLIP-ViT-g-14-laion2B-s12B-b42K --inception-weights pt_inception.pth`
     """
     if compare is not None:
         from .compare import compare as compare_records
@@ -325,13 +335,33 @@ def evaluate(
         return
     if model is None:
         raise ValueError("expected MODEL_OR_IMAGES, or --compare A B")
-    from .config import Sample
+    from .config import load_protocol
     from .scoring import evaluate_model
 
-    settings, encoders = Sample(sampler=sampler, num_steps=num_steps), _encoders(dinov2, clip)
-    names, text = metrics.split(","), _text(prompts, negative_prompt, guidance)
-    given = {"settings": settings, "text": text, "num_processes": num_processes}
-    _show(evaluate_model(model, reference, names, num_images, seed, out, inception_weights, encoders, **given))
+    given = {
+        "metrics": metrics.split(",") if metrics else None,
+        "num_images": num_images,
+        "sample": {"sampler": sampler, "num_steps": num_steps},
+        "text": {"prompts": prompts, "negative_prompt": negative_prompt, "guidance_scale": guidance},
+    }
+    settings = load_protocol(protocol, given, overrides)
+    _show(
+        evaluate_model(
+            model,
+            reference,
+            settings.metrics,
+            settings.num_images,
+            seed,
+            out,
+            inception_weights,
+            _encoders(dinov2, clip),
+            settings.sample,
+            text=settings.text,
+            num_processes=num_processes,
+            image_size=settings.image_size,
+            num_reference_images=settings.num_reference_images,
+        )
+    )
 
 
 @app.command()
@@ -342,6 +372,7 @@ def stats(
     inception_weights: InceptionWeights = None,
     dinov2: DinoV2 = None,
     clip: Clip = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Cut images to a square and resize them first")] = None,
 ) -> None:
     """Write reference statistics (mu, sigma) that other FID tools read too.
 
@@ -349,7 +380,7 @@ def stats(
     """
     from . import scoring
 
-    scoring.write_reference(images, out, metric, inception_weights, _encoders(dinov2, clip))
+    scoring.write_reference(images, out, metric, inception_weights, _encoders(dinov2, clip), image_size)
     console.print(f"statistics: {out}")
 
 

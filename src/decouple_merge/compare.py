@@ -10,7 +10,17 @@ from typing import Any
 from .runs import read_records
 
 # Records that differ in one of these measure different things.
-FIELDS = ["extractor", "reference", "sampler", "num_steps", "timestep_spacing", "precision", "prompts", "num_images"]
+FIELDS = [
+    "extractor",
+    "reference",
+    "sampler",
+    "num_steps",
+    "timestep_spacing",
+    "precision",
+    "prompts",
+    "resize",
+    "num_images",
+]
 
 Record = dict[str, Any]
 

@@ -369,6 +369,24 @@ class Evaluate(Section):
         return {name: path for name, path in (("dinov2", self.dinov2), ("clip", self.clip)) if path is not None}
 
 
+class Protocol(Section):
+    """What ``deme evaluate`` measures on which images; protocols.yaml has those of papers by name.
+
+    Attributes:
+        metrics: of ``features.METRICS``.
+        num_images: drawn from a model, 5,000 where it isn't set; of images the first so many, all where it isn't.
+        num_reference_images: that the reference must have, where it isn't statistics.
+        image_size: images and reference are cut to a square and resized to this before they are scored.
+    """
+
+    metrics: list[str] = Field(["fd_effnetlite0"], min_length=1)
+    num_images: int | None = Field(None, ge=2)
+    num_reference_images: PositiveInt | None = None
+    image_size: PositiveInt | None = None
+    sample: Sample = Sample()
+    text: Text = Text()
+
+
 class Pretrain(Training):
     """Training of a base model from nothing.
 
@@ -435,9 +453,8 @@ class Config(Section):
         return self
 
 
-def _nearest_key(location: tuple[int | str, ...]) -> str:
+def _nearest_key(model: Any, location: tuple[int | str, ...]) -> str:
     """Name the valid key nearest to the unknown one at the end of a location."""
-    model: Any = Config
     for part in location[:-1]:
         annotation = model.model_fields[part].annotation
         model = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
@@ -445,12 +462,12 @@ def _nearest_key(location: tuple[int | str, ...]) -> str:
     return ".".join([*map(str, location[:-1]), *match])
 
 
-def _explain(error: ValidationError, where: str) -> str:
+def _explain(model: Any, error: ValidationError, where: str) -> str:
     lines = []
     for e in error.errors():
         key = ".".join(map(str, e["loc"]))
         if e["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}; the nearest valid key is {_nearest_key(e['loc'])!r}")
+            lines.append(f"unknown key {key!r}; the nearest valid key is {_nearest_key(model, e['loc'])!r}")
         else:
             message = e["msg"].removeprefix("Value error, ")
             lines.append(f"{key}: {message}, found {e['input']!r}" if key else message)
@@ -484,7 +501,7 @@ def validate(section: type[AnySection], values: dict[str, Any], where: str) -> A
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_explain(error, where)) from error
+        raise ValueError(_explain(section, error, where)) from error
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
@@ -505,6 +522,30 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     for assignment in overrides or []:
         _override(values, assignment)
     return validate(Config, values, f"config {path}")
+
+
+def load_protocol(name: str | None, given: dict[str, Any], overrides: list[str] | None = None) -> Protocol:
+    """Look up a protocol by name, change what is given, then what ``a.b=c`` overrides say.
+
+    Args:
+        name: of protocols.yaml; None starts from the defaults of every value.
+        given: values, in sections as in that file; None is none.
+
+    Raises:
+        ValueError: there is no such protocol, or as ``load_config``.
+    """
+    known = yaml.safe_load(Path(__file__).with_name("protocols.yaml").read_text(encoding="utf-8"))
+    if name is not None and name not in known:
+        raise ValueError(f"--protocol is {name!r}, expected one of {', '.join(known)}")
+    values = known[name] if name else {}
+    for key, value in given.items():
+        if isinstance(value, dict):
+            values[key] = values.get(key, {}) | {k: v for k, v in value.items() if v is not None}
+        elif value is not None:
+            values[key] = value
+    for assignment in overrides or []:
+        _override(values, assignment)
+    return validate(Protocol, values, f"protocol {name}" if name else "deme evaluate")
 
 
 def dump_config(config: Config) -> str:

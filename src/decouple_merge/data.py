@@ -28,6 +28,9 @@ from .seeds import generator
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 
+# How images are brought to a size, as records say it.
+RESIZE = "centre square, Lanczos of Pillow"
+
 # Debian's dataset-fashion-mnist puts its files here.
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -201,6 +204,19 @@ def _convert(image: Image.Image, item: Any, channels: int, size: int, fit: str) 
         )
     pixels = np.asarray(image.convert(mode))
     return torch.from_numpy(pixels.reshape(size, size, channels).transpose(2, 0, 1).copy())
+
+
+def resize_images(
+    images: UInt8[Tensor, "n c h w"], size: int, channels: int | None = None
+) -> UInt8[Tensor, "n channels {size} {size}"]:
+    """Cut images to their centre square and resize them, as ``fit: resize`` does with files.
+
+    The filter is Pillow's Lanczos: three lobes, stretched by the factor where images shrink, so that nothing aliases;
+    values are rounded to levels.
+    """
+    arrays = images.permute(0, 2, 3, 1).numpy()
+    pictures = [Image.fromarray(array[..., 0] if array.shape[2] == 1 else array) for array in arrays]
+    return torch.stack([decode(picture, channels or images.shape[1], size, "resize") for picture in pictures])
 
 
 def _read_idx(path: Path) -> UInt8[np.ndarray, "n 1 h w"]:
@@ -390,26 +406,25 @@ def load_images(data: Data, channels: int, size: int) -> Images:
                 f"expected {size}×{size} with {channels}, as the base model has; set data.fit: resize to crop, "
                 "resize and convert"
             )
-        images = (Image.fromarray(p.transpose(1, 2, 0).squeeze()) for p in pixels)
-        pixels = np.stack([decode(i, channels, size, "resize").numpy() for i in images])
+        pixels = resize_images(torch.from_numpy(pixels), size, channels).numpy()
     if len(pixels) == 0:
         raise ValueError(f"{source}: holds no images")
     return ArrayImages(pixels)
 
 
-def open_images(source: str) -> Images:
-    """Open images whose size and channels are whatever the first of them has.
+def open_images(source: str, size: int | None = None, channels: int | None = None) -> Images:
+    """Open images whose size and channels are whatever the first of them has, or are brought to.
 
     Raises:
         ValueError: as ``load_images``; also where the images differ among themselves.
     """
-    data = Data(source=source)
+    data = Data(source=source, fit="exact" if size is None else "resize")
     path = Path(source)
     if source == "fashion-mnist":
-        return load_images(data, 1, 28)
+        return load_images(data, channels or 1, size or 28)
     if path.suffix in (".npz", ".npy") and path.is_file():
         pixels = _array_file(path)
-        return load_images(data, pixels.shape[1], pixels.shape[2])
+        return load_images(data, channels or pixels.shape[1], size or pixels.shape[2])
     items: Sequence[Any]
     if source.startswith("datasets:"):
         items = _column(source.removeprefix("datasets:"), data)[0]
@@ -423,7 +438,7 @@ def open_images(source: str) -> Images:
             "or datasets:NAME"
         )
     image = _open(items[0])
-    return load_images(data, 1 if image.mode in ("L", "1", "I;16") else 3, image.width)
+    return load_images(data, channels or (1 if image.mode in ("L", "1", "I;16") else 3), size or image.width)
 
 
 def holds_jpeg(images: Images) -> bool:

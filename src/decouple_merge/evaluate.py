@@ -59,7 +59,7 @@ def metrics_record(
 
     Args:
         seeds: of the images, where a model drew them.
-        sampling: sampler, num_steps and what else the images depend on; empty for images that were given.
+        sampling: sampler, num_steps and what else the images depend on, and what they were resized to.
     """
     extractor, reference = compared
     return {
@@ -75,6 +75,7 @@ def metrics_record(
         "timestep_spacing": sampling.get("timestep_spacing"),
         "precision": sampling.get("precision"),
         "prompts": sampling.get("prompts"),
+        "resize": sampling.get("resize"),
         "git": git,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -1,8 +1,7 @@
 """Score anything: a model, images from wherever they come, against images, statistics or another model."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .captions import texts_of
 from .config import Sample, Text
-from .data import ArrayImages, Images, holds_jpeg, open_images
+from .data import ArrayImages, Images, open_images
 from .evaluate import (
     Features,
     Output,
@@ -26,7 +24,6 @@ from .evaluate import (
 from .executors import in_order, run_all, shares
 from .features import MEASURED, METRICS, Extractor, check_metrics, load_extractor, weights_of
 from .plan import default_device, git_commit
-from .prompts import load_prompts
 from .references import (
     Reference,
     holds_statistics,
@@ -36,29 +33,7 @@ from .references import (
     write_statistics,
 )
 from .runs import append_record
-from .sample import sample_images, sampling_fields, seed_batches
-from .standalone import open_model
-
-
-@dataclass
-class _Scored:
-    """Images to be scored, from wherever they come.
-
-    Attributes:
-        prompts: all that images may be drawn from.
-        texts: those of these images, in their order.
-    """
-
-    batches: Iterable[Tensor]
-    channels: int
-    size: int
-    num_images: int | None = None
-    seeds: range | None = None
-    sampling: dict[str, Any] = field(default_factory=dict)
-    has_jpeg: bool = False
-    num_batches: int = 1
-    prompts: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+from .scored import Scored, Source, is_model, open_scored
 
 
 def evaluate_model(
@@ -74,6 +49,8 @@ def evaluate_model(
     name: str | None = None,
     text: Text | None = None,
     num_processes: int = 1,
+    image_size: int | None = None,
+    num_reference_images: int | None = None,
 ) -> Iterator[dict[str, Any] | str]:
     """Score a model on images drawn on the fly, or images, against images or statistics; yields records and warnings.
 
@@ -91,15 +68,19 @@ def evaluate_model(
         text: prompts and guidance, where models are text-to-image; of images, what the CLIP score says that they show.
         num_processes: share the batches of a model or of images, each with the networks in its memory. The numbers are
             those of one process. Batches that are given, and the reference, are this one's.
+        image_size: images and reference are cut to a square and resized to this before they are scored; what a model
+            draws is never enlarged.
+        num_reference_images: that the reference must have, where it isn't statistics.
 
     Raises:
         ValueError: a metric, its weights, the model, the images or the reference is wrong.
     """
     check_metrics(metrics, inception_weights, encoders)
     name = name or (model if isinstance(model, str) else "images")
-    device, settings = default_device(), settings or Sample()
+    device = default_device()
     with_texts = any(MEASURED[m].measure == "clip_score" for m in metrics)
-    scored = _open_scored(model, num_images, seed, settings, device, text, with_texts)
+    source = Source(model, num_images, seed, settings or Sample(), text or Text(), image_size)
+    scored = open_scored(source, device, with_texts)
     if with_texts and not scored.texts:
         raise ValueError(
             f"clip_score needs the texts that the images of {name} show: give --prompts, or take another metric for a "
@@ -119,15 +100,15 @@ def evaluate_model(
         if extractor.embed is not None:
             found = text_reference(scored.prompts, scored.texts, extractor)
         elif against is not None and any(map(needs_reference, needed)):
-            found = _any_reference(against, extractor, scored, any(map(needs_rows, needed)), settings, device, text)
+            with_rows = any(map(needs_rows, needed))
+            found = _any_reference(against, extractor, source, scored, with_rows, num_reference_images)
         for metric in needed:
             check_reference(metric, found)
         compared[extractor_name] = (extractor, found)
     extracted = extract(scored.batches, [extractor for extractor, _ in compared.values()])
     if num_processes > 1 and scored.num_batches > 1:
         weights = {extractor: weights_of(extractor, inception_weights, encoders) for extractor in compared}
-        chosen = shares(scored.num_batches, num_processes)
-        calls = [(model, num_images, seed, settings, text, weights, share) for share in chosen]
+        calls = [(source, weights, share) for share in shares(scored.num_batches, num_processes)]
         arrays = in_order(run_all(_extract_share, calls, num_processes))
         extracted = ({key: torch.from_numpy(value) for key, value in found.items()} for found in arrays)
         # What was opened here to look at it need not stay in memory.
@@ -151,67 +132,18 @@ def evaluate_model(
 
 
 def _extract_share(
-    model: str,
-    num_images: int | None,
-    seed: int,
-    settings: Sample,
-    text: Text | None,
-    weights: dict[str, Any],
-    share: slice,
+    source: Source, weights: dict[str, Any], share: slice
 ) -> Iterator[tuple[int, dict[Output, np.ndarray]]]:
     """Extract the features of some batches in a process of its own; yields them with their numbers.
 
     As arrays: tensors would be sent as handles of memory that goes with the process.
     """
     device = default_device()
-    scored = _open_scored(model, num_images, seed, settings, device, text, share=share)
+    scored = open_scored(source, device, share=share)
     extractors = [load_extractor(name, device, path) for name, path in weights.items()]
     numbers = range(scored.num_batches)[share]
     for number, features in zip(numbers, extract(scored.batches, extractors), strict=True):
         yield number, {key: value.cpu().numpy() for key, value in features.items()}
-
-
-def _open_scored(
-    model: str | Iterable[Tensor],
-    num_images: int | None,
-    seed: int,
-    settings: Sample,
-    device: torch.device,
-    text: Text | None = None,
-    with_texts: bool = False,
-    share: slice = slice(None),
-) -> _Scored:
-    if not isinstance(model, str):
-        batches = iter(model)
-        first = next(batches, None)
-        if not isinstance(first, Tensor) or first.ndim != 4 or first.dtype != torch.uint8:
-            found = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
-            raise ValueError(f"the first batch is {found}, expected uint8 [N, C, H, W], 0 to 255: quantise the images")
-        given = load_prompts(text or Text())
-        return _Scored(chain([first], batches), first.shape[1], first.shape[2], prompts=given, texts=given)
-    if _is_model(model):
-        seeds = range(seed, seed + (num_images or 5000))
-        base, network, prompts = open_model(model, device, text, seed)
-        sampling = sampling_fields(base, settings, prompts)
-        drawn = sample_images(network, base, seeds, settings, device, prompts=prompts, share=share)
-        scored = _Scored(drawn, base.channels, base.image_size, len(seeds), seeds, sampling)
-        scored.num_batches = len(seed_batches(seeds, settings.batch_size))
-        if prompts is not None:
-            scored.prompts, scored.texts = prompts.prompts, prompts.choose(seeds)
-        return scored
-    images = open_images(model)
-    num = num_images or len(images)
-    if num > len(images):
-        raise ValueError(f"{model}: found {len(images)} images, expected at least --num-images {num}")
-    numbers = torch.arange(num).split(256)
-    batches = (images.stack(b.tolist()) for b in numbers[share])
-    scored = _Scored(batches, images[0].shape[0], images[0].shape[1], num, has_jpeg=holds_jpeg(images))
-    scored.num_batches = len(numbers)
-    if with_texts:
-        given = load_prompts(text or Text())
-        texts = texts_of(images, model, given, seed)
-        scored.prompts, scored.texts = given or texts, texts[:num]
-    return scored
 
 
 def rank_warning(metric: str, num_images: int, extractor: Extractor) -> str | None:
@@ -229,30 +161,28 @@ def _collect(batches: Iterable[Tensor]) -> Images:
     return ArrayImages(torch.cat(list(batches)).numpy())
 
 
-def _is_model(name: str) -> bool:
-    path = Path(name)
-    is_hub_name = not path.exists() and name.count("/") == 1 and name[0] not in "./~" and ":" not in name
-    return is_hub_name or (path / "model_index.json").exists() or (path / "config.yaml").exists()
-
-
 def _any_reference(
     reference: str | Images,
     extractor: Extractor,
-    scored: _Scored,
+    source: Source,
+    scored: Scored,
     with_rows: bool,
-    settings: Sample,
-    device: torch.device,
-    text: Text | None,
+    num_images: int | None,
 ) -> Reference:
     if not isinstance(reference, str):
         return make_reference("images", reference, extractor)
     if holds_statistics(Path(reference)):
         return read_statistics(Path(reference), extractor, with_rows)
-    if _is_model(reference):
+    if is_model(reference):
         first = scored.seeds.stop if scored.seeds else 0
-        drawn = _open_scored(reference, scored.num_images, first, settings, device, text)
-        return make_reference(reference, _collect(drawn.batches), extractor)
-    images = open_images(reference)
+        other = replace(source, model=reference, num_images=scored.num_images, seed=first)
+        return make_reference(reference, _collect(open_scored(other, default_device()).batches), extractor)
+    images = open_images(reference, source.image_size, scored.channels if source.image_size else None)
+    if num_images is not None and len(images) != num_images:
+        raise ValueError(
+            f"--reference {reference}: found {len(images)} images, expected {num_images}; give the whole data set, or "
+            "say with --set num_reference_images=N that another is meant"
+        )
     channels, height, width = images[0].shape
     if (channels, height, width) != (scored.channels, scored.size, scored.size):
         raise ValueError(
@@ -263,9 +193,14 @@ def _any_reference(
 
 
 def write_reference(
-    images: str, out: Path, metric: str, inception_weights: Path | None, encoders: dict[str, str] | None = None
+    images: str,
+    out: Path,
+    metric: str,
+    inception_weights: Path | None,
+    encoders: dict[str, str] | None = None,
+    image_size: int | None = None,
 ) -> None:
-    """Write the mean and covariance of a data set's features as an npz file."""
+    """Write the mean and covariance of a data set's features as an npz file, of images resized where asked."""
     check_metrics([metric], inception_weights, encoders)
     if metric == "clip_score":
         raise ValueError(
@@ -273,4 +208,4 @@ def write_reference(
         )
     weights = weights_of(METRICS[metric], inception_weights, encoders)
     extractor = load_extractor(METRICS[metric], default_device(), weights)
-    write_statistics(make_reference(images, open_images(images), extractor), out)
+    write_statistics(make_reference(images, open_images(images, image_size), extractor), out)
