@@ -108,13 +108,13 @@ def run(out: Path, *arguments: Any) -> list[dict[str, Any]]:
     return read_records(out)
 
 
-def test_cifar10_is_scored_at_its_own_size(
-    pixel_model: Path, tiny_images: Path, inception: Path, tmp_path: Path
-) -> None:
-    arguments = [pixel_model, "--protocol", "cifar10-50k", "--reference", tiny_images, "--inception-weights", inception]
+def test_cifar10_is_scored_at_its_own_size(pixel_model: Path, inception: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "train.npy", draw_pixels(5, 8, 8)[..., 0])
+    arguments = [pixel_model, "--protocol", "cifar10-50k", "--reference", tmp_path / "train.npy"]
+    arguments += ["--inception-weights", inception]
     refused = CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments), "--num-images", "4"])
-    assert "found 48 images, expected 50000; give the whole data set, or" in str(refused.exception)
-    counts = ["--num-images", 4, "--set", "num_reference_images=48"]
+    assert "found 5 images, expected 50000; give the whole data set, or" in str(refused.exception)
+    counts = ["--num-images", 4, "--set", "num_reference_images=5"]
     (record,) = run(tmp_path / "m.jsonl", *arguments, *counts)
     assert record["value"] > 0
     assert (
@@ -131,8 +131,8 @@ def test_cifar10_is_scored_at_its_own_size(
         == record
     )
     assert record["extractor"].startswith("inception:")
-    assert record["reference"].startswith(f"{tiny_images}:")
-    assert record["reference"].endswith(":48")
+    assert record["reference"].startswith(f"{tmp_path / 'train.npy'}:")
+    assert record["reference"].endswith(":5")
 
 
 def test_coco_is_30k_captions_resized_against_the_whole_set_with_a_clip_score(
@@ -217,14 +217,22 @@ def test_partiprompts_is_the_clip_score_alone_and_needs_no_reference(text_model:
     assert changed["prompts"].endswith("guidance 2")
 
 
-def test_unlike_resizes_are_not_compared(pixel_model: Path, inception: Path, tmp_path: Path) -> None:
-    np.save(tmp_path / "church.npy", draw_pixels(6, 12, 12)[..., 0])
+def test_lsun_is_resized_and_unlike_resizes_are_not_compared(
+    pixel_model: Path, inception: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "church.npy", draw_pixels(5, 12, 12)[..., 0])
     arguments = [pixel_model, "--protocol", "lsun-50k", "--reference", tmp_path / "church.npy", "--num-images", 4]
-    arguments += ["--inception-weights", inception, "--metrics", "kid"]
+    (record,) = run(tmp_path / "m.jsonl", *arguments, "--set", "image_size=4", "--inception-weights", inception)
+    assert [record[k] for k in ("metric", "sampler", "num_steps")] == ["fid", "DDIM", 50]
+    assert record["resize"] == "4, centre square, Lanczos of Pillow"
+    arguments += ["--metrics", "kd_effnetlite0"]
     for out, size in (("a", 8), ("b", 4)):
-        (record,) = run(tmp_path / f"{out}.jsonl", *arguments, "--set", f"image_size={size}")
-        assert (record["sampler"], record["num_steps"]) == ("DDIM", 50)
-    with pytest.raises(ValueError, match=r"records of kid differ in .* \(.*\), expected the same"):
+        run(tmp_path / f"{out}.jsonl", *arguments, "--set", f"image_size={size}")
+    # The same images as statistics, of which a record can't tell the size.
+    for out in "ab":
+        (line,) = read_records(tmp_path / f"{out}.jsonl")
+        (tmp_path / f"{out}.jsonl").write_text(json.dumps(line | {"reference": "stats.npz"}))
+    with pytest.raises(ValueError, match=r"kd_effnetlite0 differ in resize \(8, .*, 4, .*\), expected the same"):
         list(compare(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")))
     refused = CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
     assert "found images 8×8, which image_size 256 would enlarge" in str(refused.exception)
@@ -255,12 +263,9 @@ def test_a_reference_has_the_channels_of_what_is_scored(tmp_path: Path) -> None:
 def test_statistics_of_resized_images_serve_as_reference(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", 8)
     write_reference(str(photos), tmp_path / "stats.npz", "fd_effnetlite0", None, image_size=8)
-    batches: list[Tensor] = [torch.from_numpy(draw_pixels(6, 16, 16, 9)).permute(0, 3, 1, 2)]
-    scored = [
-        next(r for r in evaluate_model(batches, str(ref), ["fd_effnetlite0"], image_size=8) if isinstance(r, dict))
-        for ref in (tmp_path / "stats.npz", photos)
-    ]
-    assert scored[0]["value"] == pytest.approx(scored[1]["value"], rel=1e-4)
+    features = load_extractor("effnetlite0", torch.device("cpu")).extract(open_images(str(photos), 8).stack(range(8)))
+    with np.load(tmp_path / "stats.npz") as file:
+        np.testing.assert_allclose(file["mu"], features["features"].double().mean(0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
