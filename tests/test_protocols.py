@@ -183,7 +183,7 @@ def test_imagenet_is_two_images_of_each_name(text_model: Path, inception: Path, 
     assert [r["metric"] for r in found] == ["fid", "clip_score"]
     assert found[0]["prompts"].startswith("2 texts ")
     # A template is other prompts.
-    counts += ["--metrics", "clip_score", "--set", "text.template=a photo of a {}"]
+    counts += ["--metrics", "clip_score", "--template", "a photo of a {}"]
     other = run(tmp_path / "m.jsonl", text_model, "--protocol", "imagenet-names", *inputs, *counts)[-1]
     assert other["prompts"].split()[2] != found[0]["prompts"].split()[2]
     (tmp_path / "photos.txt").write_text("a photo of a tench\na photo of a great white shark\n")

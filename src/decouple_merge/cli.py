@@ -233,11 +233,19 @@ NegativePrompt = Annotated[str | None, typer.Option(help="What guidance leads aw
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale, 7.5 where not given; 1 is none")]
 
 
-def _text(prompts: Path | None, negative_prompt: str | None, guidance: float | None) -> Any:
-    from .config import Text, validate
+Template = Annotated[str | None, typer.Option(metavar="TEXT", help="What is asked for, {} being the file's prompt")]
 
-    given = {"prompts": prompts, "negative_prompt": negative_prompt, "guidance_scale": guidance}
-    return validate(Text, {key: value for key, value in given.items() if value is not None}, "prompts")
+
+def _text(
+    prompts: Path | None, template: str | None, negative_prompt: str | None, guidance: float | None
+) -> dict[str, Any]:
+    given = {
+        "prompts": prompts,
+        "template": template,
+        "negative_prompt": negative_prompt,
+        "guidance_scale": guidance,
+    }
+    return {key: value for key, value in given.items() if value is not None}
 
 
 NumProcesses = Annotated[
@@ -257,6 +265,7 @@ def sample(
     num_steps: Annotated[int, typer.Option(min=1)] = 50,
     sampler: Annotated[str, typer.Option(help="Any diffusers scheduler by name")] = "DDIM",
     prompts: PromptFile = None,
+    template: Template = None,
     negative_prompt: NegativePrompt = None,
     guidance: Guidance = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images drawn at once, 256 where not given")] = None,
@@ -270,8 +279,9 @@ def sample(
     --sampler PNDM --guidance 7.5`
     """
     from . import standalone
+    from .config import Text, validate
 
-    text = _text(prompts, negative_prompt, guidance)
+    text = validate(Text, _text(prompts, template, negative_prompt, guidance), "prompts")
     standalone.sample_model(model, out, num_images, seed, num_steps, sampler, text, batch_size, num_processes)
     console.print(f"images: {out}")
 
@@ -313,6 +323,7 @@ def evaluate(
     dinov2: DinoV2 = None,
     clip: Clip = None,
     prompts: PromptFile = None,
+    template: Template = None,
     negative_prompt: NegativePrompt = None,
     guidance: Guidance = None,
     num_processes: NumProcesses = 1,
@@ -342,7 +353,7 @@ def evaluate(
         "metrics": metrics.split(",") if metrics else None,
         "num_images": num_images,
         "sample": {"sampler": sampler, "num_steps": num_steps},
-        "text": {"prompts": prompts, "negative_prompt": negative_prompt, "guidance_scale": guidance},
+        "text": _text(prompts, template, negative_prompt, guidance),
     }
     settings = load_protocol(protocol, given, overrides)
     _show(
