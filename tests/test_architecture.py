@@ -34,6 +34,7 @@ LAYERS = [
     [
         "executors",
         "plan",
+        "memory",
         "card",
         "objective",
         "fisher",
