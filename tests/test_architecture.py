@@ -26,6 +26,7 @@ LAYERS = [
         "references",
         "runs",
         "search",
+        "shards",
         "strategies",
         "study",
         "tensors",
