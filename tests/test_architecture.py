@@ -26,6 +26,7 @@ LAYERS = [
         "references",
         "runs",
         "search",
+        "shards",
         "strategies",
         "study",
         "tensors",
@@ -34,6 +35,7 @@ LAYERS = [
     [
         "executors",
         "plan",
+        "memory",
         "card",
         "objective",
         "fisher",

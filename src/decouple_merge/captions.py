@@ -8,6 +8,7 @@ from typing import Any
 from .config import Data
 from .data import Column, DecodedImages, Images, file_names
 from .prompts import read_lines
+from .shards import Shards
 
 METADATA = "metadata.jsonl"
 
@@ -16,19 +17,22 @@ def load_captions(images: Images, data: Data) -> list[str]:
     """Read the caption of each image that ``load_images`` found.
 
     A folder has them in its ``metadata.jsonl``, in lines such as ``{"file_name": "a/1.png", "text": "a red cat"}``; a
-    ``datasets`` data set in a column. ``data.caption_column`` names the field or column.
+    ``datasets`` data set in a column; webdataset shards in a ``.txt`` or ``.json`` beside the image.
+    ``data.caption_column`` names the field or column.
 
     Raises:
         ValueError: the source has no captions, or an image has none, or one is no text.
     """
     if isinstance(images, DecodedImages) and isinstance(images.items, Column):
         captions = _column(images.items, data)
+    elif isinstance(images, DecodedImages) and isinstance(images.items, Shards):
+        captions = images.items.captions(data.caption_column)
     elif isinstance(images, DecodedImages) and Path(data.source).is_dir():
         captions = _metadata(images.items, data)
     else:
         raise ValueError(
             f"data.source {data.source!r} has no captions, which a text-to-image base needs; expected a folder of "
-            f"images with {METADATA}, or datasets:NAME"
+            f"images with {METADATA}, webdataset:SHARDS or datasets:NAME"
         )
     kept = [captions[i] for i in images.kept]
     wrong = [i for i, caption in zip(images.kept, kept, strict=True) if not isinstance(caption, str)]

@@ -49,12 +49,13 @@ class Data(Section):
 
     Attributes:
         source: ``fashion-mnist``, an image folder, a ``.zip`` or ``.tar`` of one, an ``.npz``/``.npy`` array, or
-            ``datasets:NAME``.
+            ``datasets:NAME``, or ``webdataset:SHARDS``, a folder of tar files or a path such as ``my/{000..127}.tar``.
         path: folder with the files of a known data set, where they are not in their usual place.
         split, column: for ``datasets:`` sources.
         fit: ``exact`` refuses images whose size or channels differ from the model's; ``resize`` crops them to a
             square, resizes and converts them.
-        caption_column: of a ``datasets`` source, or the field in a folder's metadata.jsonl; for text-to-image bases.
+        caption_column: of a ``datasets`` source, or the field in metadata.jsonl or in a shard's .json; for
+            text-to-image bases.
         flip: mirror half of the training images.
         caption_dropout: share of the captions that training replaces by the empty one, so that guidance stays
             possible.

@@ -25,6 +25,7 @@ from .archives import ARCHIVE_SUFFIXES, Archive, DamagedError, Member
 from .config import Data
 from .runs import cache_folder, write_json
 from .seeds import generator
+from .shards import PREFIX, Shards
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 
@@ -386,6 +387,9 @@ def load_images(data: Data, channels: int, size: int) -> Images:
     if source.startswith("datasets:"):
         column, identity = _column(source.removeprefix("datasets:"), data)
         return _checked(column, identity, channels, size, data)
+    if source.startswith(PREFIX):
+        shards = Shards(source.removeprefix(PREFIX), IMAGE_SUFFIXES)
+        return _checked(shards, shards.identity, channels, size, data)
     if source == "fashion-mnist":
         pixels = _fashion_mnist(data.path, data.split)
     elif Path(source).is_dir():
@@ -397,7 +401,7 @@ def load_images(data: Data, channels: int, size: int) -> Images:
     else:
         raise ValueError(
             f"data.source is {source!r}, expected fashion-mnist, a folder or a .zip or .tar of images, an .npz "
-            "or .npy file, or datasets:NAME"
+            "or .npy file, webdataset:SHARDS or datasets:NAME"
         )
     if pixels.shape[1:] != (channels, size, size):
         if data.fit == "exact":
@@ -428,6 +432,8 @@ def open_images(source: str, size: int | None = None, channels: int | None = Non
     items: Sequence[Any]
     if source.startswith("datasets:"):
         items = _column(source.removeprefix("datasets:"), data)[0]
+    elif source.startswith(PREFIX):
+        items = Shards(source.removeprefix(PREFIX), IMAGE_SUFFIXES)
     elif _is_archive(path):
         items = Archive(path, IMAGE_SUFFIXES)
     else:
@@ -452,7 +458,7 @@ def file_names(images: Images) -> list[Path]:
     """List the names of the images' files in their order; arrays and rows of a data set have none."""
     if not isinstance(images, DecodedImages) or isinstance(images.items, Column):
         return []
-    names = images.items.names if isinstance(images.items, Archive) else images.items
+    names = images.items.names if isinstance(images.items, Archive | Shards) else images.items
     return [Path(names[i]) for i in images.kept]
 
 

@@ -19,7 +19,7 @@ from .losses import PREDICTION_TYPES
 from .parts import TEXT_TO_IMAGE, Encoders, find_encoders, load_parts
 from .projection import attach_projections
 from .runs import atomic_path
-from .tensors import PROJECTIONS_FILE, TensorFiles, hash_tensors, model_files
+from .tensors import DENOISERS, DTYPES, PROJECTIONS_FILE, TensorFiles, hash_tensors, model_files
 
 SUPPORTED = (
     "a diffusers pipeline of a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline, …) with a VP schedule, or a "
@@ -118,17 +118,17 @@ def load_base(name: str) -> Base:
     encoders = find_encoders(name, folder, network) if is_text_to_image else None
     network.requires_grad_(False).eval()
     sha256 = tensors_sha256(network.state_dict())
-    return Base(pipeline, network, alphas_cumprod.float(), prediction_type, sha256, _stored_dtype(folder), encoders)
+    return Base(pipeline, network, alphas_cumprod.float(), prediction_type, sha256, stored_dtype(folder), encoders)
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
+def stored_dtype(folder: Path) -> torch.dtype:
     """Read from the file in which dtype a network is stored; diffusers loads every one as float32."""
     for file in sorted([*folder.glob("unet/*.safetensors"), *folder.glob("*.safetensors")]):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118
-                tensor = tensors.get_tensor(key)
-                if tensor.is_floating_point():
-                    return tensor.dtype
+                dtype = DTYPES.get(tensors.get_slice(key).get_dtype())
+                if dtype is not None and dtype.is_floating_point:
+                    return dtype
     return torch.float32
 
 
@@ -241,6 +241,14 @@ def _copy_encoders(pipeline: Path, folder: Path) -> None:
     # Loaded and saved again, parts in half precision would come out twice as large.
     own = {"unet", PROJECTIONS_FILE}
     shutil.copytree(pipeline, folder, ignore=lambda at, names: own & set(names) if Path(at) == pipeline else set())
+
+
+def empty_network(folder: Path) -> nn.Module:
+    """Build the denoiser of a pipeline's folder from its config alone, on the meta device: shapes without memory."""
+    at = next((folder / name for name in DENOISERS if (folder / name).is_dir()), folder)
+    config = json.loads((at / "config.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def new_network(base: Base, projection: str = "none") -> nn.Module:

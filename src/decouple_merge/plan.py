@@ -21,6 +21,7 @@ from .encoders import load_encoder, load_text_encoder
 from .features import METRICS, check_metrics, weights_of
 from .latents import Latents
 from .lora import check_lora
+from .memory import describe_memory
 from .models import Base, load_base, load_network, make_scheduler, new_network, num_parameters
 from .prompts import load_prompts
 from .runs import Run, read_tensors, write_json, write_text
@@ -253,7 +254,11 @@ def build_network(plan: Plan, weights: Tensors) -> nn.Module:
 
 
 def describe(config: Config, out: Path) -> Iterator[str]:
-    """Check a config as ``run`` would and say what it will do; computes and writes nothing."""
+    """Say what memory a config needs, before anything is loaded; check it as ``run`` would and say what it will do.
+
+    Computes and writes nothing.
+    """
+    yield from describe_memory(config)
     plan = check(config, out)
     finetune, evaluate, num = config.finetune, config.evaluate, len(plan.ranges)
     base, size = plan.base, plan.base.image_size

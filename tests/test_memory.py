@@ -1,0 +1,163 @@
+"""The memory estimate: what tiny models take indeed, and that it needs no weights."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from conftest import save_stable_diffusion
+from decouple_merge import plan as plan_module
+from decouple_merge import workflow
+from decouple_merge.config import Config
+from decouple_merge.data import training_batches
+from decouple_merge.finetune import Trainer
+from decouple_merge.memory import estimate
+from decouple_merge.models import load_base
+from decouple_merge.objective import Objective
+from decouple_merge.parts import load_text_encoders, load_vae
+from decouple_merge.plan import describe, prepare
+from decouple_merge.seeds import generator
+
+CPU = torch.device("cpu")
+MakeConfig = Callable[..., Config]
+LORA = {"lora": {"rank": 3}, "projection": {"placement": "none"}}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Count the bytes that tensors hold, those of views and of shared memory once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def parts_of(config: Config, name: str) -> dict[str, int]:
+    return next(stage.parts for stage in estimate(config) if stage.name == name)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "text"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"projection": {"placement": "trunk"}},
+        {"projection": {"placement": "none"}, "consistency_weight": 0.0},
+        LORA,
+        {"optimizer": "adamw8bit"},
+    ],
+    ids=["folded", "trunk", "without teacher", "lora", "8 bits"],
+)
+def test_a_training_takes_what_is_said(
+    tiny_config: MakeConfig, text_config: MakeConfig, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    if "optimizer" in settings:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
+    config = {"pixels": tiny_config, "text": text_config}[kind](finetune=settings)
+    opened = prepare(config, tmp_path / "run")
+    trainer = Trainer(opened.base, workflow._expert_task(opened, 0), config.finetune, 0, tmp_path)
+    batch = next(training_batches(opened.images, config.data, 4, 0, 0, 1))
+    loss, _, _ = trainer._losses(batch, generator("memory"))
+    loss.backward()
+    gradients = num_bytes(p.grad for p in trainer.parameters if p.grad is not None)
+    trainer.optimizer.step()
+    found = {
+        "network": num_bytes([*trainer.network.parameters(), *trainer.network.buffers()]),
+        "teacher": num_bytes(trainer.teacher.parameters()) if trainer.teacher else 0,
+        "gradients": gradients,
+        "EMA": num_bytes(trainer.ema),
+        "moments": num_bytes(v for s in trainer._optimizer_states() for v in s.values() if isinstance(v, Tensor)),
+    }
+    assert parts_of(config, "finetuning an expert") == found
+    assert (found["teacher"] == 0) == (settings.get("consistency_weight") == 0 or "lora" in settings)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_encoding_takes_what_is_said_whatever_is_stored(
+    text_config: MakeConfig, tmp_path: Path, stored: torch.dtype
+) -> None:
+    folder = save_stable_diffusion(tmp_path / "base", parts_dtype=stored)
+    config, encoders = text_config(base=str(folder)), load_base(str(folder)).encoders
+    assert encoders is not None
+    texts = num_bytes(load_text_encoders(encoders, CPU).text_encoder.parameters())
+    assert parts_of(config, "encoding texts") == {"text_encoder": texts}
+    assert parts_of(config, "encoding images") == {"VAE": num_bytes(load_vae(encoders, CPU).parameters())}
+
+
+def test_both_text_encoders_count(text_config: MakeConfig, tiny_sdxl_base: Path) -> None:
+    parts = parts_of(text_config(base=str(tiny_sdxl_base)), "encoding texts")
+    assert list(parts) == ["text_encoder", "text_encoder_2"]
+    assert 0 < parts["text_encoder"] < parts["text_encoder_2"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_search_takes_what_is_said(text_config: MakeConfig, tmp_path: Path, precision: str) -> None:
+    opened = prepare(text_config(sample={"precision": precision}), tmp_path / "run")
+    objective = Objective(opened, [opened.base.network.state_dict()] * 2)
+    (stacked,), prompts = objective.stacked, objective.prompts
+    assert prompts is not None
+    found = num_bytes([stacked.matrix, stacked.merged, *objective.network.parameters(), *prompts.vae.parameters()])
+    parts = parts_of(opened.config, "searching, each worker")
+    assert sum(parts.values()) == found
+    assert parts[f"network in {precision}"] == (0 if precision == "fp32" else 52_004 * 2)
+    assert parts["base and 2 experts"] == 3 * 52_004 * 4
+
+
+def test_the_network_is_counted_from_its_config_alone(text_config: MakeConfig, tmp_path: Path) -> None:
+    unet = {
+        "_class_name": "UNet2DConditionModel",
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    (tmp_path / "sdxl/unet").mkdir(parents=True)
+    (tmp_path / "sdxl/model_index.json").write_text("{}")
+    (tmp_path / "sdxl/unet/config.json").write_text(json.dumps(unet))
+    config = text_config(base=str(tmp_path / "sdxl"), finetune={"num_ranges": 4, "projection": {"placement": "none"}})
+    size = 2_567_463_684 * 4
+    expected = {"network": size, "teacher": size, "gradients": size, "EMA": size}
+    assert parts_of(config, "finetuning an expert").items() >= expected.items()
+    stages = {stage.name: stage for stage in estimate(config)}
+    assert stages["searching, each worker"].total == 6 * size
+    assert str(stages["drawing, the ensemble"]) == "drawing, the ensemble: 4 networks in fp32 41.1 GB"
+
+
+def test_it_is_said_before_anything_is_loaded(
+    text_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", loads)
+    monkeypatch.setattr(plan_module, "check", loads)
+    lines = describe(text_config(), tmp_path / "run")
+    assert next(lines).startswith("memory, without activations, which grow with batch_size")
+    assert next(lines).startswith("  encoding texts: text_encoder ")
+    with pytest.raises(AssertionError, match="loaded"):
+        list(lines)
+
+
+def test_what_is_wrong_with_a_base_is_the_checks_to_say(
+    tiny_config: MakeConfig, tiny_base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"base .*nowhere' can't be loaded"):
+        list(describe(tiny_config(base=str(tmp_path / "nowhere")), tmp_path / "run"))
+    (tiny_base / "unet/config.json").write_text('{"_class_name": "Nothing"}')
+    with pytest.raises(ValueError, match="can't be loaded"):
+        list(describe(tiny_config(), tmp_path / "run"))
