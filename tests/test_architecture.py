@@ -16,6 +16,7 @@ LAYERS = [
         "config",
         "models",
         "data",
+        "ensemble",
         "features",
         "encoders",
         "inception",

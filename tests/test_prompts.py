@@ -13,8 +13,9 @@ from torch import Tensor
 from conftest import WORDS, save_stable_diffusion, stock_images
 from decouple_merge import cli
 from decouple_merge.config import Sample, Text
+from decouple_merge.ensemble import TimestepEnsemble
 from decouple_merge.models import Base, load_base, new_network
-from decouple_merge.sample import Denoiser, Prompts, denoiser, ensemble, sample_images
+from decouple_merge.sample import Denoiser, Prompts, denoiser, sample_images
 from decouple_merge.scoring import evaluate_model
 from decouple_merge.timesteps import TimestepRange
 
@@ -127,7 +128,7 @@ def test_the_ensemble_gives_the_texts_to_the_expert_of_each_step(base: Base) -> 
         expert.register_forward_pre_hook(
             lambda m, args, kwargs, i=index: calls.append((i, len(kwargs["encoder_hidden_states"]))), with_kwargs=True
         )
-    both = ensemble(experts, [TimestepRange(0, 20), TimestepRange(20, 40)], 40)
+    both = denoiser(TimestepEnsemble(experts, [TimestepRange(0, 20), TimestepRange(20, 40)], 40))
     found = draw(base, [0, 1], ask(base), both, sampler="DDIM")
     # Steps at 31, 21, 11 and 1.
     assert calls == [(1, 4), (1, 4), (0, 4), (0, 4)]

@@ -55,11 +55,21 @@ def test_every_make_target_exists(command: list[str]) -> None:
     assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-def test_the_library_example_runs(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
-    config = tmp_path / "tiny.yaml"
+def test_the_library_examples_run(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    config, out, drawn = tmp_path / "tiny.yaml", tmp_path / "run", tmp_path / "image.png"
     config.write_text(dump_config(tiny_config()))
-    (example,) = [b for b in blocks("python") if "decouple_merge" in b]
-    out = tmp_path / "run"
-    exec(example.replace("configs/fashion-quick.yaml", str(config)).replace("runs/seed-1", str(out)), {})
+    places = {
+        "configs/fashion-quick.yaml": str(config),
+        "runs/seed-1": str(out),
+        "models/fashion-ddpm": tiny_config().base,
+        "num_inference_steps=50": "num_inference_steps=4",
+        "image.png": str(drawn),
+    }
+    run, ensemble = [b for b in blocks("python") if "decouple_merge" in b]
+    for example in (run, ensemble):
+        for place, own in places.items():
+            example = example.replace(place, own)
+        exec(example, {})
     assert (out / "merged" / "model_index.json").is_file()
     assert "seed: 1" in (out / "config.yaml").read_text()
+    assert drawn.is_file()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from conftest import make_unet
 from decouple_merge.config import Config, Sample
 from decouple_merge.data import to_model
+from decouple_merge.ensemble import TimestepEnsemble
 from decouple_merge.models import Base, load_base
-from decouple_merge.sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy
+from decouple_merge.sample import Denoiser, denoiser, sample_images, sampling_copy
 from decouple_merge.timesteps import TimestepRange, range_index
 
 CPU = torch.device("cpu")
@@ -171,7 +172,7 @@ def test_the_ensemble_runs_the_expert_whose_range_holds_t(base: Base, sampler: s
     single = Recorder(base.network)
     draw(base, [0], denoiser(single), sampler=sampler, num_steps=num_steps)
     experts = [Recorder(base.network) for _ in RANGES]
-    draw(base, [0], ensemble(experts, RANGES, 40), sampler=sampler, num_steps=num_steps)
+    draw(base, [0], denoiser(TimestepEnsemble(experts, RANGES, 40)), sampler=sampler, num_steps=num_steps)
     for index, expert in enumerate(experts):
         assert expert.seen == [t for t in single.seen if RANGES[index].low <= int(t) < RANGES[index].high]
     assert sum(len(e.seen) for e in experts) == len(single.seen) >= num_steps
@@ -180,7 +181,7 @@ def test_the_ensemble_runs_the_expert_whose_range_holds_t(base: Base, sampler: s
 def test_the_ensemble_does_not_dispatch_on_the_steps_index(base: Base) -> None:
     """Two steps visit t = 20 and 0: the middle and the first expert, and never the last."""
     experts = [Recorder(base.network) for _ in RANGES]
-    draw(base, [0], ensemble(experts, RANGES, 40), num_steps=2)
+    draw(base, [0], denoiser(TimestepEnsemble(experts, RANGES, 40)), num_steps=2)
     assert [e.seen for e in experts] == [[0.0], [20.0], []]
 
 
@@ -190,7 +191,8 @@ def test_different_experts_make_a_different_image(base: Base) -> None:
     with torch.no_grad():
         for p in other.parameters():
             p += 0.1 * torch.randn_like(p)
-    mixed = draw(base, SEEDS, ensemble([base.network, other], [TimestepRange(0, 20), TimestepRange(20, 40)], 40))
+    both = TimestepEnsemble([base.network, other], [TimestepRange(0, 20), TimestepRange(20, 40)], 40)
+    mixed = draw(base, SEEDS, denoiser(both))
     assert not torch.equal(mixed, draw(base, SEEDS))
     assert not torch.equal(mixed, draw(base, SEEDS, denoiser(other)))
 
@@ -198,9 +200,8 @@ def test_different_experts_make_a_different_image(base: Base) -> None:
 @pytest.mark.parametrize("sampler", ["DDIM", "DDPM", "HeunDiscrete"])
 def test_an_ensemble_of_equal_experts_is_the_single_model_bit_for_bit(base: Base, sampler: str) -> None:
     copies = [sampling_copy(base.network, Sample(), CPU) for _ in RANGES]
-    assert torch.equal(
-        draw(base, SEEDS, ensemble(copies, RANGES, 40), sampler=sampler), draw(base, SEEDS, sampler=sampler)
-    )
+    found = draw(base, SEEDS, denoiser(TimestepEnsemble(copies, RANGES, 40)), sampler=sampler)
+    assert torch.equal(found, draw(base, SEEDS, sampler=sampler))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_an_ensemble_of_equal_experts_is_the_single_model_bit_for_bit(base: Base
 )
 def test_ranges_that_are_no_partition_are_refused(base: Base, ranges: list[TimestepRange], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ensemble([base.network, base.network], ranges, 40)
+        TimestepEnsemble([base.network, base.network], ranges, 40)
 
 
 def test_a_timestep_outside_every_range_is_named() -> None:

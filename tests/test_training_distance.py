@@ -15,12 +15,13 @@ from rich.console import Console
 from conftest import make_unet
 from decouple_merge import finetune, progress, workflow
 from decouple_merge.config import Config, Evaluate, Finetune, Search
+from decouple_merge.ensemble import TimestepEnsemble
 from decouple_merge.evaluate import score
 from decouple_merge.finetune import StepRecord, Trainer
 from decouple_merge.objective import load_compared, training_distance
 from decouple_merge.plan import Plan, prepare
 from decouple_merge.runs import read_records, read_tensors
-from decouple_merge.sample import denoiser, ensemble, sample_images
+from decouple_merge.sample import denoiser, sample_images
 
 CPU = torch.device("cpu")
 MakeConfig = Callable[..., Config]
@@ -95,7 +96,7 @@ def test_the_distance_is_that_of_the_saved_expert_on_its_range_and_the_base_on_t
     records = list(expert(plan))
     trained = type(plan.base.network).from_config(plan.base.network.config)
     trained.load_state_dict(read_tensors(plan.run.expert(0) / "model.safetensors")[0])
-    model = ensemble([trained.eval(), plan.base.network.eval()], plan.ranges, 40)
+    model = denoiser(TimestepEnsemble([trained.eval(), plan.base.network.eval()], plan.ranges, 40))
     compared = load_compared(plan, "effnetlite0", CPU)
 
     def scored(model: Any) -> float:

@@ -20,6 +20,8 @@ _PUBLIC = {
     "prepare": "plan",
     "merge": "weights",
     "merge_models": "recipes",
+    "TimestepEnsemble": "ensemble",
+    "load_ensemble": "ensemble",
     "sample_images": "sample",
     "sample_model": "standalone",
     "evaluate_model": "scoring",

@@ -210,6 +210,8 @@ class Sample(Section):
         sampler: a diffusers scheduler by name, with or without ``Scheduler``; built from the base's own config.
         timestep_spacing: leading, trailing or linspace; None keeps what the base's config says.
         precision: of the network while sampling; noise and scheduler stay in float32.
+        one_resident: hold one expert of an ensemble in memory at a time, the others in their files; a batch of images
+            reads each of them once.
     """
 
     sampler: str = "DDIM"
@@ -218,6 +220,7 @@ class Sample(Section):
     batch_size: PositiveInt = 256
     precision: Precision = "fp32"
     compile: bool = False
+    one_resident: bool = False
 
 
 class Text(Section):

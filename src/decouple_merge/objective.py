@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .config import Distance
+from .ensemble import TimestepEnsemble
 from .evaluate import score
 from .features import METRICS, Extractor, load_extractor, weights_of
 from .models import tensors_sha256
-from .plan import Plan, build_network, default_device, open_prompts
+from .plan import Plan, build_network, default_device, ensemble_denoiser, open_prompts
 from .references import Reference, make_reference
-from .sample import Denoiser, Prompts, denoiser, ensemble, sample_images, sampling_copy
+from .sample import Denoiser, Prompts, denoiser, sample_images, sampling_copy
 from .strategies import Weights
 from .study import Level, Score
 from .timesteps import TimestepRange
@@ -55,7 +56,8 @@ def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Cal
 
     def distance(weights: Tensors) -> float:
         trained = sampling_copy(build_network(plan, weights), drawing, device)
-        model = ensemble([trained if r == own else others for r in ranges], ranges, base.num_train_timesteps)
+        networks = [trained if r == own else others for r in ranges]
+        model = denoiser(TimestepEnsemble(networks, ranges, base.num_train_timesteps))
         seeds = config.distance_seeds[: settings.num_images]
         batches = sample_images(model, base, seeds, drawing, device, prompts=prompts)
         return score(batches, [settings.metric], [compared])[settings.metric]
@@ -141,9 +143,7 @@ class Objective:
 
     def score_ensemble(self, level: Level) -> float:
         """Score the ensemble of experts as if it were a candidate."""
-        settings = self.plan.config.sample
-        networks = [sampling_copy(build_network(self.plan, e), settings, self.device) for e in self.experts]
-        return self.score(ensemble(networks, self.plan.ranges, self.plan.base.num_train_timesteps), level)
+        return self.score(ensemble_denoiser(self.plan, self.experts, self.device), level)
 
     def seconds_per_image(self, level: Level) -> float:
         """Estimate the cost of an image from one batch of two steps, after one to warm up."""

@@ -1,6 +1,5 @@
 """A run with everything its config names opened and checked, before any compute is spent."""
 
-import json
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -18,17 +17,18 @@ from .captions import load_captions
 from .config import Config, Evaluate, Search, Training, dump_config, load_config
 from .data import Examples, Images, check_held_out, load_images
 from .encoders import load_encoder, load_text_encoder
+from .ensemble import TimestepEnsemble, load_expert
 from .features import METRICS, check_metrics, weights_of
 from .latents import Latents
 from .lora import check_lora
 from .memory import describe_memory
 from .models import Base, load_base, load_network, make_scheduler, new_network, num_parameters
 from .prompts import load_prompts
-from .runs import Run, read_tensors, write_json, write_text
-from .sample import Prompts
+from .runs import Run, write_json, write_text
+from .sample import Denoiser, Prompts, denoiser, sampling_copy
 from .search import check_weights, levels
 from .seeds import generator
-from .timesteps import TimestepRange, check_ranges, split_timesteps
+from .timesteps import TimestepRange, choose_ranges
 from .weights import Tensors, check_same_keys, group_keys
 
 BASELINE = "baseline-finetuned"
@@ -67,11 +67,7 @@ def check(config: Config, out: Path) -> Plan:
         ValueError: base, data, ranges, sampler, metrics or seeds are wrong, or ``out`` belongs to another config.
     """
     base = load_base(config.base)
-    if config.finetune.ranges is None:
-        ranges = split_timesteps(base.num_train_timesteps, config.finetune.num_ranges)
-    else:
-        ranges = [TimestepRange(low, high) for low, high in config.finetune.ranges]
-    check_ranges(ranges, base.num_train_timesteps)
+    ranges = choose_ranges(base.num_train_timesteps, config.finetune.num_ranges, config.finetune.ranges)
     for num_steps in {config.sample.num_steps, config.search.num_steps or config.sample.num_steps}:
         make_scheduler(base, config.sample.sampler, num_steps, config.sample.timestep_spacing)
     check_extractors([*config.evaluate.metrics, config.search.metric], config.evaluate)
@@ -214,21 +210,7 @@ def load_experts(plan: Plan) -> list[Tensors]:
     Raises:
         ValueError: one is missing, damaged, or was finetuned from another base.
     """
-    experts = []
-    for index in range(len(plan.ranges)):
-        folder = plan.run.expert(index)
-        if not (folder / "model.safetensors").exists():
-            raise ValueError(f"{folder} has no finished expert; run deme finetune first")
-        record = json.loads((folder / "expert.json").read_text())
-        if record["base_sha256"] != plan.base.sha256:
-            raise ValueError(
-                f"{folder} was finetuned from another base: found {record['base_sha256'][:16]}, expected "
-                f"{plan.base.sha256[:16]}; finetune again from this one, into another --out"
-            )
-        tensors, _ = read_tensors(folder / "model.safetensors")
-        check_same_keys(plan.base.network.state_dict(), tensors, str(folder))
-        experts.append(tensors)
-    return experts
+    return [load_expert(plan.run.expert(i), plan.base) for i in range(len(plan.ranges))]
 
 
 def load_checkpoints(settings: Search, base: Base) -> list[Tensors]:
@@ -251,6 +233,14 @@ def build_network(plan: Plan, weights: Tensors) -> nn.Module:
     network = new_network(plan.base, "trunk" if any(k.endswith("projection.weight") for k in weights) else "none")
     network.load_state_dict(weights)
     return network
+
+
+def ensemble_denoiser(plan: Plan, experts: list[Tensors], device: torch.device) -> Denoiser:
+    """Combine the experts as a run samples from them, all in memory or one at a time."""
+    settings, num = plan.config.sample, plan.base.num_train_timesteps
+    held = experts[:1] if settings.one_resident else experts
+    networks = [sampling_copy(build_network(plan, e), settings, device) for e in held]
+    return denoiser(TimestepEnsemble(networks, plan.ranges, num, experts if settings.one_resident else None))
 
 
 def describe(config: Config, out: Path) -> Iterator[str]:

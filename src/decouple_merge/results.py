@@ -15,10 +15,19 @@ from .executors import run_all
 from .features import METRICS
 from .models import load_network, num_parameters
 from .objective import load_compared, load_features
-from .plan import BASELINE, Plan, build_network, default_device, git_commit, load_experts, open_prompts
+from .plan import (
+    BASELINE,
+    Plan,
+    build_network,
+    default_device,
+    ensemble_denoiser,
+    git_commit,
+    load_experts,
+    open_prompts,
+)
 from .references import text_reference
 from .runs import append_record, atomic_path, read_records, read_tensors
-from .sample import Denoiser, denoiser, ensemble, sample_images, sampling_copy, sampling_fields
+from .sample import Denoiser, denoiser, sample_images, sampling_copy, sampling_fields
 from .weights import Tensors
 
 
@@ -45,21 +54,18 @@ def report_models(plan: Plan) -> list[str]:
     return ["pretrained", *([BASELINE] if plan.config.finetune.baseline else []), "ensemble", "merged"]
 
 
-def _weights_of(plan: Plan, model: str) -> list[Tensors]:
+def _weights_of(plan: Plan, model: str) -> Tensors:
     if model == "pretrained":
-        return [plan.base.network.state_dict()]
-    if model == "ensemble":
-        return load_experts(plan)
+        return plan.base.network.state_dict()
     if model == BASELINE:
-        return [read_tensors(plan.run.baseline(BASELINE) / "model.safetensors")[0]]
-    return [load_network(plan.run.merged)]
+        return read_tensors(plan.run.baseline(BASELINE) / "model.safetensors")[0]
+    return load_network(plan.run.merged)
 
 
 def denoiser_of(plan: Plan, model: str, device: torch.device) -> Denoiser:
-    networks = [sampling_copy(build_network(plan, w), plan.config.sample, device) for w in _weights_of(plan, model)]
-    return (
-        ensemble(networks, plan.ranges, plan.base.num_train_timesteps) if model == "ensemble" else denoiser(networks[0])
-    )
+    if model == "ensemble":
+        return ensemble_denoiser(plan, load_experts(plan), device)
+    return denoiser(sampling_copy(build_network(plan, _weights_of(plan, model)), plan.config.sample, device))
 
 
 def _seed_set(config: Config, index: int) -> range:

@@ -1,4 +1,4 @@
-"""Draw images with any diffusers scheduler, from one network or from the ensemble of experts."""
+"""Draw images with any diffusers scheduler, from one network or an ensemble of them."""
 
 import copy
 import hashlib
@@ -15,7 +15,6 @@ from .data import to_pixels
 from .latents import DTYPES, TextEmbeddings
 from .models import Base, make_scheduler, predict
 from .parts import Encoders, decode_latents, load_vae
-from .timesteps import TimestepRange, check_ranges, range_index
 
 # Maps noisy images, t and what the network takes besides to its prediction.
 Denoiser = Callable[..., Tensor]
@@ -35,22 +34,6 @@ def denoiser(network: nn.Module) -> Denoiser:
     return lambda x, t, **condition: predict(
         network, x.to(dtype), t, **{name: value.to(dtype) for name, value in condition.items()}
     ).float()
-
-
-def ensemble(networks: Sequence[nn.Module], ranges: Sequence[TimestepRange], num_train_timesteps: int) -> Denoiser:
-    """Combine experts into one denoiser that runs the expert whose range holds t (DeMe, Eq. 7).
-
-    Dispatch is on t, never on the step's index, so that it is right for every sampler and number of steps.
-
-    Raises:
-        ValueError: the ranges are no partition of [0, T), or their number is not that of the experts.
-    """
-    check_ranges(list(ranges), num_train_timesteps)
-    if len(networks) != len(ranges):
-        raise ValueError(f"{len(networks)} experts for {len(ranges)} ranges, expected one each")
-    denoisers = [denoiser(network) for network in networks]
-    # Some samplers visit fractional timesteps up to T - 1.
-    return lambda x, t, **condition: denoisers[range_index(list(ranges), int(t))](x, t, **condition)
 
 
 class Prompts:
