@@ -110,6 +110,14 @@ def test_the_prompt_of_a_seed_comes_round_again(base: Base) -> None:
     assert torch.equal(found, draw(base, [10, 13], ask(base, prompts=PROMPTS[:1])))
 
 
+def test_only_the_prompts_of_the_seeds_are_encoded_and_the_label_is_of_all(base: Base) -> None:
+    assert base.encoders is not None
+    few = Prompts(base.encoders, PROMPTS, Text(), CPU, first_seed=10, seeds=range(11, 12))
+    assert sorted(few.texts.index) == ["", PROMPTS[1]]
+    assert few.label == ask(base).label
+    assert torch.equal(draw(base, [11], few), draw(base, [11], ask(base, 10)))
+
+
 def test_the_label_tells_prompts_and_guidance_apart(base: Base) -> None:
     labels = [
         ask(base).label,

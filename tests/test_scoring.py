@@ -17,7 +17,9 @@ from decouple_merge import cli, scoring
 from decouple_merge.config import Sample, Text
 from decouple_merge.data import holds_jpeg, open_images
 from decouple_merge.features import Extractor, load_extractor
+from decouple_merge.models import load_base
 from decouple_merge.runs import read_records
+from decouple_merge.sample import denoiser, sample_images, sampling_copy
 from decouple_merge.scored import Source, open_scored
 from decouple_merge.scoring import evaluate_model
 from test_encoders import save_model
@@ -120,6 +122,18 @@ def test_sampler_and_steps_are_as_asked_and_recorded(tiny_base: Path, tiny_image
     assert [(r["sampler"], r["num_steps"]) for r in found] == [("DDIM", 4), ("DDIM", 3), ("DDPM", 3)]
     assert len({r["value"] for r in found}) == 3
     assert {r["timestep_spacing"] for r in found} == {"leading"}
+
+
+def test_a_model_samples_in_the_precision_that_its_record_names(tiny_base: Path, tiny_images: Path) -> None:
+    settings, base = Sample(num_steps=4, precision="bf16"), load_base(str(tiny_base))
+    (found,) = records(str(tiny_base), str(tiny_images), METRICS[:1], 6, settings=settings)
+    network = denoiser(sampling_copy(base.network, settings, torch.device("cpu")))
+    drawn = sample_images(network, base, range(6), settings, torch.device("cpu"))
+    (expected,) = records(list(drawn), str(tiny_images), METRICS[:1])
+    (exact,) = records(str(tiny_base), str(tiny_images), METRICS[:1], 6, settings=FOUR)
+    assert found["precision"] == "bf16"
+    assert found["value"] == pytest.approx(expected["value"], rel=1e-9)
+    assert found["value"] != pytest.approx(exact["value"], rel=1e-6)
 
 
 def test_nothing_is_written_but_the_records_that_are_asked_for(

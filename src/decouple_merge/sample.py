@@ -39,6 +39,9 @@ def denoiser(network: nn.Module) -> Denoiser:
 class Prompts:
     """What a text-to-image model is asked for: the prompt of seed s is number s - first_seed, modulo their number.
 
+    Args:
+        seeds: that will be asked for, where not all are: of COCO's 40,504 captions a few are soon encoded.
+
     Attributes:
         label: all that it adds to how images were drawn.
     """
@@ -51,10 +54,12 @@ class Prompts:
         device: torch.device,
         precision: str = "fp32",
         first_seed: int = 0,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         self.prompts, self.settings, self.device, self.first_seed = list(prompts), settings, device, first_seed
         self.encoders = encoders
-        self.texts = TextEmbeddings(encoders, [*prompts, settings.negative_prompt], precision, device)
+        wanted = self.prompts if seeds is None else self.choose(seeds)
+        self.texts = TextEmbeddings(encoders, [*wanted, settings.negative_prompt], precision, device)
         self.vae = load_vae(encoders, device)
         digest = hashlib.sha256(repr((self.prompts, settings.negative_prompt)).encode()).hexdigest()
         self.label = f"{len(prompts)} texts {digest[:16]}, guidance {settings.guidance_scale:g}"

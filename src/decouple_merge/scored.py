@@ -108,7 +108,7 @@ def _open_batches(given: Iterable[Tensor], text: Text) -> Scored:
 
 def _open_drawn(model: str, source: Source, device: torch.device, share: slice) -> Scored:
     settings, seeds = source.settings, range(source.seed, source.seed + (source.num_images or 5000))
-    base, network, prompts = open_model(model, device, source.text, source.seed)
+    base, network, prompts = open_model(model, device, seeds, settings, source.text)
     sampling = sampling_fields(base, settings, prompts)
     drawn = sample_images(network, base, seeds, settings, device, prompts=prompts, share=share)
     scored = Scored(drawn, base.channels, base.image_size, len(seeds), seeds, sampling)

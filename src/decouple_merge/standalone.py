@@ -1,6 +1,7 @@
 """The verbs that need no run: sample any model."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,27 +17,29 @@ from .tensors import PROJECTIONS_FILE
 
 
 def open_model(
-    model: str, device: torch.device, text: Text | None = None, first_seed: int = 0
+    model: str, device: torch.device, seeds: range, settings: Sample, text: Text | None = None
 ) -> tuple[Base, Denoiser, Prompts | None]:
     """Open a pipeline, or the ensemble of a run folder, with the prompts for it.
 
     Args:
+        seeds: of the images that are to be drawn; the first has the first prompt of a file.
+        settings: in which precision the network samples, and whether it is compiled.
         text: prompts and guidance of a text-to-image model; what it doesn't set is a run's own.
-        first_seed: the image of the first prompt of a file.
 
     Raises:
         ValueError: the model is none, or is text-to-image and has no prompts, or has prompts and isn't.
     """
-    settings, text = Sample(), text or Text()
+    text = text or Text()
     prompts = load_prompts(text)
     if (Path(model) / "config.yaml").exists():
         plan = check(load_config(Path(model) / "config.yaml"), Path(model))
         both = plan.config.text.model_copy(update=text.model_dump(include=text.model_fields_set))
         prompts = load_prompts(both) or plan.prompts
-        found = _open_prompts(plan.base, prompts, both, device, first_seed if text.prompts else 0)
+        found = _open_prompts(plan.base, prompts, both, device, seeds, seeds.start if text.prompts else 0)
+        plan = replace(plan, config=plan.config.model_copy(update={"sample": settings}))
         return plan.base, denoiser_of(plan, "ensemble", device), found
     base = load_base(model)
-    found = _open_prompts(base, prompts, text, device, first_seed)
+    found = _open_prompts(base, prompts, text, device, seeds, seeds.start)
     if (Path(model) / PROJECTIONS_FILE).exists():
         network = new_network(base, "trunk")
         network.load_state_dict(load_network(Path(model)))
@@ -45,11 +48,13 @@ def open_model(
     return base, denoiser(sampling_copy(network, settings, device)), found
 
 
-def _open_prompts(base: Base, prompts: list[str], text: Text, device: torch.device, first_seed: int) -> Prompts | None:
+def _open_prompts(
+    base: Base, prompts: list[str], text: Text, device: torch.device, seeds: range, first_seed: int
+) -> Prompts | None:
     check_prompts(base, bool(prompts))
     if base.encoders is None:
         return None
-    return Prompts(base.encoders, prompts, text, device, first_seed=first_seed)
+    return Prompts(base.encoders, prompts, text, device, first_seed=first_seed, seeds=seeds)
 
 
 def sample_model(
@@ -96,7 +101,7 @@ def _num_prompts(model: str, text: Text | None) -> int:
 def _draw(model: str, out: Path, seeds: range, settings: Sample, text: Text | None, share: slice) -> Iterator[int]:
     """Write the images of some batches; yields how many there are."""
     device = default_device()
-    base, network, prompts = open_model(model, device, text, seeds.start)
+    base, network, prompts = open_model(model, device, seeds, settings, text)
     names = [seed for batch in seed_batches(seeds, settings.batch_size)[share] for seed in batch]
     write_images(sample_images(network, base, seeds, settings, device, prompts=prompts, share=share), names, out)
     yield len(names)
