@@ -158,6 +158,10 @@ def test_what_is_wrong_with_a_base_is_the_checks_to_say(
 ) -> None:
     with pytest.raises(ValueError, match=r"base .*nowhere' can't be loaded"):
         list(describe(tiny_config(base=str(tmp_path / "nowhere")), tmp_path / "run"))
+    weights = tiny_base / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"can't be loaded|its weights file is damaged"):
+        list(describe(tiny_config(), tmp_path / "run"))
     (tiny_base / "unet/config.json").write_text('{"_class_name": "Nothing"}')
     with pytest.raises(ValueError, match="can't be loaded"):
         list(describe(tiny_config(), tmp_path / "run"))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .config import Config, Training
@@ -46,7 +47,7 @@ def estimate(config: Config) -> list[Stage]:
     Activations, the work space of kernels, images and the networks of metrics are not among them.
 
     Raises:
-        OSError, ValueError, KeyError: the base has no readable configs; or the adapter's modules are not in it.
+        OSError, SafetensorError, ValueError, KeyError: the base can't be read, or has no modules for the adapter.
     """
     folder = pipeline_folder(config.base)
     network, settings = empty_network(folder), config.finetune
@@ -125,7 +126,7 @@ def describe_memory(config: Config) -> list[str]:
     """Say what each stage holds; nothing where the base can't be read, about which ``plan.check`` says more."""
     try:
         stages = estimate(config)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError):
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError):
         return []
     return [
         "memory, without activations, which grow with batch_size, and without networks of metrics:",
