@@ -81,8 +81,9 @@ def estimate(config: Config) -> list[Stage]:
         again = {"the same again, to learn from": sum(matrix.values()), "networks": 2 * size, "gradients": 2 * size}
         stages.append(Stage("learning a start of the search", searching | again))
     stages.append(Stage("drawing, one model", drawing))
-    together = {f"{num} networks in {config.sample.precision}": num * num_elements * sampled.itemsize}
-    stages.append(Stage("drawing, the ensemble", together | vae))
+    num_held = 1 if config.sample.one_resident else num
+    held = {f"{num_held} of {num} networks in {config.sample.precision}": num_held * num_elements * sampled.itemsize}
+    stages.append(Stage("drawing, the ensemble", held | vae))
     stages.append(Stage("besides on the CPU", {"base": size, "experts in search": num * placement_size}))
     return stages
 
