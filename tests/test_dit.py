@@ -22,7 +22,8 @@ from decouple_merge.config import Config, Data, Lora, Sample, Text
 from decouple_merge.data import load_images
 from decouple_merge.gradient import DenoisingLoss, noisy_batch
 from decouple_merge.lora import attach_lora, lora_factors, unadapted_state_dict
-from decouple_merge.models import Base, load_base, new_network, predict
+from decouple_merge.memory import estimate
+from decouple_merge.models import Base, load_base, new_network, num_parameters, predict
 from decouple_merge.plan import Plan, check, prepare
 from decouple_merge.projection import attach_projections, folded_state_dict, projection_parameters
 from decouple_merge.results import Row
@@ -210,6 +211,16 @@ def test_the_whole_job(dit_config: MakeConfig, tmp_path: Path) -> None:
     rows = [w["proj_out_2.weight"].view(2, 2, 8, 16) for w in (start, experts[0])]
     assert torch.equal(rows[0][:, :, 4:], rows[1][:, :, 4:])
     assert (rows[0][:, :, :4] - rows[1][:, :, :4]).abs().min() > 0
+
+
+def test_the_memory_it_needs_is_known_before_it_is_loaded(dit_config: MakeConfig) -> None:
+    for sample, held in (({}, 2), ({"one_resident": True}, 1)):
+        config = dit_config(sample=sample)
+        stages = {stage.name: stage.parts for stage in estimate(config)}
+        size = 4 * num_parameters(load_base(config.base).network)
+        assert stages["drawing, the ensemble"][f"{held} networks in fp32"] == held * size
+        assert size <= stages["finetuning an expert"]["network"] < 1.1 * size
+        assert "encoding texts" not in stages
 
 
 def opened(config: Config, folder: Path) -> Plan:

@@ -80,7 +80,8 @@ def estimate(config: Config) -> list[Stage]:
         again = {"the same again, to learn from": sum(matrix.values()), "networks": 2 * size, "gradients": 2 * size}
         stages.append(Stage("learning a start of the search", searching | again))
     stages.append(Stage("drawing, one model", drawing))
-    together = {f"{num} networks in {config.sample.precision}": num * num_elements * sampled.itemsize}
+    held = 1 if config.sample.one_resident else num
+    together = {f"{held} networks in {config.sample.precision}": held * num_elements * sampled.itemsize}
     stages.append(Stage("drawing, the ensemble", together | vae))
     stages.append(Stage("besides on the CPU", {"base": size, "experts in search": num * placement_size}))
     return stages
