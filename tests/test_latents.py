@@ -104,7 +104,7 @@ def latin1(folder: Path) -> None:
         (append("{bad"), r"metadata.jsonl, line 25: expected JSON with file_name and 'text'"),
         (append('{"file_name": "00.png", "caption": "x"}'), r"line 25: .*KeyError\('text'\).* set data.caption_column"),
         (append('{"file_name": "03.png", "text": ["a", "b"]}'), r"1 of 24 captions are no text.*image 3: \['a', 'b'\]"),
-        (latin1, r"metadata.jsonl is not UTF-8 \(byte 3: "),
+        (latin1, r"metadata.jsonl, line 1, is not UTF-8 \(byte 3: "),
     ],
 )
 def test_captions_that_are_missing_or_wrong_are_named(
