@@ -11,9 +11,12 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     EulerDiscreteScheduler,
     PNDMScheduler,
     UNet2DConditionModel,
@@ -143,6 +146,40 @@ def make_vae(latent_channels: int = 4, **changes: Any) -> AutoencoderKL:
         "sample_size": 16,
     }
     return AutoencoderKL(**(arguments | changes))
+
+
+def make_dit(**changes: Any) -> DiTTransformer2DModel:
+    """Build a DiTTransformer2DModel with a learned variance, for latents of 4 channels and 8×8 and 1,000 classes."""
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "sample_size": 8,
+        "num_embeds_ada_norm": 1000,
+    }
+    return DiTTransformer2DModel(**(arguments | changes))
+
+
+def save_dit(folder: Path, transformer: DiTTransformer2DModel | None = None, names: Any = None) -> Path:
+    """Save a DiTPipeline of random parts: 16×16 images, T = 40."""
+    torch.manual_seed(1)
+    scheduler = DDIMScheduler(num_train_timesteps=40, clip_sample=False)
+    vae = make_vae().eval()
+    names = names or {0: "tench, Tinca tinca", 1: "goldfish", 2: "shark"}
+    DiTPipeline(transformer or make_dit(), vae, scheduler, names).save_pretrained(folder)  # type: ignore[arg-type]
+    # The constructor keeps the names for itself; in released pipelines they are in the index.
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": names}))
+    return folder
+
+
+@pytest.fixture
+def tiny_dit_base(tmp_path: Path) -> Path:
+    """The folder of a tiny DiT pipeline."""
+    return save_dit(tmp_path / "dit-base")
 
 
 def make_sdxl_unet(**changes: Any) -> UNet2DConditionModel:

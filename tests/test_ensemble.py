@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
-from conftest import WORDS, make_text_unet, make_unet
+from conftest import WORDS, make_sdxl_unet, make_text_unet, make_unet
 from decouple_merge import load_ensemble
 from decouple_merge.config import Config, Sample, Text
 from decouple_merge.ensemble import TimestepEnsemble
@@ -99,6 +106,21 @@ def test_a_stock_text_to_image_pipeline_draws_the_images_of_our_sampler(
     prompts = Prompts(base.encoders, WORDS[:3], Text(guidance_scale=3), CPU, first_seed=5)  # type: ignore[arg-type]
     # In our sampler seed s takes prompt s - 5, so 5, 0 and 7 ask for the first, the second and the third.
     expected = ours(base, load_ensemble(tiny_text_base, text_experts, RANGES), prompts, sampler="PNDM", num_steps=4)
+    assert found.std() > 20
+    assert (found - expected).abs().max() <= 1
+
+
+def test_a_stock_sdxl_pipeline_draws_the_images_of_our_sampler(tiny_sdxl_base: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / f"sdxl-expert-{i}" for i in range(3)]
+    for i, folder in enumerate(folders):
+        perturbed(make_sdxl_unet(), i).save_pretrained(folder)  # type: ignore[operator]
+    base = load_base(str(tiny_sdxl_base))
+    pipeline: Any = DiffusionPipeline.from_pretrained(tiny_sdxl_base)
+    pipeline.unet = load_ensemble(tiny_sdxl_base, folders, RANGES, one_resident=True)
+    found = run_stock(pipeline, WORDS[:3], num_inference_steps=4, guidance_scale=3.0)
+    prompts = Prompts(base.encoders, WORDS[:3], Text(guidance_scale=3), CPU, first_seed=5)  # type: ignore[arg-type]
+    ensemble = load_ensemble(tiny_sdxl_base, folders, RANGES)
+    expected = ours(base, ensemble, prompts, sampler="EulerDiscrete", num_steps=4)
     assert found.std() > 20
     assert (found - expected).abs().max() <= 1
 

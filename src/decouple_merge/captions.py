@@ -13,12 +13,17 @@ from .shards import Shards
 METADATA = "metadata.jsonl"
 
 
-def load_captions(images: Images, data: Data) -> list[str]:
-    """Read the caption of each image that ``load_images`` found.
+def load_captions(images: Images, data: Data, classes: dict[str, int] | None = None) -> list[str]:
+    """Read the caption of each image that ``load_images`` found; for a class-conditional base, its class.
 
     A folder has them in its ``metadata.jsonl``, in lines such as ``{"file_name": "a/1.png", "text": "a red cat"}``; a
     ``datasets`` data set in a column; webdataset shards in a ``.txt`` or ``.json`` beside the image.
-    ``data.caption_column`` names the field or column.
+    ``data.caption_column`` names the field or column. Classes are names or numbers of the base's, and a folder may
+    have them as sub-folders; sub-folders of other names are the classes in alphabetical order, as of ImageNet's, where
+    they are as many.
+
+    Args:
+        classes: of a class-conditional base, by name and number.
 
     Raises:
         ValueError: the source has no captions, or an image has none, or one is no text.
@@ -28,12 +33,16 @@ def load_captions(images: Images, data: Data) -> list[str]:
     elif isinstance(images, DecodedImages) and isinstance(images.items, Shards):
         captions = images.items.captions(data.caption_column)
     elif isinstance(images, DecodedImages) and Path(data.source).is_dir():
-        captions = _metadata(images.items, data)
+        in_folders = classes is not None and not (Path(data.source) / METADATA).is_file()
+        captions = _folders(images.items, data, classes) if in_folders else _metadata(images.items, data)  # type: ignore[arg-type]
     else:
         raise ValueError(
             f"data.source {data.source!r} has no captions, which a text-to-image base needs; expected a folder of "
-            f"images with {METADATA}, webdataset:SHARDS or datasets:NAME"
+            f"images with {METADATA}, or of classes in sub-folders for a class-conditional base, webdataset:SHARDS or "
+            "datasets:NAME"
         )
+    if classes is not None:
+        captions = [str(caption) if isinstance(caption, int) else caption for caption in captions]
     kept = [captions[i] for i in images.kept]
     wrong = [i for i, caption in zip(images.kept, kept, strict=True) if not isinstance(caption, str)]
     if wrong:
@@ -76,6 +85,25 @@ def _metadata(files: Sequence[Path], data: Data) -> list[Any]:
     if missing := [file for file in files if file not in captions]:
         raise ValueError(f"{path}: {len(missing)} of {len(files)} images have no caption, {missing[0]} among them")
     return [captions[file] for file in files]
+
+
+def _folders(files: Sequence[Path], data: Data, classes: dict[str, int]) -> list[str]:
+    parts = [file.relative_to(data.source).parts for file in files]
+    found, num = sorted({p[0] for p in parts if len(p) > 1}), len(set(classes.values())) - 1
+    if loose := [file for file, p in zip(files, parts, strict=True) if len(p) == 1]:
+        raise ValueError(
+            f"{data.source}: {len(loose)} images are in no class, {loose[0].name} among them; expected sub-folders "
+            f"named by class, or {METADATA}"
+        )
+    if all(name in classes for name in found):
+        return [p[0] for p in parts]
+    if len(found) == num:
+        return [str(found.index(p[0])) for p in parts]
+    unknown = [name for name in found if name not in classes]
+    raise ValueError(
+        f"{data.source}: found {len(found)} sub-folders, of which {', '.join(unknown[:5])} are no classes of the base; "
+        f"expected its names or numbers below {num}, or {num} sub-folders in the order of its classes"
+    )
 
 
 def texts_of(images: Images, source: str, prompts: list[str], first: int) -> list[str]:

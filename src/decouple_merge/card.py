@@ -28,6 +28,8 @@ def model_card(record: dict[str, Any]) -> str:
         "by task arithmetic, θ + Σ w_i (θ_i - θ)" if record["method"] == "linear" else f"by {record['method'].upper()}"
     )
     kind, prompt = ("text-to-image", '"a prompt", ') if "text" in record else ("unconditional-image-generation", "")
+    if record.get("pipeline") == "DiTPipeline":
+        kind, prompt = "class-conditional-image-generation", "class_labels=[0], "
     return f"""---
 library_name: diffusers
 tags: [{kind}, decouple-then-merge]

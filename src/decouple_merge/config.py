@@ -55,7 +55,7 @@ class Data(Section):
         fit: ``exact`` refuses images whose size or channels differ from the model's; ``resize`` crops them to a
             square, resizes and converts them.
         caption_column: of a ``datasets`` source, or the field in metadata.jsonl or in a shard's .json; for
-            text-to-image bases.
+            text-to-image bases; for class-conditional ones of classes.
         flip: mirror half of the training images.
         caption_dropout: share of the captions that training replaces by the empty one, so that guidance stays
             possible.
@@ -224,7 +224,7 @@ class Sample(Section):
 
 
 class Text(Section):
-    """What text-to-image models are asked for; other models don't use it.
+    """What text-to-image and class-conditional models are asked for; other models don't use it.
 
     Attributes:
         prompts: a text file with one prompt a line, PartiPrompts' ``.tsv``, or ``.json`` of texts or COCO's captions;

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from .data import Batch, model_input
 from .losses import add_noise, per_sample_mse, prediction_target
-from .models import Base, nest_inputs
+from .models import Base, cast_inputs, predict
 from .projection import attach_projections
 from .seeds import generator
 from .timesteps import TimestepRange, draw_timesteps
@@ -47,7 +47,7 @@ class WeightRecord:
 def noisy_batch(base: Base, images: Batch, own: TimestepRange, draws: torch.Generator) -> NoisyBatch:
     """Add noise to images or latents at antithetic uniform timesteps of a range; on the CPU, in the network's dtype."""
     x0, condition = model_input(images, draws)
-    x0, condition = x0.to(_dtype(base)), {name: value.to(_dtype(base)) for name, value in condition.items()}
+    x0, condition = x0.to(_dtype(base)), cast_inputs(condition, _dtype(base))
     t = draw_timesteps(len(x0), own, base.num_train_timesteps, 0.0, draws, antithetic=True)
     noise = torch.randn(x0.shape, generator=draws).to(x0)
     x_t = add_noise(x0, noise, t, base.alphas_cumprod)
@@ -234,6 +234,6 @@ def _loss_and_gradients(
 ) -> tuple[float, tuple[Tensor, ...]]:
     x_t, t, target = batch.x_t.to(device), batch.t.to(device), batch.target.to(device)
     condition = {name: value.to(device) for name, value in batch.condition.items()}
-    output = functional_call(network, tensors, (x_t, t), {"return_dict": False, **nest_inputs(condition)})[0]
+    output = predict(lambda *args, **kwargs: functional_call(network, tensors, args, kwargs), x_t, t, **condition)
     loss = (scale.to(device) * per_sample_mse(output, target)).mean()
     return loss.item(), torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)

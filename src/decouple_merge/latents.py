@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import Data
 from .data import Examples, Images, LatentBatch, to_model
-from .parts import Encoders, encode_images, encode_texts, encoder_sha256, load_text_encoders, load_vae
+from .parts import Encoders, check_classes, encode_images, encode_texts, encoder_sha256, load_text_encoders, load_vae
 from .runs import cache_folder, read_tensors, write_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,15 +124,48 @@ class TextEmbeddings(CachedRows):
         return self.read([self.index[text] for text in texts])
 
 
+class ClassLabels:
+    """Classes in the place of embeddings of texts: there is nothing to compute.
+
+    Raises:
+        ValueError: a text is no class.
+    """
+
+    def __init__(self, encoders: Encoders, texts: Iterable[str]) -> None:
+        assert encoders.classes is not None
+        check_classes(encoders, texts)
+        self.classes = encoders.classes
+        self.identity = f"classes {hashlib.sha256(repr(self.classes).encode()).hexdigest()}"
+
+    def fill(self) -> Iterator[str]:
+        """Compute nothing."""
+        yield from ()
+
+    def embed(self, texts: Sequence[str]) -> Rows:
+        """Look up the numbers of some classes, int64 [n], by the name of the denoiser's input."""
+        return {"class_labels": torch.tensor([self.classes[text] for text in texts])}
+
+
+def open_texts(
+    encoders: Encoders, texts: Iterable[str], precision: str, device: torch.device
+) -> TextEmbeddings | ClassLabels:
+    """Open what a denoiser is told of some texts.
+
+    Raises:
+        ValueError: a text is no class of a class-conditional pipeline.
+    """
+    return ClassLabels(encoders, texts) if encoders.classes else TextEmbeddings(encoders, texts, precision, device)
+
+
 class Latents(Examples):
-    """Captioned images as a text-to-image model is trained on them."""
+    """Captioned images as a latent model is trained on them; for a class-conditional one a caption is a class."""
 
     def __init__(
         self, encoders: Encoders, images: Images, captions: list[str], size: int, data: Data, device: torch.device
     ) -> None:
         self.captions, self.images, self.is_sized = captions, images, encoders.is_sized
         self.latents = ImageLatents(encoders, images, size, data, device)
-        self.texts = TextEmbeddings(encoders, captions, data.cache_precision, device)
+        self.texts = open_texts(encoders, captions, data.cache_precision, device)
         identity = f"{self.latents.identity}, {self.texts.identity}, {captions}"
         if self.is_sized:
             frames = images.frames(range(len(images)))

@@ -66,18 +66,23 @@ def without_lora(network: nn.Module) -> Iterator[None]:
             adapter.enable_adapters(True)
 
 
+def _prefix(network: nn.Module) -> str:
+    """Say what pipelines call the network."""
+    return "transformer" if hasattr(network, "transformer_blocks") else "unet"
+
+
 def lora_factors(network: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Name the factors as diffusers' ``load_lora_weights`` reads them; B holds the scale, so that there is no alpha.
 
     Args:
         parameters: values for its named parameters, for example their average.
     """
-    state = {**network.state_dict(), **parameters}
+    state, prefix = {**network.state_dict(), **parameters}, _prefix(network)
     factors = {}
     for name, adapter in _adapters(network).items():
         down, up = (state[f"{name}.lora_{side}.{ADAPTER}.weight"] for side in "AB")
-        factors[f"unet.{name}.lora_A.weight"] = down.clone()
-        factors[f"unet.{name}.lora_B.weight"] = up * adapter.scaling[ADAPTER]
+        factors[f"{prefix}.{name}.lora_A.weight"] = down.clone()
+        factors[f"{prefix}.{name}.lora_B.weight"] = up * adapter.scaling[ADAPTER]
     return factors
 
 
@@ -90,7 +95,7 @@ def unadapted_state_dict(network: nn.Module, parameters: dict[str, Tensor]) -> d
     factors = lora_factors(network, parameters)
     state = {k.replace(".base_layer.", "."): v for k, v in network.state_dict().items() if f".{ADAPTER}." not in k}
     for name in _adapters(network):
-        down, up = (factors[f"unet.{name}.lora_{side}.weight"] for side in "AB")
+        down, up = (factors[f"{_prefix(network)}.{name}.lora_{side}.weight"] for side in "AB")
         weight = state[f"{name}.weight"]
         state[f"{name}.weight"] = weight + (up.flatten(1) @ down.flatten(1)).view_as(weight)
     return state

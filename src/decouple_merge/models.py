@@ -2,13 +2,22 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -16,14 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .losses import PREDICTION_TYPES
-from .parts import TEXT_TO_IMAGE, Encoders, find_encoders, load_parts
+from .parts import LATENT, Encoders, find_encoders, load_parts, read_index
 from .projection import attach_projections
 from .runs import atomic_path
 from .tensors import DENOISERS, DTYPES, PROJECTIONS_FILE, TensorFiles, hash_tensors, model_files
 
 SUPPORTED = (
     "a diffusers pipeline of a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline, …) with a VP schedule, or a "
-    "StableDiffusionPipeline or StableDiffusionXLPipeline"
+    "StableDiffusionPipeline, StableDiffusionXLPipeline or DiTPipeline"
 )
 ADDED_INPUTS = ("text_embeds", "time_ids")
 
@@ -36,13 +45,13 @@ class Base:
     """A pretrained pipeline, taken apart.
 
     Attributes:
-        pipeline: the diffusers pipeline; ``network`` is its denoiser. A text-to-image pipeline is without its encoders.
-        network: UNet2DModel or UNet2DConditionModel, float32.
+        pipeline: the diffusers pipeline; ``network`` is its denoiser. A latent pipeline is without its encoders.
+        network: UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel, float32.
         alphas_cumprod: ᾱ_t of the base's own schedule, float32 [T].
         prediction_type: epsilon, sample or v_prediction.
         sha256: hash of the network's tensors.
         dtype: of the stored weights, in which merged models are written.
-        encoders: VAE and text encoder, where the network denoises latents on the condition of a text.
+        encoders: VAE and text encoders or classes, where the network denoises latents of what a text or class says.
     """
 
     pipeline: Any
@@ -52,6 +61,11 @@ class Base:
     sha256: str
     dtype: torch.dtype = torch.float32
     encoders: Encoders | None = None
+
+    @property
+    def component(self) -> str:
+        """What the pipeline calls its denoiser: unet or transformer."""
+        return "unet" if hasattr(self.pipeline, "unet") else "transformer"
 
     @property
     def num_train_timesteps(self) -> int:
@@ -85,7 +99,10 @@ def load_base(name: str) -> Base:
     """
     try:
         folder = pipeline_folder(name)
-        pipeline = load_parts(folder, "unet", "scheduler")
+        index = read_index(folder)
+        is_flow = str((index.get("scheduler") or [""])[-1]).startswith("FlowMatch")
+        # Refused below, before gigabytes are loaded.
+        pipeline = None if is_flow else load_parts(folder, "unet", "transformer", "scheduler")
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"base {name!r}: its weights file is damaged ({error}); fetch or copy it again") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
@@ -93,17 +110,24 @@ def load_base(name: str) -> Base:
         raise ValueError(
             f"base {name!r} can't be loaded ({reason}); expected {SUPPORTED}, by folder or hub name"
         ) from error
-    network: Any = getattr(pipeline, "unet", None)
+    if is_flow:
+        raise ValueError(
+            f"base {name!r} is a {index['_class_name']}, which is trained by flow matching: its schedule has no ᾱ_t; "
+            f"supported is {SUPPORTED}"
+        )
+    network: Any = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     scheduler: Any = getattr(pipeline, "scheduler", None)
-    is_text_to_image = type(pipeline).__name__ in TEXT_TO_IMAGE
-    is_unet = type(network) is (UNet2DConditionModel if is_text_to_image else UNet2DModel)
-    if not is_unet or hasattr(pipeline, "vqvae") or (hasattr(pipeline, "vae") and not is_text_to_image):
+    is_latent, is_dit = type(pipeline).__name__ in LATENT, type(pipeline).__name__ == "DiTPipeline"
+    expected: Any = DiTTransformer2DModel if is_dit else UNet2DConditionModel if is_latent else UNet2DModel
+    if type(network) is not expected or hasattr(pipeline, "vqvae") or (hasattr(pipeline, "vae") and not is_latent):
         kind = type(network).__name__ if network is not None else "no unet"
         raise ValueError(f"base {name!r} is a {type(pipeline).__name__} with {kind}; supported is {SUPPORTED}")
-    if network.config.in_channels != network.config.out_channels:
+    channels, out_channels = network.config.in_channels, network.config.out_channels
+    # The pipeline of a DiT leaves a learned variance out; those of U-Nets hand it on to their schedulers.
+    if out_channels != channels and not (is_dit and out_channels == 2 * channels):
         raise ValueError(
-            f"base {name!r} maps {network.config.in_channels} channels to {network.config.out_channels}, expected as "
-            "many out as in: models that predict a variance are not supported"
+            f"base {name!r} maps {channels} channels to {out_channels}, expected as many out as in: models that "
+            "predict a variance are not supported, but for DiT"
         )
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
@@ -115,7 +139,7 @@ def load_base(name: str) -> Base:
     size = network.config.sample_size
     if not isinstance(size, int):
         raise ValueError(f"base {name!r} has sample_size {size!r}, expected one integer: square images")
-    encoders = find_encoders(name, folder, network) if is_text_to_image else None
+    encoders = find_encoders(name, folder, network) if is_latent else None
     network.requires_grad_(False).eval()
     sha256 = tensors_sha256(network.state_dict())
     return Base(pipeline, network, alphas_cumprod.float(), prediction_type, sha256, stored_dtype(folder), encoders)
@@ -123,7 +147,8 @@ def load_base(name: str) -> Base:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Read from the file in which dtype a network is stored; diffusers loads every one as float32."""
-    for file in sorted([*folder.glob("unet/*.safetensors"), *folder.glob("*.safetensors")]):
+    places = ("unet/*.safetensors", "transformer/*.safetensors", "*.safetensors")
+    for file in sorted(file for place in places for file in folder.glob(place)):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 dtype = DTYPES.get(tensors.get_slice(key).get_dtype())
@@ -156,17 +181,26 @@ def create_base(model: dict[str, Any], scheduler: dict[str, Any], seed: int) -> 
 
 
 def predict(
-    network: nn.Module, x: Float[Tensor, "batch c h w"], t: Any, **condition: Tensor
+    network: Callable[..., Any], x: Float[Tensor, "batch c h w"], t: Any, **condition: Tensor
 ) -> Float[Tensor, "batch c h w"]:
     """Run the denoiser once on noisy images at timesteps t (a number, or one for each image).
+
+    A learned variance, the other half of a DiT's channels, is left out, as its pipeline does.
 
     Args:
         condition: the network's other inputs by their names in diffusers, each [batch, ...].
     """
-    return network(x, t, return_dict=False, **nest_inputs(condition))[0]
+    # A DiT takes a timestep for each image, U-Nets that and a single one.
+    each = torch.as_tensor(t, device=x.device).expand(len(x))
+    return network(x, each, return_dict=False, **_nest_inputs(condition))[0][:, : x.shape[1]]
 
 
-def nest_inputs(condition: dict[str, Tensor]) -> dict[str, Any]:
+def cast_inputs(condition: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Put the network's other inputs in its dtype; classes stay numbers."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
+
+
+def _nest_inputs(condition: dict[str, Tensor]) -> dict[str, Any]:
     """Put the inputs that SDXL's network takes in a dict of their own into one."""
     added = {name: condition[name] for name in ADDED_INPUTS if name in condition}
     others = {name: value for name, value in condition.items() if name not in added}
@@ -213,7 +247,7 @@ def export_pipeline(
 ) -> None:
     """Write the base's pipeline with other weights, and where given a model card and merge.json.
 
-    The folder appears whole or not at all. A text-to-image pipeline's other parts are copied as they are. Trunk
+    The folder appears whole or not at all. A latent pipeline's other parts are copied as they are. Trunk
     projections among the weights go to ``projections.safetensors`` beside the network, which stock diffusers doesn't
     read.
     """
@@ -225,8 +259,8 @@ def export_pipeline(
     network.to(base.dtype)
     with atomic_path(folder) as temporary:
         if base.encoders is not None:
-            _copy_encoders(base.encoders.folder, temporary)
-            network.save_pretrained(temporary / "unet")
+            _copy_encoders(base.encoders.folder, temporary, base.component)
+            network.save_pretrained(temporary / base.component)
         else:
             type(base.pipeline)(**{**base.pipeline.components, "unet": network}).save_pretrained(temporary)
         if extra:
@@ -237,9 +271,9 @@ def export_pipeline(
             (temporary / "README.md").write_text(card)
 
 
-def _copy_encoders(pipeline: Path, folder: Path) -> None:
+def _copy_encoders(pipeline: Path, folder: Path, component: str) -> None:
     # Loaded and saved again, parts in half precision would come out twice as large.
-    own = {"unet", PROJECTIONS_FILE}
+    own = {component, PROJECTIONS_FILE}
     shutil.copytree(pipeline, folder, ignore=lambda at, names: own & set(names) if Path(at) == pipeline else set())
 
 
@@ -256,6 +290,10 @@ def new_network(base: Base, projection: str = "none") -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         network = type(base.network).from_config(base.network.config)
     network.load_state_dict(base.network.state_dict())
+    for module in network.modules():
+        if isinstance(module, LabelEmbedding):
+            # In training, every block of a DiT would drop other labels than the next, and the teacher none.
+            module.dropout_prob = 0.0
     attach_projections(network, projection)
     return network
 

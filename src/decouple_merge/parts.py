@@ -1,8 +1,9 @@
-"""The parts of a latent pipeline around its denoiser: whether they fit, the VAE, the text encoders."""
+"""The parts of a latent pipeline around its denoiser: whether they fit, the VAE, the text encoders, the classes."""
 
+import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-# The text encoders of each; classes are known by name: importing them imports transformers, which takes seconds.
-TEXT_TO_IMAGE = {
+# The text encoders of each latent pipeline; one without is told a class. They are known by name: importing them imports
+# transformers, which takes seconds.
+LATENT: dict[str, tuple[str, ...]] = {
     "StableDiffusionPipeline": ("text_encoder",),
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+    "DiTPipeline": (),
 }
 # Inputs of a UNet2DConditionModel that we have nothing to give for.
 OTHER_INPUTS = ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
@@ -25,7 +28,7 @@ NUM_SIZES = 6
 
 @dataclass(frozen=True)
 class Encoders:
-    """The parts of a text-to-image pipeline around its denoiser, which stay on disk until they are loaded.
+    """The parts of a latent pipeline around its denoiser, which stay on disk until they are loaded.
 
     Attributes:
         folder: the pipeline's.
@@ -34,6 +37,8 @@ class Encoders:
         text_encoders: by their names in the pipeline.
         is_sized: the denoiser is also told the size of the original image and how it was cut (Podell et al. 2023).
         zeros_for_empty: the empty text has embeddings of zeros, as SDXL was trained.
+        classes: of a class-conditional pipeline, name or number to class; the empty text is the null class, by which
+            classes are dropped in training and which guidance leads away from.
     """
 
     folder: Path
@@ -42,6 +47,7 @@ class Encoders:
     text_encoders: tuple[str, ...] = ("text_encoder",)
     is_sized: bool = False
     zeros_for_empty: bool = False
+    classes: dict[str, int] | None = None
 
     @property
     def text_parts(self) -> list[str]:
@@ -60,18 +66,18 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def load_parts(folder: Path, *parts: str) -> Any:
-    """Load a pipeline, and of a text-to-image one only the parts that are named."""
+    """Load a pipeline, and of a latent one only the parts that are named."""
     index, left_out = read_index(folder), {}
-    if index.get("_class_name") in TEXT_TO_IMAGE:
+    if index.get("_class_name") in LATENT:
         left_out = {name: None for name, value in index.items() if isinstance(value, list) and name not in parts}
     return DiffusionPipeline.from_pretrained(folder, **left_out)
 
 
 def find_encoders(name: str, folder: Path, network: Any) -> Encoders:
-    """Read the configs of a text-to-image pipeline's other parts, and require that they fit the network."""
+    """Read the configs of a latent pipeline's other parts, and require that they fit the network."""
     index, config = read_index(folder), network.config
     kind = index["_class_name"]
-    texts = TEXT_TO_IMAGE[kind]
+    texts = LATENT[kind]
 
     def read(part: str, file: str = "config") -> dict[str, Any]:
         path = folder / part / f"{file}.json"
@@ -90,14 +96,18 @@ def find_encoders(name: str, folder: Path, network: Any) -> Encoders:
         others.append("addition_embed_type")
     if others:
         raise ValueError(f"base {name!r}: its unet needs other inputs than {kind}'s: {', '.join(others)}")
+    reader = "unet" if texts else "transformer"
     fits = [
-        ("vae writes latents of {} channels, its unet reads {}", vae.get("latent_channels"), config.in_channels),
         (
-            f"{' + '.join(texts)} writes embeddings of width {{}}, its unet reads {{}}",
-            sum(c.get("hidden_size", 0) for c in text_configs),
-            config.cross_attention_dim,
-        ),
+            f"vae writes latents of {{}} channels, its {reader} reads {{}}",
+            vae.get("latent_channels"),
+            config.in_channels,
+        )
     ]
+    if texts:
+        width = sum(c.get("hidden_size", 0) for c in text_configs)
+        what = f"{' + '.join(texts)} writes embeddings of width {{}}, its unet reads {{}}"
+        fits.append((what, width, config.cross_attention_dim))
     if is_sized:
         width = config.projection_class_embeddings_input_dim - NUM_SIZES * config.addition_time_embed_dim
         found = text_configs[-1].get("projection_dim")
@@ -107,11 +117,36 @@ def find_encoders(name: str, folder: Path, network: Any) -> Encoders:
             raise ValueError(f"base {name!r}: its {what.format(number, expected)}; give parts that belong together")
     size = config.sample_size * 2 ** (len(vae["block_out_channels"]) - 1)
     zeros = bool(index.get("force_zeros_for_empty_prompt"))
-    return Encoders(folder, vae["out_channels"], size, texts, is_sized, zeros)
+    classes = None if texts else _classes(config.num_embeds_ada_norm, index.get("id2label") or {})
+    return Encoders(folder, vae["out_channels"], size, texts, is_sized, zeros, classes)
+
+
+def _classes(num_classes: int, names: dict[str, str]) -> dict[str, int]:
+    # The row after the classes' is the null class. The stock pipeline says 1000 for it, whatever their number.
+    numbered = {str(i): i for i in range(num_classes)} | {"": num_classes}
+    return numbered | {name.strip(): int(i) for i, several in names.items() for name in several.split(",")}
+
+
+def check_classes(encoders: Encoders, texts: Iterable[str]) -> None:
+    """Require of a class-conditional pipeline that texts are its classes.
+
+    Raises:
+        ValueError: one is not.
+    """
+    classes = encoders.classes
+    unknown = [] if classes is None else sorted(set(texts) - classes.keys())
+    if classes is not None and unknown:
+        names = [name for name in classes if name and not name.isdecimal()]
+        near = difflib.get_close_matches(unknown[0], names) or names[:3]
+        known = f", or a name such as {', '.join(map(repr, near))}" if names else ""
+        raise ValueError(
+            f"{encoders.folder} has no class {', '.join(map(repr, unknown[:5]))}; expected a number below "
+            f"{classes['']}{known}"
+        )
 
 
 def load_vae(encoders: Encoders, device: torch.device) -> Any:
-    """Load the VAE of a text-to-image pipeline, in float32: SDXL's overflows in fp16, and ends in NaN."""
+    """Load the VAE of a latent pipeline, in float32: SDXL's overflows in fp16, and ends in NaN."""
     vae = load_parts(encoders.folder, "vae").vae.float().requires_grad_(False).eval().to(device)
     # Images one after the other: decoding takes far more memory than denoising.
     vae.enable_slicing()
@@ -184,7 +219,7 @@ def encode_texts(pipeline: Any, texts: Sequence[str]) -> dict[str, Float[Tensor,
 
 
 def encoder_sha256(encoders: Encoders, *parts: str) -> str:
-    """Hash the files of some parts of a text-to-image pipeline, configs included."""
+    """Hash the files of some parts of a latent pipeline, configs included."""
     digest = hashlib.sha256()
     for path in sorted(p for part in parts for p in (encoders.folder / part).rglob("*") if p.is_file()):
         digest.update(str(path.relative_to(encoders.folder)).encode())

@@ -23,6 +23,8 @@ from .latents import Latents
 from .lora import check_lora
 from .memory import describe_memory
 from .models import Base, load_base, load_network, make_scheduler, new_network, num_parameters
+from .parts import check_classes
+from .projection import check_placement
 from .prompts import load_prompts
 from .runs import Run, write_json, write_text
 from .sample import Denoiser, Prompts, denoiser, sampling_copy
@@ -71,12 +73,13 @@ def check(config: Config, out: Path) -> Plan:
     for num_steps in {config.sample.num_steps, config.search.num_steps or config.sample.num_steps}:
         make_scheduler(base, config.sample.sampler, num_steps, config.sample.timestep_spacing)
     check_extractors([*config.evaluate.metrics, config.search.metric], config.evaluate)
-    if "clip_score" in config.evaluate.metrics and base.encoders is None:
+    if "clip_score" in config.evaluate.metrics and (base.encoders is None or base.encoders.classes):
         raise ValueError(f"evaluate.metrics has clip_score, but {config.base} reads no texts; take another metric")
     check_distance(config, config.finetune, base)
     check_precision(config.finetune)
     check_optimizer(config.finetune)
     check_weights(config.search, len(config.search.checkpoints) or len(ranges))
+    check_placement(base.network, config.finetune.projection.placement)
     if config.finetune.lora is not None:
         check_lora(base.network, config.finetune.lora)
     group_keys(list(base.network.state_dict()), config.search.blocks)
@@ -86,10 +89,11 @@ def check(config: Config, out: Path) -> Plan:
     check_held_out(images, config.data)
     if base.encoders is None:
         return Plan(config, Run(out), base, images, tuple(ranges), images, [])
-    captions = load_captions(images, config.data)
+    captions = load_captions(images, config.data, base.encoders.classes)
     # The data may be sorted, and a set of seeds asks for some of the captions only.
     order = torch.randperm(len(captions), generator=generator("prompts")).tolist()
     prompts = load_prompts(config.text) or [captions[i] for i in order]
+    check_classes(base.encoders, [*prompts, config.text.negative_prompt])
     latents = Latents(base.encoders, images, captions, base.image_size, config.data, default_device())
     return Plan(config, Run(out), base, latents, tuple(ranges), images, prompts)
 

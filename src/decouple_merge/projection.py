@@ -1,4 +1,4 @@
-"""Channel-wise projections P(F) = W·F (DeMe, section 3.2): attach to a U-Net, fold away."""
+"""Channel-wise projections P(F) = W·F (DeMe, section 3.2): attach to a network, fold away."""
 
 from typing import Any
 
@@ -35,7 +35,9 @@ class _LeftMultiply(nn.Module):
 
 
 def _blocks(network: Any) -> dict[str, Any]:
-    """List down, mid and up blocks by name, in the order of the forward pass."""
+    """List down, mid and up blocks, or those of a transformer, by name, in the order of the forward pass."""
+    if hasattr(network, "transformer_blocks"):
+        return {f"transformer_blocks.{i}": b for i, b in enumerate(network.transformer_blocks)}
     blocks = {f"down_blocks.{i}": b for i, b in enumerate(network.down_blocks)}
     if getattr(network, "mid_block", None) is not None:
         blocks["mid_block"] = network.mid_block
@@ -46,8 +48,11 @@ def output_layer(block: Any) -> Any:
     """Find the layer that writes a block's output.
 
     That is the resampler's layer where there is one; else the output projection of the last attention or transformer
-    where one comes last; else the last convolution of the last resnet's residual branch.
+    where one comes last; else the last convolution of the last resnet's residual branch. Of a transformer's block it is
+    the last layer of the feed-forward branch.
     """
+    if hasattr(block, "ff"):
+        return next(layer for layer in reversed(block.ff.net) if isinstance(layer, nn.Linear))
     for resampler in reversed(
         [*(getattr(block, "downsamplers", None) or []), *(getattr(block, "upsamplers", None) or [])]
     ):
@@ -66,6 +71,21 @@ def output_layer(block: Any) -> Any:
     return block.resnets[-1].conv2
 
 
+def check_placement(network: nn.Module, placement: str) -> None:
+    """Require that a network can have projections so placed.
+
+    Raises:
+        ValueError: the placement is none of folded, trunk and none, or trunk for a transformer.
+    """
+    if placement not in ("folded", "trunk", "none"):
+        raise ValueError(f"projection placement is {placement!r}, expected folded, trunk or none")
+    if placement == "trunk" and hasattr(network, "transformer_blocks"):
+        raise ValueError(
+            f"projection placement is trunk, the paper's layout for the feature maps of U-Nets, and the network is a "
+            f"{type(network).__name__}; expected folded or none"
+        )
+
+
 def attach_projections(network: nn.Module, placement: str) -> None:
     """Put a projection at the output of every block, in place; at the identity nothing changes.
 
@@ -73,17 +93,14 @@ def attach_projections(network: nn.Module, placement: str) -> None:
     a layer after the block, on the trunk only, so that skips carry un-projected features. ``none`` does nothing.
 
     Raises:
-        ValueError: the placement is none of these.
+        ValueError: as ``check_placement``.
     """
-    if placement not in ("folded", "trunk", "none"):
-        raise ValueError(f"projection placement is {placement!r}, expected folded, trunk or none")
+    check_placement(network, placement)
     if placement == "none":
         return
-    blocks = _blocks(network)
-    channels = _block_channels(network)
-    for name, block in blocks.items():
+    for name, block in _blocks(network).items():
         if placement == "trunk":
-            block.projection = ChannelProjection(channels[name])
+            block.projection = ChannelProjection(_block_channels(network)[name])
             block.register_forward_hook(_project_trunk)
             continue
         layer = output_layer(block)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .config import Sample, Text
 from .data import to_pixels
-from .latents import DTYPES, TextEmbeddings
-from .models import Base, make_scheduler, predict
+from .latents import DTYPES, open_texts
+from .models import Base, cast_inputs, make_scheduler, predict
 from .parts import Encoders, decode_latents, load_vae
 
 # Maps noisy images, t and what the network takes besides to its prediction.
@@ -31,13 +31,13 @@ def sampling_copy(network: nn.Module, settings: Sample, device: torch.device) ->
 def denoiser(network: nn.Module) -> Denoiser:
     """Wrap a network so that noisy images go in and its prediction comes out in float32."""
     dtype = next(network.parameters()).dtype
-    return lambda x, t, **condition: predict(
-        network, x.to(dtype), t, **{name: value.to(dtype) for name, value in condition.items()}
-    ).float()
+    return lambda x, t, **condition: predict(network, x.to(dtype), t, **cast_inputs(condition, dtype)).float()
 
 
 class Prompts:
-    """What a text-to-image model is asked for: the prompt of seed s is number s - first_seed, modulo their number.
+    """What a model is asked for: the prompt of seed s is number s - first_seed, modulo their number.
+
+    Prompts are texts, or of a class-conditional model names or numbers of classes.
 
     Args:
         seeds: that will be asked for, where not all are: of COCO's 40,504 captions a few are soon encoded.
@@ -59,7 +59,7 @@ class Prompts:
         self.prompts, self.settings, self.device, self.first_seed = list(prompts), settings, device, first_seed
         self.encoders = encoders
         wanted = self.prompts if seeds is None else self.choose(seeds)
-        self.texts = TextEmbeddings(encoders, [*wanted, settings.negative_prompt], precision, device)
+        self.texts = open_texts(encoders, [*wanted, settings.negative_prompt], precision, device)
         self.vae = load_vae(encoders, device)
         digest = hashlib.sha256(repr((self.prompts, settings.negative_prompt)).encode()).hexdigest()
         self.label = f"{len(prompts)} texts {digest[:16]}, guidance {settings.guidance_scale:g}"
@@ -122,11 +122,11 @@ def sample_images(
     Args:
         model: maps (x_t float32, t) to the network's prediction.
         num_steps: instead of the settings'.
-        prompts: for a text-to-image base.
+        prompts: for a text-to-image or class-conditional base.
         share: of the batches; other processes draw the others, to the same bits as one would.
 
     Raises:
-        ValueError: a text-to-image base has no prompts, or another has some.
+        ValueError: such a base has no prompts, or another has some.
     """
     check_prompts(base, prompts is not None)
     steps = num_steps or settings.num_steps
@@ -157,7 +157,7 @@ def sampling_fields(base: Base, settings: Sample, prompts: Prompts | None) -> di
 
 
 def check_prompts(base: Base, has_prompts: bool) -> None:
-    """Require prompts for a text-to-image base, and none for another.
+    """Require prompts for a text-to-image or class-conditional base, and none for another.
 
     Raises:
         ValueError: as said.
@@ -167,5 +167,5 @@ def check_prompts(base: Base, has_prompts: bool) -> None:
         raise ValueError(
             f"found prompts for a {kind}, which takes no text: leave them out"
             if has_prompts
-            else f"found no prompts for a {kind}, which draws what a text says: give a file with one prompt a line"
+            else f"found no prompts for a {kind}, which draws what they say: give a file with one prompt a line"
         )

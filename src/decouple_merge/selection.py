@@ -182,6 +182,7 @@ def merge_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Tr
             "seeds": [level.seeds.start, level.seeds.stop - 1],
         },
         **({"text": plan.config.text.model_dump(mode="json")} if plan.prompts else {}),
+        "pipeline": type(plan.base.pipeline).__name__,
         "projection": plan.config.finetune.projection.placement,
         "decouple_merge": __version__,
     }
