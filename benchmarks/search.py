@@ -23,7 +23,7 @@ from decouple_merge.selection import learn_start
 from decouple_merge.strategies import Weights
 from decouple_merge.study import Level, Score, Trial, open_study
 
-STRATEGIES = ["gp", "tpe", "cmaes", "evolution", "coordinate", "random", "gradient"]
+STRATEGIES = ["grid", "gp", "tpe", "cmaes", "evolution", "coordinate", "random", "gradient"]
 BUDGETS = [12, 24, 48]
 
 
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--low", type=float, default=-0.2)
     parser.add_argument("--high", type=float, default=1.8)
     parser.add_argument("--grid-step", type=float, default=0.4)
+    parser.add_argument("--strategies", nargs="*", default=STRATEGIES)
     parser.add_argument("--out", type=Path, help="where the values go, as JSON lines")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -74,7 +75,7 @@ def main() -> None:
         def chosen(found: list[Trial], held_out: Level = held_out, repeat: int = repeat) -> float:
             return scored(best(found).weights, Level(f"held-out-{repeat}", 1, held_out.seeds, held_out.num_steps)).value
 
-        for strategy in ["grid", *STRATEGIES]:
+        for strategy in arguments.strategies:
             changed = {"strategy": strategy, "num_trials": max(BUDGETS), "first_seed": first_seed}
             config = Config.model_validate({**values, "seed": repeat, "search": values["search"] | changed})
             study = open_study(None, f"{strategy}-{repeat}")

@@ -385,6 +385,14 @@ def test_a_batch_of_proposals_holds_different_candidates() -> None:
     assert best(found).value < 0.3
 
 
+@pytest.mark.parametrize("strategy", ["gp", "tpe"])
+def test_an_optimum_in_a_corner_doesnt_end_the_search(strategy: str) -> None:
+    asked = config(strategy, num_trials=24, low=-1.0, high=1.0)
+    found = list(search(in_memory(), asked, 2, of(lambda w: 10.0 - w[0] - w[1])))
+    assert len({t.weights for t in found}) == 24
+    assert best(found).weights == (1.0, 1.0)
+
+
 def test_best_is_the_first_of_equal_trials() -> None:
     found = list(search(in_memory(), config("random"), 2, of(lambda w: min(w[0], 0.5))))
     lowest = min(t.value for t in found)

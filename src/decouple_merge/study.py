@@ -6,6 +6,7 @@ the order in which candidates were proposed, so that trials are the same whoever
 
 import itertools
 import math
+import random
 import threading
 import time
 from collections import Counter
@@ -288,10 +289,14 @@ def sampled(space: Space, known: Known, name: str, batch_size: int, seed: int) -
             params = dict(zip(ranges, space.free(weights), strict=True))
             seen = math.log(value) if positive else value
             study.add_trial(optuna.create_trial(params=params, distributions=ranges, value=seen))
-        batch = []
-        for _ in range(batch_size):
+        batch: list[Weights] = []
+        for place in range(batch_size):
             params = study.ask(ranges).params
-            batch.append(space.embed([params[key] for key in ranges]))
+            proposed = space.embed([params[key] for key in ranges])
+            # A Gaussian process that is sure of a corner proposes it for ever: look elsewhere instead.
+            is_old = proposed in known or proposed in batch
+            chance = random.Random(stream_seed(seed, "search", num, place))
+            batch.append(space.draw(chance) if is_old else proposed)
         known |= dict(zip(batch, (yield batch), strict=True))
 
 
