@@ -218,7 +218,7 @@ def test_the_memory_it_needs_is_known_before_it_is_loaded(dit_config: MakeConfig
         config = dit_config(sample=sample)
         stages = {stage.name: stage.parts for stage in estimate(config)}
         size = 4 * num_parameters(load_base(config.base).network)
-        assert stages["drawing, the ensemble"][f"{held} networks in fp32"] == held * size
+        assert stages["drawing, the ensemble"][f"{held} of 2 networks in fp32"] == held * size
         assert size <= stages["finetuning an expert"]["network"] < 1.1 * size
         assert "encoding texts" not in stages
 
