@@ -11,11 +11,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "decouple_merge"
 LAYERS = [
     ["timesteps", "losses", "projection", "rules", "weights", "metrics", "neighbours", "seeds"],
     [
+        "alignment",
         "archives",
         "captions",
         "config",
         "models",
         "data",
+        "emoji",
         "ensemble",
         "features",
         "encoders",
@@ -31,8 +33,9 @@ LAYERS = [
         "strategies",
         "study",
         "tensors",
+        "text_encoders",
     ],
-    ["finetune", "gradient", "sample", "evaluate", "compare", "merging", "figures"],
+    ["finetune", "gradient", "pretraining", "sample", "evaluate", "compare", "merging", "figures"],
     [
         "executors",
         "plan",
@@ -66,6 +69,7 @@ ADAPTERS = {
     "yaml": ("config",),
     "pydantic": ("config",),
     "transformers": ("encoders",),
+    "tokenizers": ("text_encoders",),
     "peft": ("lora",),
 }
 

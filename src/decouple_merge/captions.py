@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import emoji
 from .config import Data
 from .data import Column, DecodedImages, Images, file_names
 from .prompts import read_lines
@@ -20,7 +21,7 @@ def load_captions(images: Images, data: Data, classes: dict[str, int] | None = N
     ``datasets`` data set in a column; webdataset shards in a ``.txt`` or ``.json`` beside the image.
     ``data.caption_column`` names the field or column. Classes are names or numbers of the base's, and a folder may
     have them as sub-folders; sub-folders of other names are the classes in alphabetical order, as of ImageNet's, where
-    they are as many.
+    they are as many. Noto emoji are named.
 
     Args:
         classes: of a class-conditional base, by name and number.
@@ -28,6 +29,8 @@ def load_captions(images: Images, data: Data, classes: dict[str, int] | None = N
     Raises:
         ValueError: the source has no captions, or an image has none, or one is no text.
     """
+    if data.source == emoji.SOURCE:
+        return [drawing.caption for drawing in emoji.read_emoji(data.path)[0]]
     if isinstance(images, DecodedImages) and isinstance(images.items, Column):
         captions = _column(images.items, data)
     elif isinstance(images, DecodedImages) and isinstance(images.items, Shards):
@@ -38,8 +41,8 @@ def load_captions(images: Images, data: Data, classes: dict[str, int] | None = N
     else:
         raise ValueError(
             f"data.source {data.source!r} has no captions, which a text-to-image base needs; expected a folder of "
-            f"images with {METADATA}, or of classes in sub-folders for a class-conditional base, webdataset:SHARDS or "
-            "datasets:NAME"
+            f"images with {METADATA}, or of classes in sub-folders for a class-conditional base, webdataset:SHARDS, "
+            f"datasets:NAME or {emoji.SOURCE}"
         )
     if classes is not None:
         captions = [str(caption) if isinstance(caption, int) else caption for caption in captions]

@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from . import emoji
 from .archives import ARCHIVE_SUFFIXES, Archive, DamagedError, Member
 from .config import Data
 from .runs import cache_folder, write_json
@@ -392,6 +393,8 @@ def load_images(data: Data, channels: int, size: int) -> Images:
         return _checked(shards, shards.identity, channels, size, data)
     if source == "fashion-mnist":
         pixels = _fashion_mnist(data.path, data.split)
+    elif source == emoji.SOURCE:
+        pixels = emoji.read_emoji(data.path)[1]
     elif Path(source).is_dir():
         return _folder(Path(source), channels, size, data)
     elif _is_archive(Path(source)):
@@ -400,8 +403,8 @@ def load_images(data: Data, channels: int, size: int) -> Images:
         pixels = _array_file(Path(source))
     else:
         raise ValueError(
-            f"data.source is {source!r}, expected fashion-mnist, a folder or a .zip or .tar of images, an .npz "
-            "or .npy file, webdataset:SHARDS or datasets:NAME"
+            f"data.source is {source!r}, expected fashion-mnist, noto-emoji, a folder or a .zip or .tar of images, an "
+            ".npz or .npy file, webdataset:SHARDS or datasets:NAME"
         )
     if pixels.shape[1:] != (channels, size, size):
         if data.fit == "exact":
@@ -426,6 +429,8 @@ def open_images(source: str, size: int | None = None, channels: int | None = Non
     path = Path(source)
     if source == "fashion-mnist":
         return load_images(data, channels or 1, size or 28)
+    if source == emoji.SOURCE:
+        return load_images(data, channels or 3, size or emoji.SIZE)
     if path.suffix in (".npz", ".npy") and path.is_file():
         pixels = _array_file(path)
         return load_images(data, channels or pixels.shape[1], size or pixels.shape[2])

@@ -130,7 +130,7 @@ def load_encoder(name: str, path: str) -> Encoder:
     """
     kind = ENCODERS[name]
     network = _load(kind, path, "CLIPVisionModelWithProjection" if kind.part else "AutoModel")
-    transformers = _import()
+    transformers = import_transformers("dinov2 and clip need")
     try:
         found, _ = transformers.ImageProcessingMixin.get_image_processor_dict(path)
     except OSError:
@@ -148,7 +148,7 @@ def load_text_encoder(path: str) -> TextEncoder:
     kind = ENCODERS["clip_text"]._replace(part="text")
     network = _load(kind, path, "CLIPTextModelWithProjection")
     try:
-        tokenizer = _import().AutoTokenizer.from_pretrained(path)
+        tokenizer = import_transformers("dinov2 and clip need").AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--clip {path}: its tokenizer can't be loaded ({_first_line(error)}); expected one"
@@ -162,19 +162,20 @@ def load_text_encoder(path: str) -> TextEncoder:
     return TextEncoder(network, tokenizer)
 
 
-def _import() -> Any:
+def import_transformers(who: str) -> Any:
+    """Import transformers, silenced; ``who needs`` it is said where it isn't installed."""
     # Imported when it is asked for: it takes seconds.
     try:
         import transformers
     except ImportError as error:
-        raise ValueError("dinov2 and clip need transformers: pip install 'decouple-merge[encoders]'") from error
+        raise ValueError(f"{who} transformers: pip install 'decouple-merge[encoders]'") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
 
 
 def _load(kind: Kind, path: str, cls: str) -> Any:
-    transformers = _import()
+    transformers = import_transformers("dinov2 and clip need")
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type not in kind.model_types:

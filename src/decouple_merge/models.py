@@ -157,8 +157,14 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32
 
 
-def create_base(model: dict[str, Any], scheduler: dict[str, Any], seed: int) -> Base:
+def create_base(
+    model: dict[str, Any], scheduler: dict[str, Any], seed: int, parts: dict[str, Any] | None = None
+) -> Base:
     """Make an untrained UNet2DModel in a DDPMPipeline from diffusers' own arguments.
+
+    Args:
+        parts: vae, tokenizer and text_encoder, for a UNet2DConditionModel in a StableDiffusionPipeline with them and a
+            PNDMScheduler; the channels of its latents and the width of its texts are theirs.
 
     Raises:
         ValueError: diffusers doesn't accept the arguments.
@@ -166,18 +172,38 @@ def create_base(model: dict[str, Any], scheduler: dict[str, Any], seed: int) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            network: Any = UNet2DModel(**model)
-            pipeline: Any = DDPMPipeline(network, DDPMScheduler(**scheduler))
+            if parts is None:
+                network: Any = UNet2DModel(**model)
+                pipeline: Any = DDPMPipeline(network, DDPMScheduler(**scheduler))
+            else:
+                channels, width = parts["vae"].config.latent_channels, parts["text_encoder"].config.hidden_size
+                network = UNet2DConditionModel(
+                    **model, in_channels=channels, out_channels=channels, cross_attention_dim=width
+                )
+                pipeline = diffusers.StableDiffusionPipeline(
+                    **parts,
+                    unet=network,
+                    scheduler=diffusers.PNDMScheduler(**scheduler),
+                    safety_checker=None,
+                    feature_extractor=None,
+                    requires_safety_checker=False,
+                )
         except (TypeError, ValueError) as error:
             raise ValueError(f"pretrain.model or pretrain.scheduler: {error}") from error
-    config = pipeline.scheduler.config
     return Base(
         pipeline,
         network,
         pipeline.scheduler.alphas_cumprod.float(),
-        config["prediction_type"],
+        pipeline.scheduler.config["prediction_type"],
         tensors_sha256(network.state_dict()),
     )
+
+
+def save_pipeline(base: Base, folder: Path) -> Base:
+    """Write a base that was made here, whole, and load it as one by name."""
+    with atomic_path(folder) as temporary:
+        base.pipeline.save_pretrained(temporary)
+    return load_base(str(folder))
 
 
 def predict(
@@ -257,6 +283,8 @@ def export_pipeline(
     network: Any = new_network(base)
     network.load_state_dict({k: weights[k] for k in stock})
     network.to(base.dtype)
+    # Where it was loaded from says nothing of what it is now.
+    network.register_to_config(_name_or_path="")
     with atomic_path(folder) as temporary:
         if base.encoders is not None:
             _copy_encoders(base.encoders.folder, temporary, base.component)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
@@ -115,7 +115,7 @@ def find_encoders(name: str, folder: Path, network: Any) -> Encoders:
     for what, number, expected in fits:
         if number != expected:
             raise ValueError(f"base {name!r}: its {what.format(number, expected)}; give parts that belong together")
-    size = config.sample_size * 2 ** (len(vae["block_out_channels"]) - 1)
+    size = config.sample_size * vae_downscale(vae)
     zeros = bool(index.get("force_zeros_for_empty_prompt"))
     classes = None if texts else _classes(config.num_embeds_ada_norm, index.get("id2label") or {})
     return Encoders(folder, vae["out_channels"], size, texts, is_sized, zeros, classes)
@@ -143,6 +143,25 @@ def check_classes(encoders: Encoders, texts: Iterable[str]) -> None:
             f"{encoders.folder} has no class {', '.join(map(repr, unknown[:5]))}; expected a number below "
             f"{classes['']}{known}"
         )
+
+
+def vae_downscale(config: Any) -> int:
+    """Compute from the config of a VAE how many pixels along a side are one of its latents."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def create_vae(arguments: dict[str, Any], seed: int) -> Any:
+    """Make an untrained AutoencoderKL from diffusers' own arguments.
+
+    Raises:
+        ValueError: diffusers doesn't accept the arguments.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return AutoencoderKL(**arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"pretrain.vae.model: {error}") from error
 
 
 def load_vae(encoders: Encoders, device: torch.device) -> Any:

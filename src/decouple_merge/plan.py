@@ -90,12 +90,20 @@ def check(config: Config, out: Path) -> Plan:
     if base.encoders is None:
         return Plan(config, Run(out), base, images, tuple(ranges), images, [])
     captions = load_captions(images, config.data, base.encoders.classes)
+    return captioned_plan(config, out, base, tuple(ranges), images, captions)
+
+
+def captioned_plan(
+    config: Config, out: Path, base: Base, ranges: tuple[TimestepRange, ...], images: Images, captions: list[str]
+) -> Plan:
+    """Make the plan of a text-to-image base from what was opened."""
+    assert base.encoders is not None
     # The data may be sorted, and a set of seeds asks for some of the captions only.
     order = torch.randperm(len(captions), generator=generator("prompts")).tolist()
     prompts = load_prompts(config.text) or [captions[i] for i in order]
     check_classes(base.encoders, [*prompts, config.text.negative_prompt])
     latents = Latents(base.encoders, images, captions, base.image_size, config.data, default_device())
-    return Plan(config, Run(out), base, latents, tuple(ranges), images, prompts)
+    return Plan(config, Run(out), base, latents, ranges, images, prompts)
 
 
 def open_prompts(plan: Plan, device: torch.device) -> Prompts | None:

@@ -1,22 +1,25 @@
 """The one place where the stages meet: the whole job, its parts, and pretraining."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from .config import Config, Training
+from .captions import load_captions
+from .config import Config, Pretrain, Training
 from .data import check_held_out, load_images
 from .executors import run_all
 from .features import METRICS
 from .figures import sample_grid, training_curve
 from .finetune import StepRecord, Task, is_main_process, main_process_first, train
 from .latents import Latents
-from .models import create_base, export_pipeline
+from .models import Base, create_base, export_pipeline, save_pipeline
 from .objective import load_compared, training_distance
+from .parts import create_vae, vae_downscale
 from .plan import (
     BASELINE,
     Plan,
+    captioned_plan,
     check_distance,
     check_optimizer,
     check_owner,
@@ -27,10 +30,12 @@ from .plan import (
     manifest,
     prepare,
 )
+from .pretraining import train_text_encoder, train_vae
 from .results import Row, evaluate_run, report_models
 from .runs import Run, read_records, read_tensors, write_records
 from .selection import search_weights
 from .study import Trial
+from .text_encoders import create_text_encoder, create_tokenizer
 from .timesteps import TimestepRange, split_timesteps
 from .weights import task_vector_norms
 
@@ -113,22 +118,71 @@ def convergence(log: list[dict[str, Any]]) -> str:
     return f"validation loss {mean[start]:.6f} at update {start}, {mean[last]:.6f} at {last}: {fall:.2f} % lower"
 
 
-def pretrain(config: Config, out: Path) -> Iterator[Event]:
-    """Train a base from nothing; leaves a stock pipeline and its training curve in ``out/pipeline``."""
-    settings = config.pretrain
-    if settings is None:
-        raise ValueError("the config has no section pretrain, which holds the model's and the training's settings")
+def _from_nothing(config: Config, settings: Pretrain, out: Path) -> Plan:
+    """Make an untrained base and open its data."""
     base = create_base(settings.model, settings.scheduler, config.seed)
-    check_precision(settings)
-    check_distance(config, settings, base)
-    check_optimizer(settings)
-    check_owner(Run(out), config)
+    _check(config, settings, base)
     images = load_images(config.data, base.channels, base.image_size)
     check_held_out(images, config.data)
     claim(Run(out), config, manifest(config, base, images))
-    ranges = tuple(split_timesteps(base.num_train_timesteps, settings.num_ranges))
+    return Plan(config, Run(out), base, images, _ranges(settings, base), images, [])
+
+
+def _text_from_nothing(config: Config, settings: Pretrain, out: Path) -> Generator[str, None, Plan]:
+    """Make a text-to-image base whose denoiser is untrained: train the parts around it."""
+    assert settings.vae is not None
+    assert settings.text_encoder is not None
+    data, seed, device = config.data, config.seed, default_device()
+    vae, size = create_vae(settings.vae.model, seed), settings.model.get("sample_size")
+    if not isinstance(size, int):
+        raise ValueError(f"pretrain.model.sample_size is {size!r}, expected the side of the latents, one integer")
+    images = load_images(data, vae.config["in_channels"], size * vae_downscale(vae.config))
+    check_held_out(images, data)
+    captions = load_captions(images, data)
+    tokenizer = create_tokenizer(captions, settings.text_encoder.vocab_size)
+    text_encoder = create_text_encoder(tokenizer, settings.text_encoder.model, seed)
+    parts = {"vae": vae, "tokenizer": tokenizer, "text_encoder": text_encoder}
+    base = create_base(settings.model, settings.scheduler, seed, parts)
+    _check(config, settings, base)
+    claim(Run(out), config, manifest(config, base, images))
+    with main_process_first():
+        yield from train_vae(vae, images, data, settings.vae, seed, out / "parts", device)
+        yield from train_text_encoder(
+            tokenizer, text_encoder, images, captions, data, settings.text_encoder, seed, out / "parts", device
+        )
+        base = save_pipeline(base, out / "parts" / "pipeline")
+        plan = captioned_plan(config, out, base, _ranges(settings, base), images, captions)
+        assert isinstance(plan.images, Latents)
+        yield from plan.images.fill()
+    return plan
+
+
+def _check(config: Config, settings: Pretrain, base: Base) -> None:
+    check_precision(settings)
+    check_distance(config, settings, base)
+    check_optimizer(settings)
+
+
+def _ranges(settings: Pretrain, base: Base) -> tuple[TimestepRange, ...]:
+    return tuple(split_timesteps(base.num_train_timesteps, settings.num_ranges))
+
+
+def pretrain(config: Config, out: Path) -> Iterator[Event]:
+    """Train a base from nothing; leaves a stock pipeline and its training curve in ``out/pipeline``.
+
+    Of a text-to-image base the VAE is trained first, then the text encoder, and on their latents and embeddings, which
+    are cached, the denoiser.
+    """
+    settings = config.pretrain
+    if settings is None:
+        raise ValueError("the config has no section pretrain, which holds the model's and the training's settings")
+    check_owner(Run(out), config)
+    if settings.vae is None:
+        plan = _from_nothing(config, settings, out)
+    else:
+        plan = yield from _text_from_nothing(config, settings, out)
+    base, ranges = plan.base, plan.ranges
     task = Task("pretrain", TimestepRange(0, base.num_train_timesteps), ranges)
-    plan = Plan(config, Run(out), base, images, ranges, images, [])
     yield from _train(plan, task, settings, out / "training")
     if is_main_process():
         weights, _ = read_tensors(out / "training" / "model.safetensors")
