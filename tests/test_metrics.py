@@ -6,6 +6,7 @@ import scipy.linalg
 import scipy.stats
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
@@ -18,6 +19,7 @@ from decouple_merge.metrics import (
     inception_score,
     kernel_distance,
     matrix_root,
+    r_precision,
 )
 
 
@@ -285,3 +287,30 @@ def test_frechet_distance_is_that_of_torchmetrics() -> None:
     found, reference = stats_of(a.flatten(1), 32), stats_of(b.flatten(1), 32)
     distance = frechet_distance(found.mean, found.covariance, reference.mean, reference.covariance)
     assert distance == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+def test_r_precision_is_the_mean_over_draws_of_the_other_texts() -> None:
+    draws = torch.Generator().manual_seed(0)
+    texts = torch.randn(30, 4, generator=draws)
+    images = texts + torch.randn(30, 4, generator=draws)
+    similarity = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
+    hits = []
+    for _ in range(2000):
+        for i in range(30):
+            others = [j for j in torch.randperm(30, generator=draws).tolist() if j != i][:9]
+            hits.append(bool((similarity[i, i] > similarity[i, others]).all()))
+    assert 20 < r_precision(images, texts, 10) < 80
+    assert r_precision(images, texts, 10) == pytest.approx(100 * sum(hits) / len(hits), abs=0.6)
+
+
+def test_r_precision_at_its_ends() -> None:
+    texts = torch.eye(200)
+    assert r_precision(texts, texts) == 100
+    assert r_precision(-texts, texts) == 0
+    # Of few texts all are candidates, and the own text is no other one where it comes twice.
+    assert r_precision(torch.eye(3)[[0, 1, 1]], torch.eye(3)[[0, 1, 2]]) == pytest.approx(200 / 3)
+    assert r_precision(torch.eye(2)[[0, 0, 1]], torch.eye(2)[[0, 0, 1]]) == 100
+    # An image that is as near to every text finds none.
+    assert r_precision(torch.ones(200, 200), texts) == 0
+    with pytest.raises(ValueError, match=r"has 1 different text\(s\), expected at least 2"):
+        r_precision(texts, torch.ones(200, 200))

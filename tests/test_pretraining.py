@@ -14,11 +14,15 @@ from PIL import Image
 
 from conftest import WORDS, stock_images
 from decouple_merge import pretraining, workflow
-from decouple_merge.alignment import NUM_FEATURES, ImageTextModel, load_image_text, save_image_text
-from decouple_merge.config import Config, PartTraining
+from decouple_merge.alignment import NUM_FEATURES, ImageTextModel, describe, load_image_text, save_image_text
+from decouple_merge.config import Config, Evaluate, PartTraining, Text
+from decouple_merge.features import load_extractor
 from decouple_merge.finetune import StepRecord
+from decouple_merge.metrics import clip_score, r_precision
 from decouple_merge.models import load_base
+from decouple_merge.plan import check_extractors
 from decouple_merge.runs import read_records
+from decouple_merge.scoring import evaluate_model
 from decouple_merge.text_encoders import create_text_encoder, create_tokenizer, learn_byte_pairs
 
 MakeConfig = Callable[..., Config]
@@ -180,6 +184,24 @@ def test_a_text_encoder_learns_which_image_is_which(tmp_path: Path) -> None:
     again = load_image_text(tmp_path / "model")
     assert torch.equal(again.embed_texts(WORDS), model.embed_texts(WORDS))
     assert torch.equal(again.embed_images(described[0]), model.embed_images(described[0]))
+
+
+def test_an_image_text_model_is_a_clip_for_the_scores(tmp_path: Path) -> None:
+    save_image_text(new_image_text(), tmp_path / "judge")
+    judge = load_image_text(tmp_path / "judge")
+    (tmp_path / "prompts.txt").write_text("\n".join(WORDS))
+    images = torch.randint(256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    metrics = ["clip_score", "r_precision"]
+    settings = {"encoders": {"clip": str(tmp_path / "judge")}, "text": Text(prompts=tmp_path / "prompts.txt")}
+    records = [e for e in evaluate_model([images], None, metrics, **settings) if isinstance(e, dict)]
+    effnet = load_extractor("effnetlite0", torch.device("cpu"))
+    pairs = judge.embed_images(describe(images, effnet.extract)), judge.embed_texts(WORDS)
+    assert [r["metric"] for r in records] == metrics
+    assert [r["value"] for r in records] == pytest.approx([clip_score(*pairs), r_precision(*pairs)])
+    check_extractors(metrics, Evaluate(clip=str(tmp_path / "judge")))
+    (tmp_path / "judge/image_text.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"image_text.safetensors: no whole safetensors file"):
+        check_extractors(metrics, Evaluate(clip=str(tmp_path / "judge")))
 
 
 def test_padding_has_no_say_in_a_text(tmp_path: Path) -> None:

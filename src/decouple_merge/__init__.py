@@ -29,6 +29,7 @@ _PUBLIC = {
     "kernel_distance": "metrics",
     "inception_score": "metrics",
     "clip_score": "metrics",
+    "r_precision": "metrics",
     "precision_recall": "neighbours",
     "density_coverage": "neighbours",
     "split_timesteps": "timesteps",

@@ -80,13 +80,18 @@ def save_image_text(model: ImageTextModel, folder: Path) -> None:
         write_tensors(temporary / WEIGHTS, model.state_dict())
 
 
+def holds_image_text(name: str) -> bool:
+    """Say whether a name is a folder that ``save_image_text`` wrote."""
+    return (Path(name) / WEIGHTS).is_file()
+
+
 def load_image_text(folder: Path) -> ImageTextModel:
     """Read a model that ``save_image_text`` wrote.
 
     Raises:
         ValueError: the folder is none, or a file is damaged.
     """
-    if not (folder / WEIGHTS).is_file():
+    if not holds_image_text(str(folder)):
         raise ValueError(f"{folder} has no {WEIGHTS}; expected an image–text model, such as models/emoji-judge")
     tensors, _ = read_tensors(folder / WEIGHTS)
     try:

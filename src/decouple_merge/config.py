@@ -27,7 +27,9 @@ Probability = Field(ge=0, le=1)
 
 
 def _check_distance(metric: str) -> str:
-    if metric.startswith(("precision", "recall", "density", "coverage", "inception_score", "clip_score")):
+    if metric.startswith(
+        ("precision", "recall", "density", "coverage", "inception_score", "clip_score", "r_precision")
+    ):
         raise ValueError("expected a distance, which is smaller for better images")
     return metric
 
@@ -355,7 +357,8 @@ class Evaluate(Section):
         num_reference_images: of the data, from the start; None takes all.
         num_sample_images: written as PNG for each model.
         inception_weights: the file ``pt_inception-2015-12-05-6726825d.pth``.
-        dinov2, clip: folder or hub name of such a model.
+        dinov2, clip: folder or hub name of such a model; for ``clip_score`` and ``r_precision`` clip may also be a
+            folder of ``alignment.save_image_text``.
     """
 
     metrics: list[str] = ["fd_effnetlite0", "kd_effnetlite0"]

@@ -19,6 +19,7 @@ from .metrics import (
     gaussian_kernel_distance,
     inception_score,
     kernel_distance,
+    r_precision,
 )
 from .neighbours import density_coverage, precision_recall
 from .references import Reference
@@ -30,7 +31,7 @@ Features = dict[Output, Tensor]
 ROWS = {
     "kd": "kernel",
     "cmmd": "neighbours",
-    "clip_score": "texts",
+    **dict.fromkeys(["clip_score", "r_precision"], "texts"),
     **dict.fromkeys(["precision", "recall", "density", "coverage"], "neighbours"),
 }
 
@@ -159,9 +160,10 @@ def score_features(
         assert reference is not None
         if measure == "kd":
             return kernel_distance(rows[name, output], reference.rows["kernel"])
-        if measure == "clip_score":
+        if ROWS.get(measure) == "texts":
             found = rows[name, output]
-            return clip_score(found, reference.rows["texts"][torch.arange(len(found)) % len(reference.rows["texts"])])
+            texts = reference.rows["texts"][torch.arange(len(found)) % len(reference.rows["texts"])]
+            return (clip_score if measure == "clip_score" else r_precision)(found, texts)
         if measure == "cmmd":
             return 1000 * gaussian_kernel_distance(rows[name, output], reference.rows["neighbours"])
         moments = reference.moments[output]

@@ -13,8 +13,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from .alignment import describe, holds_image_text, load_image_text
 from .encoders import ENCODERS, Encoder, TextEncoder, load_encoder, load_text_encoder
 from .inception import OUTPUTS, InceptionFeatures
+from .tensors import hash_tensors
 
 
 class Metric(NamedTuple):
@@ -36,7 +38,7 @@ MEASURED = {
     **{f"{measure}_inception": Metric(measure, "inception") for measure in FAMILY[3:]},
     **{f"{measure}_{name}": Metric(measure, name) for name in ("dinov2", "clip") for measure in FAMILY},
     "cmmd": Metric("cmmd", "clip"),
-    "clip_score": Metric("clip_score", "clip_text"),
+    **{measure: Metric(measure, "clip_text") for measure in ("clip_score", "r_precision")},
 }
 # The extractor that each metric needs.
 METRICS = {name: metric.extractor for name, metric in MEASURED.items()}
@@ -105,7 +107,8 @@ def load_extractor(name: str, device: torch.device, weights: Path | str | None =
     Args:
         name: ``effnetlite0`` (EfficientNet-Lite0, ImageNet, 1280-d), ``inception`` (TensorFlow's; pool3, 2048-d, and
             the spatial features of the sFID, 2023-d), ``dinov2``, ``clip``, or ``clip_text``, which embeds texts too.
-        weights: Inception's file, or the folder or hub name of a DINOv2 or CLIP.
+        weights: Inception's file, or the folder or hub name of a DINOv2 or CLIP; for ``clip_text`` also the folder of
+            an image–text model of ours.
 
     Raises:
         ValueError: the weights are missing, damaged or those of another network.
@@ -117,6 +120,8 @@ def load_extractor(name: str, device: torch.device, weights: Path | str | None =
             # Half again as fast there.
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return Extractor(name, _file_sha256(Path(weights)), OUTPUTS, _batched(network, device))
+    if name == "clip_text" and holds_image_text(str(weights)):
+        return _image_text_extractor(Path(str(weights)), device)
     if name in ENCODERS:
         encoder = load_encoder(name, str(weights))
         if name == "clip_text":
@@ -152,6 +157,19 @@ def _text_extractor(encoder: Encoder, texts: TextEncoder, device: torch.device) 
     sha256 = hashlib.sha256(f"{encoder.sha256} {texts.sha256}".encode()).hexdigest()
     extract = _batched(encoder.to(device), device)
     return Extractor("clip_text", sha256, {"features": encoder.width}, extract, embed)
+
+
+def _image_text_extractor(folder: Path, device: torch.device) -> Extractor:
+    model, effnet = load_image_text(folder).to(device), load_extractor("effnetlite0", device)
+    sha256 = hashlib.sha256(f"{hash_tensors(sorted(model.state_dict().items()))} {effnet.sha256}".encode()).hexdigest()
+
+    def extract(images: UInt8[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n d"]]:
+        return {"features": model.embed_images(describe(images, effnet.extract))}
+
+    def embed(texts: Sequence[str]) -> Float[Tensor, "n d"]:
+        return model.embed_texts(texts).cpu()
+
+    return Extractor("clip_text", sha256, {"features": model.width}, _batched(extract, device), embed)
 
 
 def _batched(network: Callable[[Tensor], dict[str, Tensor]], device: torch.device) -> Callable[[Tensor], dict]:

@@ -1,4 +1,4 @@
-"""Fréchet and kernel distances between distributions of features, Inception Score and CLIP score; in float64."""
+"""Fréchet and kernel distances between distributions of features, Inception and CLIP score, R-precision; in float64."""
 
 import math
 from dataclasses import dataclass
@@ -210,3 +210,26 @@ def clip_score(images: Float[Tensor, "n d"], texts: Float[Tensor, "n d"]) -> flo
     if len(images) == 0:
         raise ValueError("the CLIP score has 0 pairs of image and text, expected at least 1")
     return 100 * float(F.cosine_similarity(images.double(), texts.double()).clamp(min=0).mean())
+
+
+def r_precision(images: Float[Tensor, "n d"], texts: Float[Tensor, "n d"], num_candidates: int = 100) -> float:
+    """Compute in how many percent of the images their own text is the nearest of 100 (Xu et al. 2018).
+
+    The 99 others are drawn from the texts that differ. Not one draw is counted but the expectation over all: where b of
+    m other texts are at least as near as the own, C(m - b, 99) / C(m, 99). With fewer texts all are candidates.
+
+    Args:
+        images, texts: embeddings of pairs, compared by their cosine.
+
+    Raises:
+        ValueError: all texts are the same.
+    """
+    different, own = torch.unique(texts.double(), dim=0, return_inverse=True)
+    num_others = len(different) - 1
+    if num_others < 1:
+        raise ValueError(f"the R-precision has {len(different)} different text(s), expected at least 2 to choose among")
+    similarity = F.normalize(images.double(), dim=1) @ F.normalize(different, dim=1).T
+    num_nearer = (similarity >= similarity.gather(1, own[:, None])).sum(1) - 1
+    drawn = torch.arange(min(num_candidates - 1, num_others), device=own.device)
+    ratios = (num_others - num_nearer[:, None] - drawn).clamp(min=0) / (num_others - drawn)
+    return 100 * float(ratios.prod(1).mean())

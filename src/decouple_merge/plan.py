@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import __version__
+from .alignment import holds_image_text, load_image_text
 from .captions import load_captions
 from .config import Config, Evaluate, Search, Training, dump_config, load_config
 from .data import Examples, Images, check_held_out, load_images
@@ -73,8 +74,9 @@ def check(config: Config, out: Path) -> Plan:
     for num_steps in {config.sample.num_steps, config.search.num_steps or config.sample.num_steps}:
         make_scheduler(base, config.sample.sampler, num_steps, config.sample.timestep_spacing)
     check_extractors([*config.evaluate.metrics, config.search.metric], config.evaluate)
-    if "clip_score" in config.evaluate.metrics and (base.encoders is None or base.encoders.classes):
-        raise ValueError(f"evaluate.metrics has clip_score, but {config.base} reads no texts; take another metric")
+    with_texts = [m for m in config.evaluate.metrics if METRICS[m] == "clip_text"]
+    if with_texts and (base.encoders is None or base.encoders.classes):
+        raise ValueError(f"evaluate.metrics has {with_texts[0]}, but {config.base} reads no texts; take another metric")
     check_distance(config, config.finetune, base)
     check_precision(config.finetune)
     check_optimizer(config.finetune)
@@ -137,6 +139,9 @@ def check_extractors(metrics: list[str], settings: Evaluate) -> None:
     check_metrics(metrics, settings.inception_weights, settings.encoders)
     for extractor in dict.fromkeys(METRICS[m] for m in metrics) if settings.encoders else ():
         if (path := weights_of(extractor, None, settings.encoders)) is not None:
+            if extractor == "clip_text" and holds_image_text(str(path)):
+                load_image_text(Path(path))
+                continue
             load_encoder(extractor, str(path))
             if extractor == "clip_text":
                 load_text_encoder(str(path))

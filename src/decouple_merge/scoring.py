@@ -78,13 +78,13 @@ def evaluate_model(
     check_metrics(metrics, inception_weights, encoders)
     name = name or (model if isinstance(model, str) else "images")
     device = default_device()
-    with_texts = any(MEASURED[m].measure == "clip_score" for m in metrics)
+    with_texts = [m for m in metrics if METRICS[m] == "clip_text"]
     source = Source(model, num_images, seed, settings or Sample(), text or Text(), image_size)
-    scored = open_scored(source, device, with_texts)
+    scored = open_scored(source, device, bool(with_texts))
     if with_texts and not scored.texts:
         raise ValueError(
-            f"clip_score needs the texts that the images of {name} show: give --prompts, or take another metric for a "
-            "model that reads none"
+            f"{with_texts[0]} needs the texts that the images of {name} show: give --prompts, or take another metric "
+            "for a model that reads none"
         )
     if scored.has_jpeg:
         yield (
@@ -202,10 +202,8 @@ def write_reference(
 ) -> None:
     """Write the mean and covariance of a data set's features as an npz file, of images resized where asked."""
     check_metrics([metric], inception_weights, encoders)
-    if metric == "clip_score":
-        raise ValueError(
-            "clip_score compares images with texts, for which there are no statistics; take another metric"
-        )
+    if METRICS[metric] == "clip_text":
+        raise ValueError(f"{metric} compares images with texts, for which there are no statistics; take another metric")
     weights = weights_of(METRICS[metric], inception_weights, encoders)
     extractor = load_extractor(METRICS[metric], default_device(), weights)
     write_statistics(make_reference(images, open_images(images, image_size), extractor), out)
