@@ -295,12 +295,12 @@ def test_r_precision_is_the_mean_over_draws_of_the_other_texts() -> None:
     images = texts + torch.randn(30, 4, generator=draws)
     similarity = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
     hits = []
-    for _ in range(2000):
+    for _ in range(500):
         for i in range(30):
             others = [j for j in torch.randperm(30, generator=draws).tolist() if j != i][:9]
             hits.append(bool((similarity[i, i] > similarity[i, others]).all()))
     assert 20 < r_precision(images, texts, 10) < 80
-    assert r_precision(images, texts, 10) == pytest.approx(100 * sum(hits) / len(hits), abs=0.6)
+    assert r_precision(images, texts, 10) == pytest.approx(100 * sum(hits) / len(hits), abs=1.2)
 
 
 def test_r_precision_at_its_ends() -> None:

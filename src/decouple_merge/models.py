@@ -199,11 +199,10 @@ def create_base(
     )
 
 
-def save_pipeline(base: Base, folder: Path) -> Base:
-    """Write a base that was made here, whole, and load it as one by name."""
+def save_pipeline(base: Base, folder: Path) -> None:
+    """Write a base that was made here, with all of its parts."""
     with atomic_path(folder) as temporary:
         base.pipeline.save_pretrained(temporary)
-    return load_base(str(folder))
 
 
 def predict(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .alignment import NUM_FEATURES, ImageTextModel, describe
 from .config import Data, PartTraining, TextEncoder, Vae
-from .data import Images, held_out_images, to_model, training_batches
+from .data import Images, to_model, training_batches
 from .features import load_extractor
 from .runs import read_tensors, write_tensors
 from .seeds import generator, stream_seed
@@ -118,11 +118,12 @@ def train_vae(
 
     def loss_at(update: int) -> Tensor:
         (pixels,) = training_batches(images, data, settings.batch_size, stream_seed(seed, "vae"), update, update + 1)
+        assert isinstance(pixels, Tensor)
         error, divergence = losses(pixels, generator(seed, "vae", update))
         return error + settings.kl_weight * divergence
 
     def validate() -> float:
-        batches = held_out_images(images, data).split(64)
+        batches = images.stack(range(len(images) - data.num_held_out, len(images))).split(64)
         errors = [losses(pixels, generator("vae validation"))[0] * len(pixels) for pixels in batches]
         return float(sum(errors)) / sum(map(len, batches))
 

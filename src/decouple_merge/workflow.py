@@ -13,7 +13,7 @@ from .features import METRICS
 from .figures import sample_grid, training_curve
 from .finetune import StepRecord, Task, is_main_process, main_process_first, train
 from .latents import Latents
-from .models import Base, create_base, export_pipeline, save_pipeline
+from .models import Base, create_base, export_pipeline, load_base, save_pipeline
 from .objective import load_compared, training_distance
 from .parts import create_vae, vae_downscale
 from .plan import (
@@ -150,7 +150,9 @@ def _text_from_nothing(config: Config, settings: Pretrain, out: Path) -> Generat
         yield from train_text_encoder(
             tokenizer, text_encoder, images, captions, data, settings.text_encoder, seed, out / "parts", device
         )
-        base = save_pipeline(base, out / "parts" / "pipeline")
+        if is_main_process():
+            save_pipeline(base, out / "parts" / "pipeline")
+        base = load_base(str(out / "parts" / "pipeline"))
         plan = captioned_plan(config, out, base, _ranges(settings, base), images, captions)
         assert isinstance(plan.images, Latents)
         yield from plan.images.fill()
