@@ -60,7 +60,7 @@ def shapes(num_millions: float | None) -> dict[str, torch.Size]:
 def random_tensors(wanted: dict[str, torch.Size], seed: int) -> dict[str, Tensor]:
     draws = torch.Generator().manual_seed(seed)
     # Cut from one block of noise: billions of normal numbers would take longer to draw than to merge.
-    noise = torch.randn(1 << 24, generator=draws).half()
+    noise = torch.randn(1 << 25, generator=draws).half()
     starts = {k: 7919 * i % (len(noise) - s.numel()) for i, (k, s) in enumerate(wanted.items())}
     return {k: noise[starts[k] :][: s.numel()].clone().view(s) for k, s in wanted.items()}
 
