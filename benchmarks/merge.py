@@ -65,6 +65,12 @@ def random_tensors(wanted: dict[str, torch.Size], seed: int) -> dict[str, Tensor
     return {k: noise[starts[k] :][: s.numel()].clone().view(s) for k, s in wanted.items()}
 
 
+def drop_caches() -> None:
+    """Make the next contender read from the disk (Linux, as root)."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
 def run_and_watch(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
     """Run a command; returns its seconds and its peak of resident memory less mapped file pages, in GB."""
     started, peak = time.perf_counter(), 0
@@ -115,7 +121,9 @@ def contenders(folder: Path, num_experts: int, peers: Path | None, is_sdxl: bool
     return found
 
 
-def compare(num_millions: float | None, num_experts: int, peers: Path | None, num_repeats: int, where: Path) -> None:
+def compare(
+    num_millions: float | None, num_experts: int, peers: Path | None, num_repeats: int, where: Path, is_cold: bool
+) -> None:
     """Print a row for each contender."""
     with tempfile.TemporaryDirectory(dir=where) as name:
         folder, wanted = Path(name), shapes(num_millions)
@@ -128,6 +136,8 @@ def compare(num_millions: float | None, num_experts: int, peers: Path | None, nu
             for who, (command, environment) in list(
                 contenders(folder, num_experts, peers, num_millions is None).items()
             )[:: -1 if repeat % 2 else 1]:
+                if is_cold:
+                    drop_caches()
                 seconds, peaks[who] = run_and_watch(command, environment)
                 times.setdefault(who, []).append(seconds)
         first = times["read every input, write one"]
@@ -147,12 +157,20 @@ def main() -> None:
     parser.add_argument("--sdxl", action="store_true", help="the tensors of the SDXL U-Net, 2.6 billion parameters")
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--num-repeats", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="drop the system's file cache before each (as root)")
     parser.add_argument("--where", type=Path, help="folder for the files: six times the network's size")
     arguments = parser.parse_args()
     print("| a file | experts | | seconds | / first | memory, GB |\n|---|---|---|---|---|---|")
     for num_millions in [*arguments.millions, *([None] if arguments.sdxl else [])]:
         for num_experts in arguments.experts:
-            compare(num_millions, num_experts, arguments.peers, arguments.num_repeats, arguments.where)
+            compare(
+                num_millions,
+                num_experts,
+                arguments.peers,
+                arguments.num_repeats,
+                arguments.where,
+                arguments.cold,
+            )
 
 
 if __name__ == "__main__":
