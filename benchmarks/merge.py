@@ -39,12 +39,13 @@ SDXL = {
 }
 MECHA = """
 import sys, torch, sd_mecha
+from sd_mecha.extensions.builtin.merge_methods import linear
 out, base, *experts = sys.argv[1:]
 weights = {weights}
 model = lambda path: sd_mecha.model(path, config="sdxl-diffusers_unet_only")
 recipe = model(base)
 for path, w in zip(experts, weights):
-    recipe = sd_mecha.add_difference(recipe, sd_mecha.subtract(model(path), model(base)), alpha=w)
+    recipe = linear.add_difference(recipe, linear.subtract(model(path), model(base)), alpha=w)
 sd_mecha.merge(recipe, output=out, merge_dtype=torch.float32, output_dtype=torch.float16, threads=2)
 """
 
