@@ -96,7 +96,7 @@ def deme_run(config: Config, folder: Path) -> subprocess.Popen[str]:
 
 def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool], at_most_seconds: float) -> None:
     """Wait until a phase is reached and a random moment longer, then kill −9."""
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 400
     while not reached():
         if process.poll() is not None or time.monotonic() > limit:
             process.kill()
