@@ -2,13 +2,14 @@
 
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -25,6 +26,7 @@ from diffusers import (
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
+from decouple_merge import finetune
 from decouple_merge.config import Config
 
 
@@ -33,6 +35,20 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep reference statistics of tests apart from the user's, and two busy cores from fighting."""
     monkeypatch.setenv("DEME_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Let each training set Accelerate up anew: its state is the process's."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture
+def every_record(fresh_accelerator: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have trainings yield every record, not one in a while."""
+    monkeypatch.setattr(finetune, "SECONDS_BETWEEN_RECORDS", 0.0)
 
 
 def make_unet(**changes: Any) -> UNet2DModel:

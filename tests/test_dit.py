@@ -1,7 +1,7 @@
 """Class-conditional bases: stock diffusers' DiTPipeline, its learned variance left out, its classes as prompts."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiTPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -38,12 +37,7 @@ NUMBERS = [1, 2, 0]
 MakeConfig = Callable[..., Config]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(finetune, "SECONDS_BETWEEN_RECORDS", 0.0)
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
+pytestmark = pytest.mark.usefixtures("every_record")
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """The memory estimate: what tiny models take indeed, and that it needs no weights."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -29,11 +28,7 @@ MakeConfig = Callable[..., Config]
 LORA = {"lora": {"rank": 3}, "projection": {"placement": "none"}}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,7 +1,7 @@
 """The optimisers: the settings reach them, and training goes on bitwise from what they remember, in 8 bits too."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,12 +19,7 @@ from decouple_merge.plan import check, prepare
 MakeConfig = Callable[..., Config]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(finetune, "SECONDS_BETWEEN_RECORDS", 0.0)
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
+pytestmark = pytest.mark.usefixtures("every_record")
 
 
 class AdamW8bit(torch.optim.Optimizer):

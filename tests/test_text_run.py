@@ -1,14 +1,13 @@
 """The whole job on a tiny Stable Diffusion pipeline: finetune, search, merge, evaluate, load in stock diffusers."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -34,12 +33,7 @@ MODELS = ["pretrained", "baseline-finetuned", "ensemble", "merged"]
 MakeConfig = Callable[..., Config]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(finetune, "SECONDS_BETWEEN_RECORDS", 0.0)
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
+pytestmark = pytest.mark.usefixtures("every_record")
 
 
 def test_the_whole_job(text_config: MakeConfig, tmp_path: Path) -> None:
