@@ -39,7 +39,7 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fresh_accelerator() -> Iterator[None]:
-    """Let each training set Accelerate up anew: its state is the process's."""
+    """Reset Accelerate, which keeps the precision for the whole process: one test's must not decide another's."""
     AcceleratorState._reset_state()
     yield
     AcceleratorState._reset_state()

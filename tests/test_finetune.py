@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 from torch import Tensor, nn
 
@@ -55,13 +54,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Ends:
     return found
 
 
-@pytest.fixture(autouse=True)
-def _record_each_update(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(finetune, "SECONDS_BETWEEN_RECORDS", 0.0)
-    # Accelerate keeps the precision in a process-wide state; one test's must not decide another's.
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
+pytestmark = pytest.mark.usefixtures("every_record")
 
 
 def start(config: Config, folder: Path, **changes: Any) -> Iterator[StepRecord]:

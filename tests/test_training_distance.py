@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 from rich.console import Console
 
 from conftest import make_unet
-from decouple_merge import finetune, progress, workflow
+from decouple_merge import progress, workflow
 from decouple_merge.config import Config, Evaluate, Finetune, Search
 from decouple_merge.ensemble import TimestepEnsemble
 from decouple_merge.evaluate import score
@@ -28,12 +27,7 @@ MakeConfig = Callable[..., Config]
 WATCHED = {"distance": {"every": 3, "num_images": 5, "num_steps": 2}}
 
 
-@pytest.fixture(autouse=True)
-def _record_each_update(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(finetune, "SECONDS_BETWEEN_RECORDS", 0.0)
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
+pytestmark = pytest.mark.usefixtures("every_record")
 
 
 def expert(plan: Plan) -> Iterator[StepRecord]:
