@@ -209,9 +209,9 @@ def compare_whole(args: argparse.Namespace) -> bool:
     values: dict[str, list[float]] = {"ours": [], "torch-fidelity": [], "pytorch-fid": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part, seed in (("images", 1), ("reference", 0)):
+        for part, num, seed in (("images", args.num_images, 1), ("reference", args.num_reference_images, 0)):
             (folder / part).mkdir()
-            for i, pixels in enumerate(draw_images(args.num_images, args.size, seed)):
+            for i, pixels in enumerate(draw_images(num, args.size, seed)):
                 Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / part / f"{i:05}.png")
 
         def ours() -> None:
@@ -241,7 +241,8 @@ def compare_whole(args: argparse.Namespace) -> bool:
     for program in ("torch-fidelity", "pytorch-fid"):
         # pytorch-fid prepares images in another way: see the features above.
         table.add("fid of folders", program, values["ours"][0], values[program][0], program == "torch-fidelity")
-    print_times(f"FID of two folders of {args.num_images} PNG of {args.size} pixels", seconds, "ours")
+    sizes = f"{args.num_images} and {args.num_reference_images}"
+    print_times(f"FID of two folders of {sizes} PNG of {args.size} pixels", seconds, "ours")
     return table.failed
 
 
@@ -272,6 +273,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--weights", type=Path, help="the Inception file; random weights where not given")
     parser.add_argument("--num-images", type=int, default=5000)
+    parser.add_argument("--num-reference-images", type=int, default=5000, help="of the FID of two folders")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-features", type=int, default=2048)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from conftest import make_dit, save_dit
 from decouple_merge import finetune, load_ensemble, workflow
 from decouple_merge.captions import load_captions
-from decouple_merge.config import Config, Data, Lora, Sample, Text
+from decouple_merge.config import Config, Data, Lora, Sample, Text, load_config
 from decouple_merge.data import load_images
 from decouple_merge.gradient import DenoisingLoss, noisy_batch
 from decouple_merge.lora import attach_lora, lora_factors, unadapted_state_dict
 from decouple_merge.memory import estimate
 from decouple_merge.models import Base, load_base, new_network, num_parameters, predict
-from decouple_merge.plan import Plan, check, prepare
+from decouple_merge.plan import Plan, check, describe, prepare
 from decouple_merge.projection import attach_projections, folded_state_dict, projection_parameters
 from decouple_merge.results import Row
 from decouple_merge.runs import read_records
@@ -205,6 +205,22 @@ def test_the_whole_job(dit_config: MakeConfig, tmp_path: Path) -> None:
     rows = [w["proj_out_2.weight"].view(2, 2, 8, 16) for w in (start, experts[0])]
     assert torch.equal(rows[0][:, :, 4:], rows[1][:, :, 4:])
     assert (rows[0][:, :, :4] - rows[1][:, :, :4]).abs().min() > 0
+
+
+def test_the_shipped_config_plans_and_trains_a_tiny_pipeline(dit_config: MakeConfig, tmp_path: Path) -> None:
+    base, images = dit_config().base, dit_config().data.source
+    tiny = {"base": base, "data.source": images, "data.num_held_out": 4, "data.num_workers": 0}
+    tiny |= {"finetune.num_updates": 1, "finetune.batch_size": 4, "finetune.tracker": "none", "sample.num_steps": 3}
+    path = Path(__file__).parents[1] / "configs/dit.yaml"
+    config = load_config(path, [f"{key}={value}" for key, value in tiny.items()])
+    lines = list(describe(config, tmp_path / "run"))
+    assert "prompts: 18, guidance 1.5" in lines
+    assert any(line.startswith("experts: 4 x 1 updates of 32 images on [0, ") for line in lines)
+    list(workflow.finetune_experts(prepare(config, tmp_path / "run"), 1))
+    expert = load_file(tmp_path / "run/experts/1/model.safetensors")
+    start = load_base(base).network.state_dict()
+    assert {k: v.shape for k, v in expert.items()} == {k: v.shape for k, v in start.items()}
+    assert any(not torch.equal(expert[k], v) for k, v in start.items())
 
 
 def test_the_memory_it_needs_is_known_before_it_is_loaded(dit_config: MakeConfig) -> None:

@@ -1,0 +1,117 @@
+"""Time a finetuning update from cached latents and embeddings against one that encodes its images and captions.
+
+Both are ``decouple_merge.finetune.train`` with the same network, batch and settings, interleaved in one process. What
+encodes does what trainers without a cache do: VAE and text encoders stay in memory, and see every batch. Images are
+random, of the base's size. Only ratios are meant to be quoted:
+
+    python benchmarks/cache.py --base models/emoji-sd
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from decouple_merge import finetune
+from decouple_merge.config import Data, Finetune
+from decouple_merge.data import ArrayImages, Examples, Images, LatentBatch, to_model
+from decouple_merge.latents import Latents
+from decouple_merge.models import load_base
+from decouple_merge.parts import Encoders, encode_images, encode_texts, load_text_encoders, load_vae
+from decouple_merge.plan import default_device, git_commit
+from decouple_merge.timesteps import split_timesteps
+
+NUM_IMAGES = 2048
+DATA = Data(num_held_out=64)
+
+
+class Encoded(Examples):
+    """Captioned images, encoded whenever they are asked for."""
+
+    def __init__(self, encoders: Encoders, images: Images, captions: list[str], device: torch.device) -> None:
+        self.images, self.captions, self.device, self.sha256 = images, captions, device, images.sha256
+        self.vae, self.texts = load_vae(encoders, device), load_text_encoders(encoders, device)
+        self.vae.disable_slicing()
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def stack(self, indices: Sequence[int]) -> LatentBatch:
+        pixels = to_model(self.images.stack(indices)).to(self.device)
+        condition = encode_texts(self.texts, [*(self.captions[i] for i in indices), ""])
+        empty = {name: value[-1] for name, value in condition.items()}
+        condition = {name: value[:-1] for name, value in condition.items()}
+        return LatentBatch(encode_images(self.vae, pixels)[:, None], condition, empty)
+
+
+def seconds_of(updates: Iterator[object], num: int) -> float:
+    """Time ``num`` updates: both sides yield after each."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(num):
+        next(updates)
+    synchronize()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="models/emoji-sd")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--num-updates", type=int, default=5, help="updates of each side in a repeat")
+    parser.add_argument("--num-repeats", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    # A record after every update: the time between two records is then that of one update, its logging included.
+    finetune.SECONDS_BETWEEN_RECORDS = 0.0
+    never = 10**9
+    settings = Finetune(
+        num_updates=never, batch_size=args.batch_size, validate_every=never, checkpoint_every=never, tracker="none"
+    )
+    base, device = load_base(args.base), default_device()
+    assert base.encoders is not None, "the base is no latent model"
+    encoders = base.encoders
+    shape = (NUM_IMAGES, encoders.channels, encoders.image_size, encoders.image_size)
+    images = ArrayImages(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    captions = [f"number {i}" for i in range(NUM_IMAGES)]
+    ranges = tuple(split_timesteps(base.num_train_timesteps, settings.num_ranges))
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DEME_CACHE"] = str(Path(folder, "cache"))
+        cached = Latents(encoders, images, captions, encoders.image_size, DATA, device)
+        for _ in cached.fill():
+            pass
+        sides: dict[str, Iterator[object]] = {}
+        for name, examples in (("cached", cached), ("encoded", Encoded(encoders, images, captions, device))):
+            for weight in (0.0, 1.0):
+                task = finetune.Task("expert-0", ranges[0], ranges, settings.global_prob, weight)
+                where = Path(folder, f"{name}-{weight}")
+                updates = finetune.train(base, examples, DATA, task, settings, 0, where)
+                seconds_of(updates, args.num_updates)
+                sides[f"{name}, {'with' if weight else 'without'} a teacher"] = updates
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for repeat in range(args.num_repeats):
+            # Who goes first changes, so that a drift of the machine's speed favours nobody.
+            for name in list(sides)[:: -1 if repeat % 2 else 1]:
+                seconds[name].append(seconds_of(sides[name], args.num_updates))
+
+    print(f"commit {git_commit()}, torch {torch.__version__}, {device.type}, {args.threads} thread(s)")
+    print(f"{args.base}, batch {args.batch_size}, {args.num_repeats} repeats of {args.num_updates} updates\n")
+    print("| update | time of encoding ones / of cached ones, median | quartiles |\n|---|---|---|")
+    for kind in ("without a teacher", "with a teacher"):
+        pairs = zip(seconds[f"encoded, {kind}"], seconds[f"cached, {kind}"], strict=True)
+        low, median, high = statistics.quantiles([a / b for a, b in pairs], n=4, method="inclusive")
+        print(f"| {kind} | {median:.2f} | {low:.2f} to {high:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
