@@ -9,10 +9,9 @@ random, of the base's size. Only ratios are meant to be quoted:
 
 import argparse
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from decouple_merge.models import load_base
 from decouple_merge.parts import Encoders, encode_images, encode_texts, load_text_encoders, load_vae
 from decouple_merge.plan import default_device, git_commit
 from decouple_merge.timesteps import split_timesteps
+from interleaved import interleaved, ratios
 
 NUM_IMAGES = 2048
 DATA = Data(num_held_out=64)
@@ -48,17 +48,6 @@ class Encoded(Examples):
         empty = {name: value[-1] for name, value in condition.items()}
         condition = {name: value[:-1] for name, value in condition.items()}
         return LatentBatch(encode_images(self.vae, pixels)[:, None], condition, empty)
-
-
-def seconds_of(updates: Iterator[object], num: int) -> float:
-    """Time ``num`` updates: both sides yield after each."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    synchronize()
-    started = time.perf_counter()
-    for _ in range(num):
-        next(updates)
-    synchronize()
-    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -90,27 +79,22 @@ def main() -> None:
         cached = Latents(encoders, images, captions, encoders.image_size, DATA, device)
         for _ in cached.fill():
             pass
-        sides: dict[str, Iterator[object]] = {}
+        contenders: dict[tuple[str, float], Callable[[], object]] = {}
         for name, examples in (("cached", cached), ("encoded", Encoded(encoders, images, captions, device))):
             for weight in (0.0, 1.0):
                 task = finetune.Task("expert-0", ranges[0], ranges, settings.global_prob, weight)
                 where = Path(folder, f"{name}-{weight}")
                 updates = finetune.train(base, examples, DATA, task, settings, 0, where)
-                seconds_of(updates, args.num_updates)
-                sides[f"{name}, {'with' if weight else 'without'} a teacher"] = updates
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for repeat in range(args.num_repeats):
-            # Who goes first changes, so that a drift of the machine's speed favours nobody.
-            for name in list(sides)[:: -1 if repeat % 2 else 1]:
-                seconds[name].append(seconds_of(sides[name], args.num_updates))
+                # Both sides yield after each update; the first ones warm them up.
+                contenders[name, weight] = lambda u=updates: list(islice(u, args.num_updates))
+                contenders[name, weight]()
+        seconds = interleaved(contenders, args.num_repeats)
 
     print(f"commit {git_commit()}, torch {torch.__version__}, {device.type}, {args.threads} thread(s)")
     print(f"{args.base}, batch {args.batch_size}, {args.num_repeats} repeats of {args.num_updates} updates\n")
-    print("| update | time of encoding ones / of cached ones, median | quartiles |\n|---|---|---|")
-    for kind in ("without a teacher", "with a teacher"):
-        pairs = zip(seconds[f"encoded, {kind}"], seconds[f"cached, {kind}"], strict=True)
-        low, median, high = statistics.quantiles([a / b for a, b in pairs], n=4, method="inclusive")
-        print(f"| {kind} | {median:.2f} | {low:.2f} to {high:.2f} |")
+    print("| update | encoding / cached, median (quartiles) |\n|---|---|")
+    for weight, kind in ((0.0, "without a teacher"), (1.0, "with a teacher")):
+        print(f"| {kind} | {ratios(seconds['encoded', weight], seconds['cached', weight])} |")
 
 
 if __name__ == "__main__":

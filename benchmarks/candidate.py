@@ -7,13 +7,13 @@ writes. Contenders run in turn; ratios to the copy are medians of the repeats.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from decouple_merge.weights import Stacked
+from interleaved import interleaved, ratios
 
 WEIGHTS = [0.3, 0.9, -0.2, 1.4]
 
@@ -50,18 +50,11 @@ def compare(num_millions: int, num_experts: int, num_repeats: int, dtype: torch.
         "ours": lambda: stacked.merge(weights),
         "loop over state dicts": loop,
     }
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(num_repeats + 1):
-        for name, function in list(contenders.items())[:: -1 if repeat % 2 else 1]:
-            started = time.perf_counter()
-            function()
-            if repeat:
-                times[name].append(time.perf_counter() - started)
-    first = times["copy of as many bytes"]
+    interleaved(contenders, 1)
+    times = interleaved(contenders, num_repeats)
     for name, found in times.items():
-        ratio = statistics.median(t / f for t, f in zip(found, first, strict=True))
-        milliseconds = 1000 * statistics.median(found)
-        print(f"| {num_millions}M {dtype} | {num_experts} | {name} | {milliseconds:.1f} | {ratio:.2f} |")
+        ratio, milliseconds = ratios(found, times["copy of as many bytes"]), 1000 * statistics.median(found)
+        print(f"| {num_millions}M {dtype} | {num_experts} | {name} | {milliseconds:.1f} | {ratio} |")
 
 
 def main() -> None:

@@ -9,11 +9,10 @@ configs/fashion-base.yaml, untrained; the images are random. Only ratios are mea
 """
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from decouple_merge.data import ArrayImages
 from decouple_merge.models import Base, create_base, new_network
 from decouple_merge.plan import default_device, git_commit
 from decouple_merge.timesteps import TimestepRange, split_timesteps
+from interleaved import interleaved, ratios
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fashion-base.yaml"
 NUM_IMAGES = 4096
@@ -75,17 +75,6 @@ def bare_updates(base: Base, pixels: Tensor, settings: Finetune, own: TimestepRa
         yield
 
 
-def seconds_of(updates: Iterator[object], num: int) -> float:
-    """Time ``num`` updates: both sides yield after each."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    synchronize()
-    started = time.perf_counter()
-    for _ in range(num):
-        next(updates)
-    synchronize()
-    return time.perf_counter() - started
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -124,23 +113,19 @@ def main() -> None:
             "ours, folded projections": our_updates(base, images, settings, "folded", Path(folder) / "folded"),
         }
         for updates in sides.values():
-            seconds_of(updates, args.num_warmup)
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for repeat in range(args.num_repeats):
-            # Who goes first changes, so that a drift of the machine's speed favours nobody.
-            for name in list(sides)[:: -1 if repeat % 2 else 1]:
-                seconds[name].append(seconds_of(sides[name], args.num_updates))
+            list(islice(updates, args.num_warmup))
+        # Both sides yield after each update.
+        contenders = {n: lambda u=updates: list(islice(u, args.num_updates)) for n, updates in sides.items()}
+        seconds = interleaved(contenders, args.num_repeats)
 
     print(f"commit {git_commit()}, torch {torch.__version__}, {default_device().type}, {args.threads} thread(s)")
     print(
         f"batch {args.batch_size}, precision {args.precision}, {'compiled' if args.compile else 'eager'}, "
         f"{args.num_repeats} repeats of {args.num_updates} updates\n"
     )
-    print("| update | time / bare loop, median | quartiles |\n|---|---|---|")
+    print("| update | time / bare loop, median (quartiles) |\n|---|---|")
     for name in list(sides)[1:]:
-        ratios = [a / b for a, b in zip(seconds[name], seconds["bare loop"], strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        print(f"| {name} | {median:.3f} | {low:.3f} to {high:.3f} |")
+        print(f"| {name} | {ratios(seconds[name], seconds['bare loop'], 3)} |")
 
 
 if __name__ == "__main__":

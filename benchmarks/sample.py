@@ -11,7 +11,6 @@ is what the pipeline does when it is not asked for more. Only ratios are meant t
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from decouple_merge.config import Sample
 from decouple_merge.models import Base, load_base
 from decouple_merge.plan import default_device, git_commit
 from decouple_merge.sample import denoiser, sample_images, sampling_copy
+from interleaved import interleaved, ratios
 
 Draw = Callable[[int, int], Tensor]
 PIPELINE = "DDIMPipeline"
@@ -54,20 +54,6 @@ def pipeline_draw(base: Base, settings: Sample) -> Draw:
     return draw
 
 
-def rate(draw: Draw, num_images: int, num_steps: int) -> float:
-    """Measure images per second; the images end on the CPU, so nothing is left running."""
-    started = time.perf_counter()
-    draw(num_images, num_steps)
-    return num_images / (time.perf_counter() - started)
-
-
-def quartiles(rates: list[float], reference: list[float]) -> str:
-    low, median, high = statistics.quantiles(
-        [a / b for a, b in zip(rates, reference, strict=True)], n=4, method="inclusive"
-    )
-    return f"{median:.2f} ({low:.2f} to {high:.2f})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="models/fashion-ddpm", help="pipeline folder or hub name")
@@ -93,11 +79,9 @@ def main() -> None:
     # A batch of one is slow: a few images tell its rate.
     num_images = {key: min(args.batch_size, 4) if key[2] == 1 else args.batch_size for key in draws}
     images = {key: draw(num_images[key], args.num_steps) for key, draw in draws.items()}
-    rates: dict[tuple[str, str, int], list[float]] = {key: [] for key in draws}
-    for repeat in range(args.num_repeats):
-        # Who goes first changes, so that a drift of the machine's speed favours nobody.
-        for key in list(draws)[:: -1 if repeat % 2 else 1]:
-            rates[key].append(rate(draws[key], num_images[key], args.num_steps))
+    contenders = {key: lambda d=draw, n=num_images[key]: d(n, args.num_steps) for key, draw in draws.items()}
+    seconds = interleaved(contenders, args.num_repeats)
+    rates = {key: [num_images[key] / s for s in found] for key, found in seconds.items()}
 
     print(f"commit {git_commit()}, torch {torch.__version__}, {default_device().type}, {args.threads} thread(s)")
     print(f"{args.base}, DDIM {args.num_steps}, {args.num_repeats} repeats; median (quartiles)\n")
@@ -108,10 +92,10 @@ def main() -> None:
         same, difference = "", ""
         if sampler == "ours":
             levels = int((images[sampler, how, batch].int() - images[PIPELINE, how, batch].int()).abs().max())
-            same, difference = quartiles(found, rates[PIPELINE, how, batch]), str(levels)
+            same, difference = ratios(found, rates[PIPELINE, how, batch]), str(levels)
             agree &= levels <= 1 or not how.startswith("float32")
         speed = f"{statistics.median(found):.3g}"
-        print(f"| {sampler} | {how} | {batch} | {speed} | {quartiles(found, first)} | {same} | {difference} |")
+        print(f"| {sampler} | {how} | {batch} | {speed} | {ratios(found, first)} | {same} | {difference} |")
     if not agree:
         sys.exit("float32 images differ by more than one of 255 levels")
 
