@@ -18,10 +18,10 @@ from decouple_merge.config import Config, load_config
 from decouple_merge.models import tensors_sha256
 from decouple_merge.objective import Objective
 from decouple_merge.plan import check, git_commit, load_experts
-from decouple_merge.search import best, search
+from decouple_merge.search import ranked, search
 from decouple_merge.selection import learn_start
 from decouple_merge.strategies import Weights
-from decouple_merge.study import Level, Score, Trial, open_study
+from decouple_merge.study import Level, Score, open_study
 
 STRATEGIES = ["grid", "gp", "tpe", "cmaes", "evolution", "coordinate", "random", "gradient"]
 BUDGETS = [12, 24, 48]
@@ -68,13 +68,8 @@ def main() -> None:
     learned = learn_start(plan, experts, [tensors_sha256(e) for e in experts])
     for repeat in range(arguments.repeats):
         first_seed = 2_000_000 + 100_000 * repeat
-        held_out = Level(
-            "held-out", 1, range(first_seed + 50_000, first_seed + 50_000 + arguments.held_out), arguments.steps
-        )
-
-        def chosen(found: list[Trial], held_out: Level = held_out, repeat: int = repeat) -> float:
-            return scored(best(found).weights, Level(f"held-out-{repeat}", 1, held_out.seeds, held_out.num_steps)).value
-
+        seeds = range(first_seed + 50_000, first_seed + 50_000 + arguments.held_out)
+        held_out = Level(f"held-out-{repeat}", 1, seeds, arguments.steps)
         for strategy in arguments.strategies:
             changed = {"strategy": strategy, "num_trials": max(BUDGETS), "first_seed": first_seed}
             config = Config.model_validate({**values, "seed": repeat, "search": values["search"] | changed})
@@ -86,10 +81,11 @@ def main() -> None:
             found = list(search(lambda name, study=study: study, config, len(experts), on_this_seed, learned))
             budgets = [b for b in BUDGETS if b < len(found)] if strategy != "grid" else []
             for budget in [*budgets, len(found)]:
-                value = chosen(found[:budget])
+                winner = ranked(found[:budget], config.search.frozen)[0]
+                value = scored(winner.weights, held_out).value
                 rows.setdefault((strategy, budget), []).append(value)
                 record = {"strategy": strategy, "repeat": repeat, "num_candidates": budget, "held_out": value}
-                record |= {"screened": best(found[:budget]).value, "weights": best(found[:budget]).weights}
+                record |= {"screened": winner.value, "weights": winner.weights}
                 if arguments.out:
                     with arguments.out.open("a") as file:
                         file.write(json.dumps(record) + "\n")

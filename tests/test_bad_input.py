@@ -82,6 +82,11 @@ def test_a_good_config_passes_and_checking_writes_nothing(tiny_config: MakeConfi
         ({"search": {"frozen": {2: 1.0}}}, "search.frozen fixes weight 2, which doesn't exist: expected 0 to 1"),
         ({"search": {"start": [[1.0, 1.0, 1.0]]}}, r"search.start holds \[1.0, 1.0, 1.0\], expected 2 weights"),
         (
+            {"search": {"start": [[1.0, 0.5]], "frozen": {1: 0.0}}},
+            r"search.start holds \[1.0, 0.5\], whose weight 1 search.frozen fixes at 0",
+        ),
+        ({"search": {"frozen": {1: 0.0}, "strategy": "greedy"}}, "search.frozen fixes weights, and strategy greedy"),
+        (
             {"search": {"blocks": ["up_blocks.*"]}},
             r"no pattern of up_blocks.\* matches conv_in",
         ),

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from decouple_merge.config import Config, Search
-from decouple_merge.search import best, first_candidates, fixed_candidates, levels, num_candidates, search
+from decouple_merge.search import first_candidates, fixed_candidates, levels, num_candidates, ranked, search
 from decouple_merge.strategies import Weights
 from decouple_merge.study import Level, Score, Study, Trial, open_storage, open_study, trials
 
@@ -221,20 +221,32 @@ def test_frozen_weights_stay(strategy: str) -> None:
     found = list(search(in_memory(), asked, 2, objective))
     num = len(first_candidates(asked.search, 2))
     assert len(found) > num
-    assert {t.weights[1] for t in found[num:]} == {0.4}
-    assert best(found).weights[1] == 0.4
+    assert [t.weights for t in found[:3]] == fixed_candidates(2)
+    assert {t.weights[1] for t in found[3:]} == {0.4}
+    assert {t.weights[1] for t in ranked(found, asked.search.frozen)} == {0.4}
 
 
-def test_everything_frozen_leaves_the_first_candidates() -> None:
+@pytest.mark.parametrize(("frozen", "winner"), [({}, (0, 0)), ({0: 0.0}, (0, 0)), ({0: 1.0}, (1, 0))])
+def test_a_fixed_candidate_wins_only_where_nothing_is_frozen_to_another_weight(
+    frozen: dict[int, float], winner: Weights
+) -> None:
+    asked = config("grid", frozen=frozen, grid_step=0.9, num_finalists=2, num_final_images=4)
+    open_level = in_memory()
+    list(search(open_level, asked, 2, of(lambda w: 1 + w[0] ** 2 + w[1] ** 2)))
+    for level in levels(asked, 2):
+        assert ranked(trials(open_level(level.name)), frozen)[0].weights == winner
+
+
+def test_everything_frozen_leaves_the_fixed_candidates_and_one_more() -> None:
     found = list(search(in_memory(), config("random", frozen={0: 1.0, 1: 0.4}), 2, objective))
-    assert [t.weights for t in found] == first_candidates(settings("random"), 2)
+    assert [t.weights for t in found] == [*fixed_candidates(2), (1.0, 0.4)]
 
 
 def test_blocks_have_weights_of_their_own() -> None:
     asked = config("coordinate", blocks=["up.*", "*"], num_trials=300, high=2.0, frozen={3: 0.5})
     found = list(search(in_memory(), asked, 2, of(lambda w: abs(w[0] - 2) + abs(w[1]) + abs(w[2] - 1) + abs(w[3] - 1))))
     assert [t.weights for t in found[:3]] == [(0.0,) * 4, (0.5,) * 4, (1.0,) * 4]
-    assert best(found).weights == pytest.approx((2, 0, 1, 0.5), abs=0.05)
+    assert ranked(found)[0].weights == pytest.approx((2, 0, 1, 0.5), abs=0.05)
 
 
 # -- budgets
@@ -311,7 +323,7 @@ def test_the_grid_visits_every_coarse_point_then_the_neighbours_of_the_best() ->
     assert set(visited[: len(coarse)]) == coarse
     around = {(1.5 + a, 0.5 + b) for a in (-0.25, 0, 0.25) for b in (-0.25, 0, 0.25)}
     assert set(visited[len(coarse) :]) == around - coarse
-    assert best(found).weights == (1.75, 0.5)
+    assert ranked(found)[0].weights == (1.75, 0.5)
 
 
 def test_no_strategy_evaluates_equal_candidates_twice() -> None:
@@ -344,13 +356,13 @@ def test_the_fine_grid_stays_within_the_bounds() -> None:
 def test_the_compass_search_ends_at_the_optimum_of_a_quadratic() -> None:
     found = list(search(in_memory(), config("coordinate", num_trials=500), 2, objective))
     assert len(found) < 200
-    assert best(found).weights == pytest.approx(TARGET, abs=0.03)
+    assert ranked(found)[0].weights == pytest.approx(TARGET, abs=0.03)
 
 
 @pytest.mark.parametrize("strategy", ["cmaes", "evolution"])
 def test_populations_come_near_the_optimum_of_a_quadratic(strategy: str) -> None:
     found = list(search(in_memory(), config(strategy, num_trials=150), 2, objective))
-    assert best(found).value < 0.04
+    assert ranked(found)[0].value < 0.04
 
 
 def test_the_greedy_soup_keeps_an_expert_only_where_it_helps() -> None:
@@ -358,7 +370,7 @@ def test_the_greedy_soup_keeps_an_expert_only_where_it_helps() -> None:
     found = list(search(in_memory(), config("greedy"), 3, of(lambda w: values.get(w, 9.0))))
     # The pair, and then all three, which the fixed candidates hold already to six digits.
     assert (0.0, 0.5, 0.5) in [t.weights for t in found[6:]]
-    assert best(found).weights == (0.0, 0.5, 0.5)
+    assert ranked(found)[0].weights == (0.0, 0.5, 0.5)
 
 
 def test_learned_weights_are_evaluated_before_the_strategy_chooses_and_moved_into_the_space() -> None:
@@ -382,7 +394,7 @@ def test_the_gradient_strategy_tries_multiples_of_what_was_learned() -> None:
 def test_a_batch_of_proposals_holds_different_candidates() -> None:
     found = list(search(in_memory(), config("gp", batch_size=3, num_trials=14), 2, objective))
     assert len({t.weights for t in found}) == 14
-    assert best(found).value < 0.3
+    assert ranked(found)[0].value < 0.3
 
 
 @pytest.mark.parametrize("strategy", ["gp", "tpe"])
@@ -390,13 +402,13 @@ def test_an_optimum_in_a_corner_doesnt_end_the_search(strategy: str) -> None:
     asked = config(strategy, num_trials=24, low=-1.0, high=1.0)
     found = list(search(in_memory(), asked, 2, of(lambda w: 10.0 - w[0] - w[1])))
     assert len({t.weights for t in found}) == 24
-    assert best(found).weights == (1.0, 1.0)
+    assert ranked(found)[0].weights == (1.0, 1.0)
 
 
 def test_best_is_the_first_of_equal_trials() -> None:
     found = list(search(in_memory(), config("random"), 2, of(lambda w: min(w[0], 0.5))))
     lowest = min(t.value for t in found)
-    assert best(found).number == min(t.number for t in found if t.value == lowest)
+    assert ranked(found)[0].number == min(t.number for t in found if t.value == lowest)
 
 
 def test_a_single_expert_is_searched_too() -> None:

@@ -264,7 +264,7 @@ class Search(Section):
         blocks: patterns of keys such as ``down_blocks.*``, each with weights of its own; the first that matches counts,
             and the last is ``*`` for all others. A candidate holds the weights of the first, then of the second, ….
         checkpoints: pipelines or weight files to combine in place of the run's experts.
-        low, high: bounds of every weight; ``frozen`` fixes some, by their place in a candidate.
+        low, high: bounds of every weight; ``frozen`` fixes some of the winner's, by their place in a candidate.
         start: weight vectors to evaluate before the strategy chooses.
         gradient_batches: training batches on which a weight vector to start with is learned by the gradient of the
             denoising loss; 0 learns none.

@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from .config import Config, Search
 from .seeds import stream_seed
@@ -52,10 +52,10 @@ def levels(config: Config, num_experts: int) -> list[Level]:
 
 
 def check_weights(settings: Search, num_experts: int) -> None:
-    """Require that frozen weights and start points belong to experts.
+    """Require that frozen weights and start points belong to experts and agree.
 
     Raises:
-        ValueError: one doesn't.
+        ValueError: they don't, or the strategy can't hold a weight.
     """
     num_weights = num_experts * len(settings.blocks)
     for index in settings.frozen:
@@ -68,11 +68,22 @@ def check_weights(settings: Search, num_experts: int) -> None:
             raise ValueError(
                 f"search.start holds {point}, expected {num_weights} weights, one for each expert and block"
             )
+        if moved := [i for i, w in settings.frozen.items() if point[i] != w]:
+            raise ValueError(
+                f"search.start holds {point}, whose weight {moved[0]} search.frozen fixes at "
+                f"{settings.frozen[moved[0]]:g}"
+            )
+    if settings.frozen and settings.strategy == "greedy":
+        raise ValueError("search.frozen fixes weights, and strategy greedy, a soup of equal ones, can't: take another")
 
 
-def best(found: list[Trial]) -> Trial:
-    """Return the best trial; of equal ones the first."""
-    return min(found, key=lambda t: (t.value, t.number))
+def ranked(found: list[Trial], frozen: Mapping[int, float] = {}) -> list[Trial]:
+    """Sort the trials that may be chosen, best first and of equal ones the first.
+
+    The fixed candidates are reported whatever is frozen; they can't win where they have another weight.
+    """
+    allowed = [t for t in found if all(t.weights[i] == w for i, w in frozen.items())]
+    return sorted(allowed, key=lambda t: (t.value, t.number))
 
 
 def fixed_candidates(num_experts: int) -> list[Weights]:
@@ -83,7 +94,7 @@ def fixed_candidates(num_experts: int) -> list[Weights]:
 
 def first_candidates(settings: Search, num_experts: int) -> list[Weights]:
     """List what is evaluated before a strategy chooses: the fixed candidates, the start points and, where none is
-    given and no grid covers it, more of the diagonal.
+    given and no grid covers it, more of the diagonal; what is frozen is held in all but the fixed ones.
 
     A sampler in N dimensions would hardly meet the line of equal weights, which uniform and sum lie on.
     """
@@ -91,7 +102,9 @@ def first_candidates(settings: Search, num_experts: int) -> list[Weights]:
     diagonal = [] if given or settings.strategy == "grid" else [(0.5,) * num_experts, (1.5,) * num_experts]
     inside = [w for w in diagonal if settings.low <= w[0] <= settings.high]
     equal = [w * len(settings.blocks) for w in (*fixed_candidates(num_experts), *inside)]
-    return list(dict.fromkeys([*equal[:3], *given, *equal[3:]]))
+    space = _space(settings, num_experts)
+    held = [space.embed(space.free(w)) for w in equal] if settings.frozen else equal
+    return list(dict.fromkeys([*equal[:3], *given, *held]))
 
 
 def num_candidates(settings: Search, num_experts: int) -> int:
@@ -139,7 +152,7 @@ def search(
         else:
             batches = _one_batch(promoted[: level.num_candidates])
         yield from _drive(study, batches, level, settings, objective)
-        promoted = [t.weights for t in sorted(trials(study), key=lambda t: (t.value, t.number))]
+        promoted = [t.weights for t in ranked(trials(study), settings.frozen)]
     studies[0].set_user_attr("finished", True)
 
 

@@ -22,7 +22,7 @@ from .models import export_pipeline, tensors_sha256
 from .objective import Objective
 from .plan import Plan, default_device, load_checkpoints, load_experts
 from .runs import read_tensors, remove_leftovers, write_json, write_records, write_tensors
-from .search import best, fixed_candidates, levels, search, work
+from .search import fixed_candidates, levels, ranked, search, work
 from .seeds import stream_seed
 from .strategies import Weights
 from .study import Level, Study, Trial, open_storage, open_study, trials
@@ -110,18 +110,19 @@ def _lead(plan: Plan, hashes: list[str]) -> Iterator[Event]:
     for trial in search(open_level, plan.config, len(experts), objective, learned):
         found = done()
         _write_trials(plan, every, found)
-        if trial.level == "screen" and trial == best(found[0]):
+        if trial.level == "screen" and ranked(found[0], plan.config.search.frozen)[:1] == [trial]:
             _export(plan, objective, hashes, every[0], trial)
         yield trial
     found = done()
     _write_trials(plan, every, found)
-    _export(plan, objective, hashes, every[-1], best(found[-1]))
+    winner = ranked(found[-1], plan.config.search.frozen)[0]
+    _export(plan, objective, hashes, every[-1], winner)
     metric = plan.config.search.metric
     search_cost(list(zip(every, found, strict=True)), metric, plan.run.search_figure("cost"))
     search_surfaces(found[0], metric, plan.run.search_figure("surfaces"))
     yield from _write_candidates(plan, objective, every[0], found[0])
     if plan.config.search.num_finalists:
-        yield f"best on {len(every[-1].seeds)} fresh seeds: {best(found[-1]).value:.5g}"
+        yield f"best on {len(every[-1].seeds)} fresh seeds: {winner.value:.5g}"
 
 
 def learn_start(plan: Plan, experts: list[Tensors], hashes: list[str]) -> Weights:
@@ -216,7 +217,8 @@ def _write_candidates(plan: Plan, objective: Objective, screen: Level, done: lis
         table = {n: values[w * num_blocks] for n, w in zip(("pretrained", "uniform", "sum"), fixed, strict=False)}
         if not plan.config.search.checkpoints:
             table["ensemble"] = objective.score_ensemble(screen)
-        write_json(plan.run.candidates, {"metric": plan.config.search.metric, **table, "best": min(values.values())})
+        table["best"] = ranked(done, plan.config.search.frozen)[0].value
+        write_json(plan.run.candidates, {"metric": plan.config.search.metric, **table})
     found = json.loads(plan.run.candidates.read_text())
     yield f"on the search seeds, {found.pop('metric')}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items())
 
