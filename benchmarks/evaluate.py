@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -47,30 +46,21 @@ from decouple_merge.neighbours import density_coverage, precision_recall
 from decouple_merge.plan import default_device, git_commit
 from decouple_merge.references import Moments, Reference
 from decouple_merge.scoring import evaluate_model
+from interleaved import interleaved, ratios
 from test_inception import random_weights
 
 CPU = torch.device("cpu")
 PARTS = ["features", "metrics", "distance", "whole", "memory"]
 
 
-def interleaved(contenders: dict[str, Callable[[], Any]], num_repeats: int) -> dict[str, list[float]]:
-    """Time the contenders in turn; who goes first changes, so that a drift of the machine's speed favours nobody."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(num_repeats):
-        for name in list(contenders)[:: -1 if repeat % 2 else 1]:
-            started = time.perf_counter()
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                contenders[name]()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def print_times(title: str, seconds: dict[str, list[float]], ours: str) -> None:
-    print(f"\n{title}\n\n| program | seconds, median | / ours (quartiles) |\n|---|---|---|")
+def print_times(title: str, contenders: dict[str, Callable[[], Any]], num_repeats: int) -> None:
+    """Time contenders in turn, and print their times as ratios to the first one's."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        seconds = interleaved(contenders, num_repeats)
+    first = next(iter(seconds.values()))
+    print(f"\n{title}\n\n| program | seconds, median | / first (quartiles) |\n|---|---|---|")
     for name, found in seconds.items():
-        ratios = [a / b for a, b in zip(found, seconds[ours], strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        print(f"| {name} | {statistics.median(found):.3g} | {median:.2f} ({low:.2f} to {high:.2f}) |")
+        print(f"| {name} | {statistics.median(found):.3g} | {ratios(found, first)} |")
 
 
 class Agreement:
@@ -128,8 +118,8 @@ def compare_features(args: argparse.Namespace) -> bool:
     def run(extract: Callable[[Tensor], Any]) -> Callable[[], None]:
         return lambda: [extract(batch) for batch in images.split(args.batch_size)] and None
 
-    seconds = interleaved({"ours": run(ours.extract), **{n: run(e) for n, e in theirs.items()}}, args.num_repeats)
-    print_times(f"Features of {args.num_images} images of {args.size} pixels", seconds, "ours")
+    contenders = {"ours": run(ours.extract), **{name: run(extract) for name, extract in theirs.items()}}
+    print_times(f"Features of {args.num_images} images of {args.size} pixels", contenders, args.num_repeats)
     return table.failed
 
 
@@ -195,8 +185,7 @@ def compare_distances(args: argparse.Namespace) -> bool:
         "eigh, root computed": lambda: frechet_distance(a.mean, first, b.mean, second),
         "scipy sqrtm": lambda: scipy.linalg.sqrtm(product),
     }
-    seconds = interleaved(contenders, args.num_repeats)
-    print_times(f"Distance step, {args.num_features} features", seconds, next(iter(contenders)))
+    print_times(f"Distance step, {args.num_features} features", contenders, args.num_repeats)
     return False
 
 
@@ -233,16 +222,15 @@ def compare_whole(args: argparse.Namespace) -> bool:
             found = pytorch_fid.fid_score.calculate_fid_given_paths(paths, args.batch_size, CPU, 2048, 0)
             values["pytorch-fid"].append(float(found))
 
+        sizes = f"{args.num_images} and {args.num_reference_images}"
+        contenders = {"ours": ours, "torch-fidelity": fidelity, "pytorch-fid": port}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            contenders = {"ours": ours, "torch-fidelity": fidelity, "pytorch-fid": port}
-            seconds = interleaved(contenders, args.num_repeats)
+            print_times(f"FID of two folders of {sizes} PNG of {args.size} pixels", contenders, args.num_repeats)
     table = Agreement(args.tolerance)
     for program in ("torch-fidelity", "pytorch-fid"):
         # pytorch-fid prepares images in another way: see the features above.
         table.add("fid of folders", program, values["ours"][0], values[program][0], program == "torch-fidelity")
-    sizes = f"{args.num_images} and {args.num_reference_images}"
-    print_times(f"FID of two folders of {sizes} PNG of {args.size} pixels", seconds, "ours")
     return table.failed
 
 

@@ -65,7 +65,7 @@ def main() -> None:
         return known[level.name, weights]
 
     rows: dict[tuple[str, int], list[float]] = {}
-    learned = learn_start(plan, experts, [tensors_sha256(e) for e in experts])
+    learned = learn_start(plan, objective, [tensors_sha256(e) for e in experts])
     for repeat in range(arguments.repeats):
         first_seed = 2_000_000 + 100_000 * repeat
         seeds = range(first_seed + 50_000, first_seed + 50_000 + arguments.held_out)

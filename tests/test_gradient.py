@@ -33,7 +33,7 @@ from decouple_merge.plan import Plan, default_device, prepare
 from decouple_merge.projection import attach_projections
 from decouple_merge.seeds import generator, stream_seed
 from decouple_merge.timesteps import TimestepRange
-from decouple_merge.weights import Tensors, group_keys, merge
+from decouple_merge.weights import Stacked, Tensors, group_keys, merge
 
 CPU = torch.device("cpu")
 NUM_TIMESTEPS = 40
@@ -109,6 +109,17 @@ def test_the_gradient_is_that_of_central_differences(unet: Base, prediction_type
         step[index] = 1e-5
         up, down = (loss(weights + sign * step.view_as(weights), batch)[0] for sign in (1, -1))
         assert float(gradient.flatten()[index]) == pytest.approx((up - down) / 2e-5, rel=1e-5, abs=1e-10)
+
+
+def test_a_matrix_in_memory_is_not_made_again(unet: Base) -> None:
+    experts, weights = moved(unet, 2), torch.tensor([[0.3, 0.6]])
+    held = Stacked(unet.network.state_dict(), experts, CPU, torch.float64)
+    loss = DenoisingLoss(unet, experts, CPU, stacks=[held])
+    assert {v.untyped_storage().data_ptr() for v in loss.merge(weights).values()} == {held.merged.data_ptr()}
+    value, gradient = loss(weights, batch_of(unet))
+    same, its_gradient = DenoisingLoss(unet, experts, CPU)(weights, batch_of(unet))
+    assert value == same
+    assert torch.equal(gradient, its_gradient)
 
 
 def test_the_loss_is_that_of_the_merged_network(unet: Base) -> None:

@@ -130,6 +130,7 @@ def test_the_network_is_counted_from_its_config_alone(text_config: MakeConfig, t
     assert parts_of(config, "finetuning an expert").items() >= expected.items()
     stages = {stage.name: stage for stage in estimate(config)}
     assert stages["searching, each worker"].total == 6 * size
+    assert stages["learning a start of the search"].total == 9 * size
     assert str(stages["drawing, the ensemble"]) == "drawing, the ensemble: 4 of 4 networks in fp32 41.1 GB"
     alone = config.model_copy(update={"sample": config.sample.model_copy(update={"one_resident": True})})
     assert parts_of(alone, "drawing, the ensemble") == {"1 of 4 networks in fp32": size, "VAE": 0}

@@ -277,7 +277,7 @@ def test_adapters_end_as_a_pipeline_and_as_one_lora_of_the_base(
     settings = {"lora": {"rank": 3}, "projection": {"placement": "none"}, "baseline": False, "learning_rate": 0.1}
     config = sdxl_config(finetune=settings, search={"num_trials": 3})
     # The last candidate is the sum of all, which isn't the base, whatever is best.
-    monkeypatch.setattr(selection, "best", lambda found: found[-1])
+    monkeypatch.setattr(selection, "ranked", lambda found, frozen: found[::-1])
     list(workflow.run(config, tmp_path / "run"))
     asked = {"num_inference_steps": 3, "guidance_scale": 3.0}
     merged = stock_images(tmp_path / "run/merged", ["red cat"], [0], **asked)

@@ -72,6 +72,7 @@ class DenoisingLoss:
         patterns: of keys, as ``down_blocks.*``; the first that matches counts. ``layer_patterns`` has one a layer.
         timestep_weights: λ >= 0, [T]; 1 where not given. An ε-model's loss is largest at the cleanest timesteps, which
             then decide; the inverse of the base's loss on each range lets every range count alike.
+        stacks: base and experts in float32, one for each pattern, where they are in memory already.
 
     Raises:
         ValueError: an expert doesn't have the base's keys and shapes, the patterns don't fit the keys, or the timestep
@@ -85,6 +86,7 @@ class DenoisingLoss:
         device: torch.device,
         patterns: Sequence[str] = ("*",),
         timestep_weights: Float[Tensor, " T"] | None = None,
+        stacks: list[Stacked] | None = None,
     ) -> None:
         num = base.num_train_timesteps
         self.timestep_weights = torch.ones(num) if timestep_weights is None else timestep_weights
@@ -97,7 +99,8 @@ class DenoisingLoss:
         for index, expert in enumerate(experts):
             check_same_keys(start, expert, f"expert {index}")
         self.base, self.num_experts, self.device = base, len(experts), device
-        self.stacks = [Stacked(*block, device, _dtype(base)) for block in cut_blocks(start, experts, patterns)]
+        cut = cut_blocks(start, experts, patterns)
+        self.stacks = stacks or [Stacked(*block, device, _dtype(base)) for block in cut]
         self.network = _network(base, experts, device)
 
     def merge(self, weights: Float[Tensor, "patterns experts"]) -> Tensors:

@@ -78,8 +78,8 @@ def estimate(config: Config) -> list[Stage]:
         searching |= {f"network in {config.sample.precision}": 0}
     stages.append(Stage("searching, each worker", searching))
     if config.search.gradient_batches:
-        again = {"the same again, to learn from": sum(matrix.values()), "networks": 2 * size, "gradients": 2 * size}
-        stages.append(Stage("learning a start of the search", searching | again))
+        learning = {"network to learn with": size, "gradients": 2 * size}
+        stages.append(Stage("learning a start of the search", searching | learning))
     stages.append(Stage("drawing, one model", drawing))
     num_held = 1 if config.sample.one_resident else num
     held = {f"{num_held} of {num} networks in {config.sample.precision}": num_held * num_elements * sampled.itemsize}

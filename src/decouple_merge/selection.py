@@ -8,6 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from . import __version__
 from .card import model_card
@@ -106,7 +108,7 @@ def _lead(plan: Plan, hashes: list[str]) -> Iterator[Event]:
         plan_line = ", ".join(f"{lv.name} {lv.num_candidates} x {len(lv.seeds)} images" for lv in every)
         seconds = sum(objective.seconds_per_image(lv) * lv.num_images for lv in every)
         yield f"search: {plan_line}; about {seconds / 60:.0f} min on one worker"
-    learned = learn_start(plan, experts, hashes) if plan.config.search.gradient_batches else None
+    learned = learn_start(plan, objective, hashes) if plan.config.search.gradient_batches else None
     for trial in search(open_level, plan.config, len(experts), objective, learned):
         found = done()
         _write_trials(plan, every, found)
@@ -125,33 +127,38 @@ def _lead(plan: Plan, hashes: list[str]) -> Iterator[Event]:
         yield f"best on {len(every[-1].seeds)} fresh seeds: {winner.value:.5g}"
 
 
-def learn_start(plan: Plan, experts: list[Tensors], hashes: list[str]) -> Weights:
+def learn_start(plan: Plan, objective: Objective, hashes: list[str]) -> Weights:
     """Learn weights to start with by the gradient of the denoising loss, once in a run.
 
     The loss is divided by the square root of the base's own on each range. By the plain loss the cleanest timesteps
     decide alone, and the merges it likes best draw worse images than the base (docs/lab-notes.md).
     """
-    path, config, base = plan.run.learned, plan.config, plan.base
+    path, config, experts = plan.run.learned, plan.config, objective.experts
     record = {"num_batches": config.search.gradient_batches, "experts_sha256": hashes}
     record |= {"blocks": config.search.blocks}
     if path.exists() and (found := json.loads(path.read_text())) | record == found:
         return tuple(found["weights"])
-    device = default_device()
-    network = copy.deepcopy(base.network).to(device).eval()
-    losses = validation_losses(network, held_out_images(plan.images, config.data), base, plan.ranges, device)
-    scale = torch.zeros(base.num_train_timesteps)
-    for own, loss in zip(plan.ranges, losses, strict=True):
-        scale[own.low : own.high] = loss**-0.5
     seed = stream_seed(config.seed, "merging weights")
     num = config.search.gradient_batches
     batches = training_batches(plan.images, config.data, config.finetune.batch_size, seed, 0, num)
     blocks, low, high = config.search.blocks, config.search.low, config.search.high
     start = torch.full((len(blocks), len(experts)), min(max(1 / len(experts), low), high))
-    loss_of = DenoisingLoss(base, experts, device, blocks, scale)
+    loss_of = DenoisingLoss(plan.base, experts, default_device(), blocks, _loss_scale(plan), objective.stacked)
     *_, last = learn_weights(loss_of, batches, start, num, seed, (low, high))
     weights = [w for row in last.weights for w in row]
     write_json(path, record | {"weights": weights})
     return tuple(weights)
+
+
+def _loss_scale(plan: Plan) -> Float[Tensor, " T"]:
+    """Compute one over the square root of the base's loss on the range of each timestep."""
+    base, device = plan.base, default_device()
+    network = copy.deepcopy(base.network).to(device).eval()
+    losses = validation_losses(network, held_out_images(plan.images, plan.config.data), base, plan.ranges, device)
+    scale = torch.zeros(base.num_train_timesteps)
+    for own, loss in zip(plan.ranges, losses, strict=True):
+        scale[own.low : own.high] = loss**-0.5
+    return scale
 
 
 def merge_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:
