@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from decouple_merge import finetune
+from decouple_merge.batches import ArrayImages, Examples, Images, LatentBatch, to_model
 from decouple_merge.config import Data, Finetune
-from decouple_merge.data import ArrayImages, Examples, Images, LatentBatch, to_model
 from decouple_merge.latents import Latents
 from decouple_merge.models import load_base
 from decouple_merge.parts import Encoders, encode_images, encode_texts, load_text_encoders, load_vae

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decouple_merge import finetune
+from decouple_merge.batches import ArrayImages
 from decouple_merge.config import Data, Finetune, load_config
-from decouple_merge.data import ArrayImages
 from decouple_merge.models import Base, create_base, new_network
 from decouple_merge.plan import default_device, git_commit
 from decouple_merge.timesteps import TimestepRange, split_timesteps

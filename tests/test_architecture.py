@@ -13,6 +13,7 @@ LAYERS = [
     [
         "alignment",
         "archives",
+        "batches",
         "captions",
         "config",
         "models",

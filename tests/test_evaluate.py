@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from decouple_merge import evaluate
-from decouple_merge.data import ArrayImages
+from decouple_merge.batches import ArrayImages
 from decouple_merge.evaluate import metrics_record, score
 from decouple_merge.features import MEASURED, METRICS, Extractor, check_metrics
 from decouple_merge.metrics import (

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from conftest import make_unet
 from decouple_merge import cli
+from decouple_merge.batches import to_model, training_batches
 from decouple_merge.config import Config
-from decouple_merge.data import to_model, training_batches
 from decouple_merge.fisher import write_fishers
 from decouple_merge.gradient import (
     DenoisingLoss,

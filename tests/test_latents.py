@@ -19,9 +19,10 @@ from transformers import CLIPTextModel
 
 from conftest import WORDS, save_stable_diffusion
 from decouple_merge import latents as latents_module
+from decouple_merge.batches import Images, LatentBatch, model_input, to_model, training_batches
 from decouple_merge.captions import load_captions
 from decouple_merge.config import Data
-from decouple_merge.data import Images, LatentBatch, load_images, model_input, to_model, training_batches
+from decouple_merge.data import load_images
 from decouple_merge.gradient import noisy_batch
 from decouple_merge.latents import Latents, TextEmbeddings
 from decouple_merge.models import load_base

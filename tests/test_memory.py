@@ -13,8 +13,8 @@ from torch import Tensor
 from conftest import save_stable_diffusion
 from decouple_merge import plan as plan_module
 from decouple_merge import workflow
+from decouple_merge.batches import training_batches
 from decouple_merge.config import Config
-from decouple_merge.data import training_batches
 from decouple_merge.finetune import Trainer
 from decouple_merge.memory import estimate
 from decouple_merge.models import load_base

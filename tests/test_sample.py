@@ -10,8 +10,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import Tensor, nn
 
 from conftest import make_unet
+from decouple_merge.batches import to_model
 from decouple_merge.config import Config, Sample
-from decouple_merge.data import to_model
 from decouple_merge.ensemble import TimestepEnsemble
 from decouple_merge.models import Base, load_base
 from decouple_merge.sample import Denoiser, denoiser, sample_images, sampling_copy

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import to_model
+from .batches import to_model
 from .runs import atomic_path, read_tensors, write_tensors
 from .text_encoders import load_text_parts, tokenize
 

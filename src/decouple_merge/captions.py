@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from . import emoji
+from .batches import Images
 from .config import Data
-from .data import Column, DecodedImages, Images, file_names
+from .data import Column, DecodedImages, file_names
 from .prompts import read_lines
 from .shards import Shards
 

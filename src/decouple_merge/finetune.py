@@ -15,8 +15,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from .batches import Batch, Examples, held_out_images, model_input, training_batches
 from .config import Data, Finetune, Training
-from .data import Batch, Examples, held_out_images, model_input, training_batches
 from .lora import FILE, attach_lora, lora_factors, unadapted_state_dict, without_lora
 from .losses import add_noise, finetune_loss, per_sample_mse, prediction_target
 from .models import Base, new_network, predict

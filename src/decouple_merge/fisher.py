@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 
-from .data import training_batches
+from .batches import training_batches
 from .gradient import fisher_information
 from .models import tensors_sha256
 from .plan import Plan, default_device, load_experts

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .data import Batch, model_input
+from .batches import Batch, model_input
 from .losses import add_noise, per_sample_mse, prediction_target
 from .models import Base, cast_inputs, predict
 from .projection import attach_projections

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .batches import Examples, Images, LatentBatch, to_model
 from .config import Data
-from .data import Examples, Images, LatentBatch, to_model
 from .parts import Encoders, check_classes, encode_images, encode_texts, encoder_sha256, load_text_encoders, load_vae
 from .runs import cache_folder, read_tensors, write_tensors
 

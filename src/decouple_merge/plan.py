@@ -14,9 +14,10 @@ from torch import nn
 
 from . import __version__
 from .alignment import holds_image_text, load_image_text
+from .batches import Examples, Images, check_held_out
 from .captions import load_captions
 from .config import Config, Evaluate, Search, Training, dump_config, load_config
-from .data import Examples, Images, check_held_out, load_images
+from .data import load_images
 from .encoders import load_encoder, load_text_encoder
 from .ensemble import TimestepEnsemble, load_expert
 from .features import METRICS, check_metrics, weights_of

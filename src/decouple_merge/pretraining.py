@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .alignment import NUM_FEATURES, ImageTextModel, describe
+from .batches import Images, to_model, training_batches
 from .config import Data, PartTraining, TextEncoder, Vae
-from .data import Images, to_model, training_batches
 from .features import load_extractor
 from .runs import read_tensors, write_tensors
 from .seeds import generator, stream_seed

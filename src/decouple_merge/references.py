@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .data import Images, array_images
+from .batches import Images
+from .data import array_images
 from .features import Extractor
 from .metrics import FeatureStats, matrix_root
 from .runs import atomic_path, cache_folder, read_tensors, write_tensors

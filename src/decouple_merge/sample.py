@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from .batches import to_pixels
 from .config import Sample, Text
-from .data import to_pixels
 from .latents import DTYPES, open_texts
 from .models import Base, cast_inputs, make_scheduler, predict
 from .parts import Encoders, decode_latents, load_vae

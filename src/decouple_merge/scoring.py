@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .batches import ArrayImages, Images
 from .config import Sample, Text
-from .data import ArrayImages, Images, open_images
+from .data import open_images
 from .evaluate import (
     Features,
     Output,

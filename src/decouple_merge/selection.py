@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import __version__
+from .batches import held_out_images, training_batches
 from .card import model_card
 from .config import Merge
-from .data import held_out_images, training_batches
 from .executors import run_all
 from .figures import search_cost, search_surfaces
 from .finetune import validation_losses

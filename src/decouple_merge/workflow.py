@@ -5,9 +5,10 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+from .batches import check_held_out
 from .captions import load_captions
 from .config import Config, Pretrain, Training
-from .data import check_held_out, load_images
+from .data import load_images
 from .executors import run_all
 from .features import METRICS
 from .figures import sample_grid, training_curve
