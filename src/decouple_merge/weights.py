@@ -1,8 +1,9 @@
 """Merge experts by task arithmetic; pure functions of tensors."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,14 @@ from .rules import RULES, Context, chunk_size, combine, combine_into
 Tensors = dict[str, Tensor]
 
 
-def check_same_keys(base: Tensors, expert: Tensors, name: str) -> None:
+class HasShape(Protocol):
+    """A tensor, or what a file's header says of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def check_same_keys(base: Mapping[str, HasShape], expert: Mapping[str, HasShape], name: str) -> None:
     """Require that an expert has the base's keys and shapes; projections may be extra.
 
     Raises:
@@ -22,7 +30,7 @@ def check_same_keys(base: Tensors, expert: Tensors, name: str) -> None:
     problems = {
         "missing": [k for k in base if k not in expert and not k.endswith("projection.weight")],
         "unknown": unknown,
-        "of another shape": [k for k in base if k in expert and base[k].shape != expert[k].shape],
+        "of another shape": [k for k in base if k in expert and tuple(base[k].shape) != tuple(expert[k].shape)],
     }
     found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys)
     if found:
