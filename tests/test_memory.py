@@ -14,7 +14,7 @@ from conftest import save_stable_diffusion
 from decouple_merge import plan as plan_module
 from decouple_merge import workflow
 from decouple_merge.batches import training_batches
-from decouple_merge.config import Config
+from decouple_merge.config import Config, Distance
 from decouple_merge.finetune import Trainer
 from decouple_merge.memory import estimate
 from decouple_merge.models import load_base
@@ -132,6 +132,10 @@ def test_the_network_is_counted_from_its_config_alone(text_config: MakeConfig, t
     assert stages["searching, each worker"].total == 6 * size
     assert stages["learning a start of the search"].total == 9 * size
     assert str(stages["drawing, the ensemble"]) == "drawing, the ensemble: 4 of 4 networks in fp32 41.1 GB"
+    assert "drawing with an expert besides" not in stages
+    watched = config.model_copy(update={"finetune": config.finetune.model_copy(update={"distance": Distance()})})
+    parts = {"averaged weights": size, "expert and base in fp32": 2 * size, "VAE": 0}
+    assert parts_of(watched, "drawing with an expert besides") == parts
     alone = config.model_copy(update={"sample": config.sample.model_copy(update={"one_resident": True})})
     assert parts_of(alone, "drawing, the ensemble") == {"1 of 4 networks in fp32": size, "VAE": 0}
 

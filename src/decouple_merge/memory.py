@@ -70,6 +70,9 @@ def estimate(config: Config) -> list[Stage]:
     matrix = {f"base and {num} experts": (num + 1) * placement_size, "merge": placement_size}
     stored, sampled = stored_dtype(folder), DTYPES[config.sample.precision]
     drawing = {f"network in {config.sample.precision}": num_elements * sampled.itemsize} | vae
+    if settings.distance:
+        two = {f"expert and base in {config.sample.precision}": 2 * num_elements * sampled.itemsize}
+        stages.append(Stage("drawing with an expert besides", {"averaged weights": size} | two | vae))
     searching = matrix | drawing
     if stored != torch.float32:
         searching["merge as it is written"] = num_elements * stored.itemsize
