@@ -34,6 +34,7 @@ from .tensors import (
     weight_files,
     write_stream,
 )
+from .weights import check_same_keys
 
 PROJECTION = ".projection.weight"
 # Tensors computed ahead of the one that is written: reading, arithmetic and writing overlap, and memory stays bounded.
@@ -149,19 +150,12 @@ class Sources:
         }
 
     def _check_keys(self, expert: Expert, path: Path) -> None:
-        base = self.base.entries
-        if isinstance(expert, Lora):
-            problems = {"unknown": [k for k in expert.factors if k not in base]}
-        else:
-            own = expert.files.entries
-            problems = {
-                "missing": [k for k in base if k not in own],
-                "unknown": [k for k in own if k not in base and not k.endswith(PROJECTION)],
-                "of another shape": [k for k in base if k in own and own[k].shape != base[k].shape],
-            }
-        found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys)
-        if found:
-            raise ValueError(f"{path} doesn't fit the base: {found}; expected an expert finetuned from this base")
+        if isinstance(expert, Checkpoint):
+            check_same_keys(self.base.entries, expert.files.entries, str(path))
+        elif unknown := [k for k in expert.factors if k not in self.base.entries]:
+            raise ValueError(
+                f"{path} doesn't fit the base: unknown: {', '.join(unknown[:5])}; expected a LoRA of this base"
+            )
 
     def _check_origin(self, experts: list[Path]) -> None:
         records = [(p, p / "expert.json" if p.is_dir() else p.parent / "expert.json") for p in experts]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .rules import RULES, Context, chunk_size, combine, combine_into
 Tensors = dict[str, Tensor]
 
 
+@runtime_checkable
 class HasShape(Protocol):
     """A tensor, or what a file's header says of one."""
 
