@@ -115,8 +115,8 @@ def convergence(log: list[dict[str, Any]]) -> str:
     mean = {r["update"]: sum(r["validation"]) / len(r["validation"]) for r in log}
     last = max(mean)
     start = max(u for u in mean if u <= last * 0.8 or u == min(mean))
-    fall = 100 * (1 - mean[last] / mean[start])
-    return f"validation loss {mean[start]:.6f} at update {start}, {mean[last]:.6f} at {last}: {fall:.2f} % lower"
+    change = 100 * (mean[last] / mean[start] - 1)
+    return f"validation loss {mean[start]:.6f} at update {start}, {mean[last]:.6f} at {last}: {change:+.2f} %"
 
 
 def _from_nothing(config: Config, settings: Pretrain, out: Path) -> Plan:
