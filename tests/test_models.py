@@ -237,6 +237,19 @@ def test_shipped_configs_hold_the_papers_settings(name: str) -> None:
     assert config.base == f"google/{expected[name]}"
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "most"), [("fashion-ddpm", "fashion.yaml", 10e6), ("emoji-sd", "emoji.yaml", 25e6)]
+)
+def test_a_shipped_base_is_a_stock_pipeline_of_the_size_that_its_card_says(name: str, config: str, most: float) -> None:
+    folder = CONFIGS.parent / "models" / name
+    assert load_config(CONFIGS / config).base == f"models/{name}"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < most
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    unet: Any = DiffusionPipeline.from_pretrained(folder).unet
+    assert f"{unet.num_parameters():,}" in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_stable_diffusion_config_holds_the_papers_settings() -> None:
     config = load_config(CONFIGS / "sd14.yaml")
     settings = config.finetune
