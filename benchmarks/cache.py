@@ -1,6 +1,6 @@
 """Time a finetuning update from cached latents and embeddings against one that encodes its images and captions.
 
-Both are ``decouple_merge.finetune.train`` with the same network, batch and settings, interleaved in one process. What
+Both are ``training.trainer.train`` with the same network, batch and settings, interleaved in one process. What
 encodes does what trainers without a cache do: VAE and text encoders stay in memory, and see every batch. Images are
 random, of the base's size. Only ratios are meant to be quoted:
 
@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from decouple_merge import finetune
-from decouple_merge.batches import ArrayImages, Examples, Images, LatentBatch, to_model
 from decouple_merge.config import Data, Finetune
-from decouple_merge.latents import Latents
-from decouple_merge.models import load_base
-from decouple_merge.parts import Encoders, encode_images, encode_texts, load_text_encoders, load_vae
-from decouple_merge.plan import default_device, git_commit
-from decouple_merge.timesteps import split_timesteps
+from decouple_merge.data.batches import ArrayImages, Examples, Images, LatentBatch, to_model
+from decouple_merge.data.latents import Latents
+from decouple_merge.diffusion.timesteps import split_timesteps
+from decouple_merge.executors.devices import default_device
+from decouple_merge.models.base import load_base
+from decouple_merge.models.parts import Encoders, encode_images, encode_texts, load_text_encoders, load_vae
+from decouple_merge.storage.provenance import git_commit
+from decouple_merge.training import trainer as finetune
 from interleaved import interleaved, ratios
 
 NUM_IMAGES = 2048

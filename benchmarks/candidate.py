@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from decouple_merge.weights import Stacked
+from decouple_merge.merging.arithmetic import Stacked
 from interleaved import interleaved, ratios
 
 WEIGHTS = [0.3, 0.9, -0.2, 1.4]

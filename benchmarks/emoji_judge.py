@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
-from decouple_merge.alignment import ImageTextModel, describe, load_image_text, save_image_text
 from decouple_merge.config import Data, PartTraining
-from decouple_merge.data import load_images
-from decouple_merge.emoji import Emoji, read_emoji
-from decouple_merge.features import load_extractor
-from decouple_merge.metrics import clip_score, r_precision
-from decouple_merge.pretraining import train_image_text
-from decouple_merge.text_encoders import create_text_encoder, create_tokenizer
+from decouple_merge.data.emoji import Emoji, read_emoji
+from decouple_merge.data.sources import load_images
+from decouple_merge.evaluation.alignment import ImageTextModel, describe, load_image_text, save_image_text
+from decouple_merge.evaluation.distances import clip_score, r_precision
+from decouple_merge.evaluation.features import load_extractor
+from decouple_merge.models.text_encoders import create_text_encoder, create_tokenizer
+from decouple_merge.training.parts import train_image_text
 
 CPU = torch.device("cpu")
 SIZE = 32

@@ -38,14 +38,21 @@ if torch.version.cuda is None:
     for operator in ("nms", "qnms"):
         TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-from decouple_merge.evaluate import score
-from decouple_merge.features import Extractor, load_extractor
-from decouple_merge.inception import resize_tensorflow1
-from decouple_merge.metrics import FeatureStats, frechet_distance, inception_score, kernel_distance, matrix_root
-from decouple_merge.neighbours import density_coverage, precision_recall
-from decouple_merge.plan import default_device, git_commit
-from decouple_merge.references import Moments, Reference
-from decouple_merge.scoring import evaluate_model
+from decouple_merge.evaluation.distances import (
+    FeatureStats,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    matrix_root,
+)
+from decouple_merge.evaluation.features import Extractor, load_extractor
+from decouple_merge.evaluation.inception import resize_tensorflow1
+from decouple_merge.evaluation.neighbours import density_coverage, precision_recall
+from decouple_merge.evaluation.references import Moments, Reference
+from decouple_merge.evaluation.scores import score
+from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.executors.devices import default_device
+from decouple_merge.storage.provenance import git_commit
 from interleaved import interleaved, ratios
 from test_inception import random_weights
 

@@ -1,7 +1,7 @@
 """Time our finetuning update against a bare PyTorch loop of the same model and batch, interleaved in one process.
 
 The bare loop does what nobody can leave out: draw a batch, student forward and backward, teacher forward, clipping,
-AdamW, EMA. Ours is ``decouple_merge.finetune.train`` as users run it. The network is the architecture of
+AdamW, EMA. Ours is ``decouple_merge.training.trainer.train`` as users run it. The network is the architecture of
 configs/fashion-base.yaml, untrained; the images are random. Only ratios are meant to be quoted:
 
     python benchmarks/finetune.py
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decouple_merge import finetune
-from decouple_merge.batches import ArrayImages
 from decouple_merge.config import Data, Finetune, load_config
-from decouple_merge.models import Base, create_base, new_network
-from decouple_merge.plan import default_device, git_commit
-from decouple_merge.timesteps import TimestepRange, split_timesteps
+from decouple_merge.data.batches import ArrayImages
+from decouple_merge.diffusion.timesteps import TimestepRange, split_timesteps
+from decouple_merge.executors.devices import default_device
+from decouple_merge.models.base import Base, create_base, new_network
+from decouple_merge.storage.provenance import git_commit
+from decouple_merge.training import trainer as finetune
 from interleaved import interleaved, ratios
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fashion-base.yaml"

@@ -95,7 +95,7 @@ def contenders(folder: Path, num_experts: int, peers: Path | None, is_sdxl: bool
     base, *experts = [str(folder / f"{i}.safetensors") for i in range(num_experts + 1)]
     weights = ",".join(map(str, WEIGHTS[:num_experts]))
     copied = f"cat {base} {' '.join(experts)} > /dev/null && cp {base} {folder}/copy.safetensors"
-    deme = [sys.executable, "-m", "decouple_merge.cli", "merge", base, *experts, "--weights", weights]
+    deme = [sys.executable, "-m", "decouple_merge.cli.main", "merge", base, *experts, "--weights", weights]
     found = {
         "read every input, write one": (["sh", "-c", copied], {}),
         "deme merge": ([*deme, "--out", f"{folder}/deme.safetensors"], {}),

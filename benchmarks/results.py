@@ -4,8 +4,9 @@ import argparse
 import statistics
 from pathlib import Path
 
-from decouple_merge.compare import FIELDS
-from decouple_merge.runs import Run, read_records
+from decouple_merge.evaluation.compare import FIELDS
+from decouple_merge.storage.files import read_records
+from decouple_merge.storage.run_folder import Run
 
 
 def main() -> None:

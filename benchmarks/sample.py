@@ -19,9 +19,10 @@ from diffusers import DDIMPipeline
 from torch import Tensor
 
 from decouple_merge.config import Sample
-from decouple_merge.models import Base, load_base
-from decouple_merge.plan import default_device, git_commit
-from decouple_merge.sample import denoiser, sample_images, sampling_copy
+from decouple_merge.executors.devices import default_device
+from decouple_merge.models.base import Base, load_base
+from decouple_merge.sampling.sampler import denoiser, sample_images, sampling_copy
+from decouple_merge.storage.provenance import git_commit
 from interleaved import interleaved, ratios
 
 Draw = Callable[[int, int], Tensor]

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 from decouple_merge.config import Config, load_config
-from decouple_merge.models import tensors_sha256
-from decouple_merge.objective import Objective
-from decouple_merge.plan import check, git_commit, load_experts
-from decouple_merge.search import ranked, search
-from decouple_merge.selection import learn_start
-from decouple_merge.strategies import Weights
-from decouple_merge.study import Level, Score, open_study
+from decouple_merge.experiment.plan import check, load_experts
+from decouple_merge.experiment.selection import learn_start
+from decouple_merge.models.base import tensors_sha256
+from decouple_merge.searching.levels import ranked, search
+from decouple_merge.searching.objective import Objective
+from decouple_merge.searching.strategies import Weights
+from decouple_merge.searching.study import Level, Score, open_study
+from decouple_merge.storage.provenance import git_commit
 
 STRATEGIES = ["grid", "gp", "tpe", "cmaes", "evolution", "coordinate", "random", "gradient"]
 BUDGETS = [12, 24, 48]

@@ -26,8 +26,8 @@ from diffusers import (
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from decouple_merge import finetune
 from decouple_merge.config import Config
+from decouple_merge.training import trainer as finetune
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
-"""Imports go down only: the layers of docs/architecture.md, read from the source."""
+"""The rooms import what their own first words say, and no more: read from the source."""
 
 import ast
+import re
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -8,114 +9,92 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "decouple_merge"
-LAYERS = [
-    ["timesteps", "losses", "projection", "rules", "weights", "metrics", "neighbours", "seeds"],
-    [
-        "alignment",
-        "archives",
-        "batches",
-        "captions",
-        "config",
-        "models",
-        "data",
-        "emoji",
-        "ensemble",
-        "features",
-        "encoders",
-        "inception",
-        "latents",
-        "lora",
-        "parts",
-        "prompts",
-        "references",
-        "runs",
-        "search",
-        "shards",
-        "strategies",
-        "study",
-        "tensors",
-        "text_encoders",
-    ],
-    ["finetune", "gradient", "pretraining", "sample", "evaluate", "compare", "merging", "figures"],
-    [
-        "executors",
-        "plan",
-        "memory",
-        "card",
-        "objective",
-        "fisher",
-        "results",
-        "selection",
-        "recipes",
-        "standalone",
-        "scored",
-        "scoring",
-        "workflow",
-        "progress",
-        "cli",
-    ],
-]
-LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
-MATHS, STAGES = LAYERS[0], LAYERS[2]
-# A foreign library has one adapter, diffusers has two; the other files don't know that it exists.
+ROOMS = sorted(path.parent.name for path in SOURCE.glob("*/__init__.py"))
+# Dotted names below the package: ``models.base``, ``config`` for a room's __init__, ``seeds``.
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in [*sorted(SOURCE.glob("*/**/*.py")), SOURCE / "seeds.py"]
+}
+MAX_LINES, MAX_FUNCTION_LINES = 300, 50
+# Pure maths: torch and the standard library, inputs never modified.
+MATHS = ["diffusion", "merging.rules", "merging.arithmetic", "evaluation.distances", "evaluation.neighbours", "seeds"]
+# A foreign library has one adapter; the other files don't know that it exists.
 ADAPTERS = {
-    "diffusers": ("models", "parts"),
-    "typer": ("cli",),
-    "optuna": ("study",),
-    "cmaes": ("strategies",),
-    "accelerate": ("finetune",),
-    "bitsandbytes": ("finetune",),
-    "datasets": ("data",),
-    "matplotlib": ("figures",),
-    "yaml": ("config",),
-    "pydantic": ("config",),
-    "transformers": ("encoders",),
-    "tokenizers": ("text_encoders",),
-    "peft": ("lora",),
+    "typer": ["cli"],
+    "optuna": ["searching.study"],
+    "cmaes": ["searching.strategies"],
+    "datasets": ["data.sources"],
+    "matplotlib": ["analysis"],
+    "yaml": ["config"],
+    "pydantic": ["config"],
+    "diffusers": ["models", "storage.hub"],
+    "transformers": ["models"],
+    "tokenizers": ["models"],
+    "peft": ["models.lora"],
+    "bitsandbytes": ["training"],
 }
 
 
 def imports(name: str, *, top_level_only: bool = False) -> set[str]:
-    """List what a module imports, ours with a dot: ``.models``, ``torch``."""
-    found = set()
-    tree = ast.parse((SOURCE / f"{name}.py").read_text(encoding="utf-8"))
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
-    for node in nodes:
+    """List what a module imports: ours from the package on with a dot, ``.models.base``, others by their first name."""
+    path, found = MODULES[name], set[str]()
+    package = path.relative_to(SOURCE).parent.parts
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level == 1 and not module:
-                found |= {f".{alias.name}" for alias in node.names}
-            elif node.level == 1:
-                found.add("." + module.split(".")[0])
-            elif module.split(".")[0] == "decouple_merge":
-                found |= {f".{n}" for n in (module.split(".")[1:2] or [alias.name for alias in node.names])}
-            else:
-                found.add(module.split(".")[0])
+            if node.level == 0:
+                assert not (node.module or "").startswith("decouple_merge"), f"{name}: write it as a relative import"
+                found.add((node.module or "").split(".")[0])
+                continue
+            start = [*package[: len(package) + 1 - node.level], *(node.module or "").split(".")]
+            full = ".".join(part for part in start if part)
+            each = [f"{full}.{alias.name}".lstrip(".") for alias in node.names]
+            found |= {"." + (one if one in MODULES else full) for one in each}
     return found
 
 
-def ours(name: str) -> set[str]:
-    return {i[1:] for i in imports(name) if i.startswith(".") and not i.startswith(".__")}
+def ours(name: str, *, top_level_only: bool = False) -> set[str]:
+    found = imports(name, top_level_only=top_level_only)
+    return {i[1:] for i in found if i.startswith(".") and i != "."} - {name}
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {p.stem for p in SOURCE.glob("*.py")} - {"__init__"} == set(LAYER)
-    assert not [p for p in SOURCE.iterdir() if p.is_dir() and p.name != "__pycache__"]
+def room_of(name: str) -> str:
+    return name.partition(".")[0]
 
 
-@pytest.mark.parametrize("name", LAYER)
-def test_a_module_imports_only_from_its_own_layer_and_below(name: str) -> None:
-    assert [i for i in sorted(ours(name)) if LAYER[i] > LAYER[name]] == []
+def may_import(room: str) -> list[str]:
+    """Read the list of rooms at the end of a room's first words."""
+    words = ast.get_docstring(ast.parse((SOURCE / room / "__init__.py").read_text(encoding="utf-8")))
+    found = re.search(r"^Imports ([a-z,\s]+)\.\Z", words or "", re.MULTILINE)
+    assert found, f"{room}/__init__.py: expected a last line such as 'Imports config, storage.' or 'Imports nothing.'"
+    return [] if found[1] == "nothing" else re.split(r",\s+", found[1])
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_imports_no_other_stage(name: str) -> None:
-    assert sorted(ours(name) & set(STAGES)) == []
+def is_in(name: str, places: list[str]) -> bool:
+    return any(name == place or name.startswith(place + ".") for place in places)
 
 
-@pytest.mark.parametrize("name", MATHS)
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_its_first_words_say(room: str) -> None:
+    used = {room_of(i) for name in MODULES if room_of(name) == room for i in ours(name)} - {room}
+    assert sorted(used) == sorted(may_import(room))
+
+
+def test_rooms_do_not_import_each_other_in_circles() -> None:
+    TopologicalSorter({room: may_import(room) for room in ROOMS}).prepare()
+
+
+def test_modules_do_not_import_each_other_in_circles() -> None:
+    TopologicalSorter({name: ours(name) for name in MODULES}).prepare()
+
+
+def test_every_file_is_in_a_room() -> None:
+    assert {p.name for p in SOURCE.iterdir()} - {"__pycache__"} == {*ROOMS, "__init__.py", "seeds.py"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if is_in(name, MATHS)])
 def test_maths_needs_only_torch_and_the_standard_library(name: str) -> None:
     foreign = {i for i in imports(name) if not i.startswith(".")} - sys.stdlib_module_names
     assert foreign <= {"torch", "jaxtyping"}
@@ -123,27 +102,35 @@ def test_maths_needs_only_torch_and_the_standard_library(name: str) -> None:
 
 @pytest.mark.parametrize("library", ADAPTERS)
 def test_only_its_adapter_imports_a_foreign_library(library: str) -> None:
-    assert [name for name in LAYER if library in imports(name)] == list(ADAPTERS[library])
+    importers = [name for name in MODULES if library in imports(name)]
+    assert importers
+    assert [name for name in importers if not is_in(name, ADAPTERS[library])] == []
 
 
-def test_modules_do_not_import_each_other_in_circles() -> None:
-    TopologicalSorter({name: ours(name) for name in LAYER}).prepare()
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_stay_small(name: str) -> None:
+    text = MODULES[name].read_text(encoding="utf-8")
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    long = [f.name for f in functions if f.end_lineno and f.end_lineno - f.lineno + 1 > MAX_FUNCTION_LINES]
+    assert (len(text.splitlines()) <= MAX_LINES, long) == (True, [])
 
 
 def test_the_command_imports_nothing_heavy_before_it_knows_its_verb() -> None:
-    foreign = imports("cli", top_level_only=True) - sys.stdlib_module_names
-    assert foreign <= {"typer", "rich"}
+    reached = _reached("cli.main")
+    foreign = {i for name in reached for i in imports(name, top_level_only=True) if not i.startswith(".")}
+    assert foreign - sys.stdlib_module_names <= {"typer", "rich", "yaml", "pydantic"}
 
 
 def test_merging_files_imports_no_network_library() -> None:
-    reached, waiting = set[str](), ["recipes"]
+    reached = _reached("merging.recipes")
+    assert not {i for name in reached for i in imports(name, top_level_only=True)} & {"diffusers", "transformers"}
+
+
+def _reached(start: str) -> set[str]:
+    """List the modules that importing one imports."""
+    reached, waiting = set[str](), [start]
     while waiting:
         name = waiting.pop()
-        reached.add(name)
-        below = {m[1:] for m in imports(name, top_level_only=True) if m[1:] in LAYER}
-        waiting += sorted(below - reached)
-    assert not reached & {"models", "plan", "features", "finetune"}
-
-
-def test_nothing_imports_the_command() -> None:
-    assert [name for name in LAYER if "cli" in ours(name)] == []
+        reached |= {name, room_of(name)} & set(MODULES)
+        waiting += sorted(ours(name, top_level_only=True) & set(MODULES) - reached)
+    return reached

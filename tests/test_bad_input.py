@@ -16,14 +16,16 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from conftest import make_unet
-from decouple_merge import cli, models, runs
+from decouple_merge.cli import main as cli
 from decouple_merge.config import Config, Data, dump_config
-from decouple_merge.data import decode, load_images, open_images
-from decouple_merge.features import Extractor
-from decouple_merge.models import export_pipeline, load_base, load_network
-from decouple_merge.plan import check, prepare
-from decouple_merge.references import read_statistics
-from decouple_merge.runs import read_tensors, write_json, write_tensors
+from decouple_merge.data.sources import decode, load_images, open_images
+from decouple_merge.evaluation.features import Extractor
+from decouple_merge.evaluation.references import read_statistics
+from decouple_merge.experiment.plan import check, prepare
+from decouple_merge.models import base as models
+from decouple_merge.models.base import export_pipeline, load_base, load_network
+from decouple_merge.storage import files as runs
+from decouple_merge.storage.files import read_tensors, write_json, write_tensors
 
 MakeConfig = Callable[..., Config]
 

@@ -13,13 +13,13 @@ from torchmetrics.functional.multimodal import clip_score as theirs
 from transformers import AutoTokenizer, CLIPModel
 
 from conftest import WORDS, save_clip
-from decouple_merge.compare import compare
 from decouple_merge.config import Sample, Search, Text, validate
-from decouple_merge.encoders import ENCODERS, load_encoder, load_text_encoder
-from decouple_merge.features import load_extractor
-from decouple_merge.metrics import clip_score
-from decouple_merge.scoring import evaluate_model, write_reference
-from decouple_merge.standalone import sample_model
+from decouple_merge.evaluation.compare import compare
+from decouple_merge.evaluation.distances import clip_score
+from decouple_merge.evaluation.features import load_extractor
+from decouple_merge.evaluation.scoring import evaluate_model, write_reference
+from decouple_merge.models.encoders import ENCODERS, load_encoder, load_text_encoder
+from decouple_merge.sampling.standalone import sample_model
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from decouple_merge.compare import FIELDS, compare
+from decouple_merge.evaluation.compare import FIELDS, compare
 
 COMMON = {
     "num_images": 100,

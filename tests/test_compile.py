@@ -9,11 +9,11 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 from conftest import make_unet
 from decouple_merge.config import Config
-from decouple_merge.data import load_images
-from decouple_merge.finetune import Task, train
-from decouple_merge.models import load_base
-from decouple_merge.runs import read_tensors
-from decouple_merge.timesteps import split_timesteps
+from decouple_merge.data.sources import load_images
+from decouple_merge.diffusion.timesteps import split_timesteps
+from decouple_merge.models.base import load_base
+from decouple_merge.storage.files import read_tensors
+from decouple_merge.training.trainer import Task, train
 
 
 @pytest.mark.filterwarnings("default")

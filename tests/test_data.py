@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from decouple_merge.batches import ArrayImages, held_out_images, to_model, to_pixels, training_batches
 from decouple_merge.config import Data
-from decouple_merge.data import FASHION_FOLDER, load_images, open_images
+from decouple_merge.data.batches import ArrayImages, held_out_images, to_model, to_pixels, training_batches
+from decouple_merge.data.sources import FASHION_FOLDER, load_images, open_images
 
 NUM_IMAGES, HELD_OUT = 50, 10
 

@@ -15,20 +15,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import make_dit, save_dit
-from decouple_merge import finetune, load_ensemble, workflow
-from decouple_merge.captions import load_captions
+from decouple_merge import load_ensemble
 from decouple_merge.config import Config, Data, Lora, Sample, Text, load_config
-from decouple_merge.data import load_images
-from decouple_merge.gradient import DenoisingLoss, noisy_batch
-from decouple_merge.lora import attach_lora, lora_factors, unadapted_state_dict
-from decouple_merge.memory import estimate
-from decouple_merge.models import Base, load_base, new_network, num_parameters, predict
-from decouple_merge.plan import Plan, check, describe, prepare
-from decouple_merge.projection import attach_projections, folded_state_dict, projection_parameters
-from decouple_merge.results import Row
-from decouple_merge.runs import read_records
-from decouple_merge.sample import Prompts, denoiser, sample_images
-from decouple_merge.timesteps import TimestepRange
+from decouple_merge.data.captions import load_captions
+from decouple_merge.data.sources import load_images
+from decouple_merge.diffusion.timesteps import TimestepRange
+from decouple_merge.experiment import workflow
+from decouple_merge.experiment.memory import estimate
+from decouple_merge.experiment.plan import Plan, check, describe, prepare
+from decouple_merge.experiment.results import Row
+from decouple_merge.models.base import Base, load_base, new_network, num_parameters, predict
+from decouple_merge.models.lora import attach_lora, lora_factors, unadapted_state_dict
+from decouple_merge.models.projection import attach_projections, folded_state_dict, projection_parameters
+from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
+from decouple_merge.storage.files import read_records
+from decouple_merge.training import trainer as finetune
+from decouple_merge.training.gradient import DenoisingLoss, noisy_batch
 
 CPU = torch.device("cpu")
 SEEDS = [5, 6, 7]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from decouple_merge import emoji
-from decouple_merge.captions import load_captions
 from decouple_merge.config import Data
-from decouple_merge.data import load_images, open_images
+from decouple_merge.data import emoji
+from decouple_merge.data.captions import load_captions
+from decouple_merge.data.sources import load_images, open_images
 
 TONES = list(emoji.SKIN_TONES)
 

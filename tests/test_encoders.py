@@ -20,11 +20,11 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
-from decouple_merge.encoders import ENCODERS, load_encoder, resize_pillow, resize_plain
-from decouple_merge.features import load_extractor
-from decouple_merge.plan import prepare
-from decouple_merge.results import _evaluate_model
-from decouple_merge.scoring import evaluate_model
+from decouple_merge.evaluation.features import load_extractor
+from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.experiment.plan import prepare
+from decouple_merge.experiment.results import _evaluate_model
+from decouple_merge.models.encoders import ENCODERS, load_encoder, resize_pillow, resize_plain
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from conftest import WORDS, make_sdxl_unet, make_text_unet, make_unet
 from decouple_merge import load_ensemble
 from decouple_merge.config import Config, Sample, Text
-from decouple_merge.ensemble import TimestepEnsemble
-from decouple_merge.models import Base, load_base, load_network, num_parameters
-from decouple_merge.plan import ensemble_denoiser, prepare
-from decouple_merge.runs import write_json, write_tensors
-from decouple_merge.sample import Prompts, denoiser, sample_images
-from decouple_merge.timesteps import TimestepRange
+from decouple_merge.diffusion.timesteps import TimestepRange
+from decouple_merge.experiment.plan import ensemble_denoiser, prepare
+from decouple_merge.models.base import Base, load_base, load_network, num_parameters
+from decouple_merge.models.ensemble import TimestepEnsemble
+from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
+from decouple_merge.storage.files import write_json, write_tensors
 
 CPU = torch.device("cpu")
 SEEDS = [5, 0, 7]

@@ -10,11 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from decouple_merge import evaluate
-from decouple_merge.batches import ArrayImages
-from decouple_merge.evaluate import metrics_record, score
-from decouple_merge.features import MEASURED, METRICS, Extractor, check_metrics
-from decouple_merge.metrics import (
+from decouple_merge.data.batches import ArrayImages
+from decouple_merge.evaluation import scores as evaluate
+from decouple_merge.evaluation.distances import (
     FeatureStats,
     frechet_distance,
     frechet_infinity,
@@ -22,8 +20,10 @@ from decouple_merge.metrics import (
     inception_score,
     kernel_distance,
 )
-from decouple_merge.neighbours import density_coverage, precision_recall
-from decouple_merge.references import make_reference, read_statistics, write_statistics
+from decouple_merge.evaluation.features import MEASURED, METRICS, Extractor, check_metrics
+from decouple_merge.evaluation.neighbours import density_coverage, precision_recall
+from decouple_merge.evaluation.references import make_reference, read_statistics, write_statistics
+from decouple_merge.evaluation.scores import metrics_record, score
 
 ALL = [m for m in METRICS if METRICS[m] == "inception"]
 

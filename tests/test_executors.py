@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from decouple_merge.executors import in_order, run_all, shares
+from decouple_merge.executors.local import in_order, run_all, shares
 
 
 def count_up(first: int, num: int) -> Iterator[tuple[int, int]]:

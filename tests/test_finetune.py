@@ -15,22 +15,15 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from torch import Tensor, nn
 
 from conftest import make_unet
-from decouple_merge import finetune
 from decouple_merge.config import Config, Training
-from decouple_merge.data import load_images
-from decouple_merge.finetune import (
-    StepRecord,
-    Task,
-    differing_gradients,
-    ema_decay,
-    learning_rate_at,
-    train,
-)
-from decouple_merge.models import load_base, tensors_sha256
-from decouple_merge.projection import folded_state_dict
-from decouple_merge.runs import read_records, read_tensors
+from decouple_merge.data.sources import load_images
+from decouple_merge.diffusion.timesteps import split_timesteps
+from decouple_merge.models.base import load_base, tensors_sha256
+from decouple_merge.models.projection import folded_state_dict
 from decouple_merge.seeds import generator
-from decouple_merge.timesteps import split_timesteps
+from decouple_merge.storage.files import read_records, read_tensors
+from decouple_merge.training import trainer as finetune
+from decouple_merge.training.trainer import StepRecord, Task, differing_gradients, ema_decay, learning_rate_at, train
 
 
 @dataclass

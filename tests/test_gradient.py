@@ -16,11 +16,18 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from conftest import make_unet
-from decouple_merge import cli
-from decouple_merge.batches import to_model, training_batches
+from decouple_merge.cli import main as cli
 from decouple_merge.config import Config
-from decouple_merge.fisher import write_fishers
-from decouple_merge.gradient import (
+from decouple_merge.data.batches import to_model, training_batches
+from decouple_merge.diffusion.timesteps import TimestepRange
+from decouple_merge.executors.devices import default_device
+from decouple_merge.experiment.fisher import write_fishers
+from decouple_merge.experiment.plan import Plan, prepare
+from decouple_merge.merging.arithmetic import Stacked, Tensors, group_keys, merge
+from decouple_merge.models.base import Base
+from decouple_merge.models.projection import attach_projections
+from decouple_merge.seeds import generator, stream_seed
+from decouple_merge.training.gradient import (
     DenoisingLoss,
     NoisyBatch,
     fisher_information,
@@ -28,12 +35,6 @@ from decouple_merge.gradient import (
     learn_weights,
     noisy_batch,
 )
-from decouple_merge.models import Base
-from decouple_merge.plan import Plan, default_device, prepare
-from decouple_merge.projection import attach_projections
-from decouple_merge.seeds import generator, stream_seed
-from decouple_merge.timesteps import TimestepRange
-from decouple_merge.weights import Stacked, Tensors, group_keys, merge
 
 CPU = torch.device("cpu")
 NUM_TIMESTEPS = 40

@@ -20,10 +20,10 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from conftest import make_unet
-from decouple_merge import workflow
 from decouple_merge.config import Config, dump_config
-from decouple_merge.plan import prepare
-from decouple_merge.runs import read_records
+from decouple_merge.experiment import workflow
+from decouple_merge.experiment.plan import prepare
+from decouple_merge.storage.files import read_records
 
 # The moments of the kills; another seed must do as well.
 MOMENTS = random.Random(0)
@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def deme_run(config: Config, folder: Path) -> subprocess.Popen[str]:
     path = folder.with_suffix(".yaml")
     path.write_text(dump_config(config))
-    command = [sys.executable, "-m", "decouple_merge.cli", "run", str(path), "--out", str(folder)]
+    command = [sys.executable, "-m", "decouple_merge.cli.main", "run", str(path), "--out", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder.parent

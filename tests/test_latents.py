@@ -18,16 +18,16 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 from conftest import WORDS, save_stable_diffusion
-from decouple_merge import latents as latents_module
-from decouple_merge.batches import Images, LatentBatch, model_input, to_model, training_batches
-from decouple_merge.captions import load_captions
 from decouple_merge.config import Data
-from decouple_merge.data import load_images
-from decouple_merge.gradient import noisy_batch
-from decouple_merge.latents import Latents, TextEmbeddings
-from decouple_merge.models import load_base
-from decouple_merge.parts import encode_images, encode_texts, load_text_encoders, load_vae
-from decouple_merge.timesteps import TimestepRange
+from decouple_merge.data import latents as latents_module
+from decouple_merge.data.batches import Images, LatentBatch, model_input, to_model, training_batches
+from decouple_merge.data.captions import load_captions
+from decouple_merge.data.latents import Latents, TextEmbeddings
+from decouple_merge.data.sources import load_images
+from decouple_merge.diffusion.timesteps import TimestepRange
+from decouple_merge.models.base import load_base
+from decouple_merge.models.parts import encode_images, encode_texts, load_text_encoders, load_vae
+from decouple_merge.training.gradient import noisy_batch
 
 CPU = torch.device("cpu")
 CAPTIONS = [WORDS[i % len(WORDS)] for i in range(24)]

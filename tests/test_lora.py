@@ -12,9 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import make_text_unet, make_unet, stock_images
-from decouple_merge import finetune, lora, workflow
 from decouple_merge.config import Config, Finetune, Lora, Merge
-from decouple_merge.lora import (
+from decouple_merge.experiment import workflow
+from decouple_merge.experiment.plan import check, prepare
+from decouple_merge.merging.recipes import merge_models
+from decouple_merge.models import lora
+from decouple_merge.models.base import load_base
+from decouple_merge.models.lora import (
     FILE,
     attach_lora,
     check_lora,
@@ -23,9 +27,7 @@ from decouple_merge.lora import (
     unadapted_state_dict,
     without_lora,
 )
-from decouple_merge.models import load_base
-from decouple_merge.plan import check, prepare
-from decouple_merge.recipes import merge_models
+from decouple_merge.training import trainer as finetune
 
 MakeConfig = Callable[..., Config]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

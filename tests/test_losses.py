@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from decouple_merge.losses import PREDICTION_TYPES, add_noise, finetune_loss, per_sample_mse, prediction_target
+from decouple_merge.diffusion.losses import (
+    PREDICTION_TYPES,
+    add_noise,
+    finetune_loss,
+    per_sample_mse,
+    prediction_target,
+)
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=1000)
 ALPHAS = SCHEDULER.alphas_cumprod

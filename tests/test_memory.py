@@ -11,17 +11,17 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from conftest import save_stable_diffusion
-from decouple_merge import plan as plan_module
-from decouple_merge import workflow
-from decouple_merge.batches import training_batches
 from decouple_merge.config import Config, Distance
-from decouple_merge.finetune import Trainer
-from decouple_merge.memory import estimate
-from decouple_merge.models import load_base
-from decouple_merge.objective import Objective
-from decouple_merge.parts import load_text_encoders, load_vae
-from decouple_merge.plan import describe, prepare
+from decouple_merge.data.batches import training_batches
+from decouple_merge.experiment import plan as plan_module
+from decouple_merge.experiment import workflow
+from decouple_merge.experiment.memory import estimate
+from decouple_merge.experiment.plan import describe, prepare
+from decouple_merge.models.base import load_base
+from decouple_merge.models.parts import load_text_encoders, load_vae
+from decouple_merge.searching.objective import Objective
 from decouple_merge.seeds import generator
+from decouple_merge.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 MakeConfig = Callable[..., Config]

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from conftest import make_unet
-from decouple_merge import cli, merging
+from decouple_merge.cli import main as cli
 from decouple_merge.config import Merge
-from decouple_merge.merging import Sources, open_expert
-from decouple_merge.recipes import describe_model, merge_models, repeat_merge
-from decouple_merge.rules import RULES, Coefficients, Context
-from decouple_merge.tensors import TensorFiles, shards, weight_files
-from decouple_merge.weights import merge
+from decouple_merge.merging import files as merging
+from decouple_merge.merging.arithmetic import merge
+from decouple_merge.merging.files import Sources, open_expert
+from decouple_merge.merging.recipes import describe_model, merge_models, repeat_merge
+from decouple_merge.merging.rules import RULES, Coefficients, Context
+from decouple_merge.storage.tensors import TensorFiles, shards, weight_files
 
 Tensors = dict[str, Tensor]
 

@@ -11,7 +11,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 
-from decouple_merge.metrics import (
+from decouple_merge.evaluation.distances import (
     FeatureStats,
     frechet_distance,
     frechet_infinity,

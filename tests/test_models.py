@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import make_unet
-from decouple_merge import workflow
 from decouple_merge.config import Sample, load_config
-from decouple_merge.models import Base, export_pipeline, load_base, load_network, new_network, tensors_sha256
-from decouple_merge.plan import prepare
-from decouple_merge.sample import denoiser, sample_images
+from decouple_merge.experiment import workflow
+from decouple_merge.experiment.plan import prepare
+from decouple_merge.models.base import Base, export_pipeline, load_base, load_network, new_network, tensors_sha256
+from decouple_merge.sampling.sampler import denoiser, sample_images
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

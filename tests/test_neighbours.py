@@ -6,7 +6,7 @@ import torch
 from prdc import compute_prdc
 from torch import Tensor
 
-from decouple_merge.neighbours import density_coverage, precision_recall, squared_distances, squared_radii
+from decouple_merge.evaluation.neighbours import density_coverage, precision_recall, squared_distances, squared_radii
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

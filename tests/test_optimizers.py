@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from decouple_merge import finetune, plan, workflow
 from decouple_merge.config import Config
-from decouple_merge.plan import check, prepare
+from decouple_merge.experiment import plan, workflow
+from decouple_merge.experiment.plan import check, prepare
+from decouple_merge.training import trainer as finetune
 
 MakeConfig = Callable[..., Config]
 

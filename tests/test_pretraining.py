@@ -12,17 +12,18 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from conftest import WORDS, stock_images
-from decouple_merge import pretraining, workflow
-from decouple_merge.alignment import NUM_FEATURES, ImageTextModel, describe, load_image_text, save_image_text
 from decouple_merge.config import Config, Evaluate, PartTraining, Text
-from decouple_merge.features import load_extractor
-from decouple_merge.finetune import StepRecord
-from decouple_merge.metrics import clip_score, r_precision
-from decouple_merge.models import load_base
-from decouple_merge.plan import check_extractors
-from decouple_merge.runs import read_records
-from decouple_merge.scoring import evaluate_model
-from decouple_merge.text_encoders import create_text_encoder, create_tokenizer, learn_byte_pairs
+from decouple_merge.evaluation.alignment import NUM_FEATURES, ImageTextModel, describe, load_image_text, save_image_text
+from decouple_merge.evaluation.distances import clip_score, r_precision
+from decouple_merge.evaluation.features import load_extractor
+from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.experiment import workflow
+from decouple_merge.experiment.plan import check_extractors
+from decouple_merge.models.base import load_base
+from decouple_merge.models.text_encoders import create_text_encoder, create_tokenizer, learn_byte_pairs
+from decouple_merge.storage.files import read_records
+from decouple_merge.training import parts as pretraining
+from decouple_merge.training.trainer import StepRecord
 
 MakeConfig = Callable[..., Config]
 TEXT = {

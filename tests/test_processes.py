@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from decouple_merge import scoring, standalone
 from decouple_merge.config import Sample, Text
-from decouple_merge.features import Extractor
-from decouple_merge.scoring import evaluate_model
-from decouple_merge.standalone import sample_model
+from decouple_merge.evaluation import scoring
+from decouple_merge.evaluation.features import Extractor
+from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.sampling import standalone
+from decouple_merge.sampling.standalone import sample_model
 from test_evaluate import features_of
 
 METRICS = ["fd_effnetlite0", "kd_effnetlite0"]

@@ -11,18 +11,18 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from conftest import make_text_unet, make_unet
-from decouple_merge import finetune
 from decouple_merge.config import Config
-from decouple_merge.data import load_images
-from decouple_merge.models import load_base
-from decouple_merge.projection import (
+from decouple_merge.data.sources import load_images
+from decouple_merge.diffusion.timesteps import TimestepRange
+from decouple_merge.models.base import load_base
+from decouple_merge.models.projection import (
     ChannelProjection,
     attach_projections,
     folded_state_dict,
     output_layer,
     projection_parameters,
 )
-from decouple_merge.timesteps import TimestepRange
+from decouple_merge.training import trainer as finetune
 
 # The architecture of google/ddpm-ema-church-256.
 CHURCH: dict[str, Any] = {

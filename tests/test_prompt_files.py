@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from decouple_merge.config import Text, validate
-from decouple_merge.prompts import load_prompts, read_prompts
+from decouple_merge.data.prompts import load_prompts, read_prompts
 
 PARTI = 'Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\tone of many\n"hi" on a sign\tArts\tBasic\t\n'
 

@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from conftest import WORDS, save_stable_diffusion, stock_images
-from decouple_merge import cli
+from decouple_merge.cli import main as cli
 from decouple_merge.config import Sample, Text
-from decouple_merge.ensemble import TimestepEnsemble
-from decouple_merge.models import Base, load_base, new_network
-from decouple_merge.sample import Denoiser, Prompts, denoiser, sample_images
-from decouple_merge.scoring import evaluate_model
-from decouple_merge.timesteps import TimestepRange
+from decouple_merge.diffusion.timesteps import TimestepRange
+from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.models.base import Base, load_base, new_network
+from decouple_merge.models.ensemble import TimestepEnsemble
+from decouple_merge.sampling.sampler import Denoiser, Prompts, denoiser, sample_images
 
 CPU = torch.device("cpu")
 PROMPTS = ["red cat", "a green bird", "two dogs"]

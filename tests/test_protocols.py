@@ -17,15 +17,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from conftest import WORDS, make_unet, save_stable_diffusion
-from decouple_merge import cli, scoring
-from decouple_merge.compare import compare
+from decouple_merge.cli import main as cli
 from decouple_merge.config import Sample, Text, load_protocol
-from decouple_merge.data import open_images, resize_images
-from decouple_merge.features import Extractor, load_extractor
-from decouple_merge.prompts import read_prompts
-from decouple_merge.runs import read_records
-from decouple_merge.scoring import evaluate_model, write_reference
-from decouple_merge.standalone import sample_model
+from decouple_merge.data.prompts import read_prompts
+from decouple_merge.data.sources import open_images, resize_images
+from decouple_merge.evaluation import scoring
+from decouple_merge.evaluation.compare import compare
+from decouple_merge.evaluation.features import Extractor, load_extractor
+from decouple_merge.evaluation.scoring import evaluate_model, write_reference
+from decouple_merge.sampling.standalone import sample_model
+from decouple_merge.storage.files import read_records
 from test_clip_score import save_clip
 from test_inception import random_weights
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from decouple_merge import cli
+from decouple_merge.cli import main as cli
 from decouple_merge.config import Config, dump_config
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from decouple_merge.rules import RULES, Coefficients, Context, combine, linear
+from decouple_merge.merging.rules import RULES, Coefficients, Context, combine, linear
 
 DENSITIES = st.sampled_from([0.2, 0.5, 0.7, 1.0])
 WEIGHTS = st.lists(st.floats(-2, 2), min_size=3, max_size=3)

@@ -16,21 +16,25 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import make_unet
-from decouple_merge import finetune, recipes, scoring, standalone, workflow
-from decouple_merge.card import model_card
 from decouple_merge.config import Config, Merge, dump_config, load_config
-from decouple_merge.data import load_images
-from decouple_merge.features import load_extractor
-from decouple_merge.finetune import StepRecord
-from decouple_merge.models import load_base, tensors_sha256
-from decouple_merge.objective import Objective
-from decouple_merge.plan import check, prepare
-from decouple_merge.results import Row
-from decouple_merge.runs import read_records
-from decouple_merge.search import levels
-from decouple_merge.selection import merge_record
-from decouple_merge.study import Trial
-from decouple_merge.weights import merge
+from decouple_merge.data.sources import load_images
+from decouple_merge.evaluation import scoring
+from decouple_merge.evaluation.features import load_extractor
+from decouple_merge.experiment import workflow
+from decouple_merge.experiment.plan import check, prepare
+from decouple_merge.experiment.results import Row
+from decouple_merge.experiment.selection import merge_record
+from decouple_merge.merging import recipes
+from decouple_merge.merging.arithmetic import merge
+from decouple_merge.merging.card import model_card
+from decouple_merge.models.base import load_base, tensors_sha256
+from decouple_merge.sampling import standalone
+from decouple_merge.searching.levels import levels
+from decouple_merge.searching.objective import Objective
+from decouple_merge.searching.study import Trial
+from decouple_merge.storage.files import read_records
+from decouple_merge.training import trainer as finetune
+from decouple_merge.training.trainer import StepRecord
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MODELS = ["pretrained", "baseline-finetuned", "ensemble", "merged"]

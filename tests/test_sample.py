@@ -10,12 +10,12 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import Tensor, nn
 
 from conftest import make_unet
-from decouple_merge.batches import to_model
 from decouple_merge.config import Config, Sample
-from decouple_merge.ensemble import TimestepEnsemble
-from decouple_merge.models import Base, load_base
-from decouple_merge.sample import Denoiser, denoiser, sample_images, sampling_copy
-from decouple_merge.timesteps import TimestepRange, range_index
+from decouple_merge.data.batches import to_model
+from decouple_merge.diffusion.timesteps import TimestepRange, range_index
+from decouple_merge.models.base import Base, load_base
+from decouple_merge.models.ensemble import TimestepEnsemble
+from decouple_merge.sampling.sampler import Denoiser, denoiser, sample_images, sampling_copy
 
 CPU = torch.device("cpu")
 SEEDS = [5, 2**31, 0, 17, 3, 99, 1]

@@ -13,15 +13,16 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from decouple_merge import cli, scoring
+from decouple_merge.cli import main as cli
 from decouple_merge.config import Sample, Text
-from decouple_merge.data import holds_jpeg, open_images
-from decouple_merge.features import Extractor, load_extractor
-from decouple_merge.models import load_base
-from decouple_merge.runs import read_records
-from decouple_merge.sample import denoiser, sample_images, sampling_copy
-from decouple_merge.scored import Source, open_scored
-from decouple_merge.scoring import evaluate_model
+from decouple_merge.data.sources import holds_jpeg, open_images
+from decouple_merge.evaluation import scoring
+from decouple_merge.evaluation.features import Extractor, load_extractor
+from decouple_merge.evaluation.images import Source, open_scored
+from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.models.base import load_base
+from decouple_merge.sampling.sampler import denoiser, sample_images, sampling_copy
+from decouple_merge.storage.files import read_records
 from test_encoders import save_model
 from test_evaluate import features_of
 

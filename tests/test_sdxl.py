@@ -14,19 +14,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import WORDS, make_sdxl_unet, save_sdxl, save_stable_diffusion, stock_images
-from decouple_merge import finetune, selection, workflow
-from decouple_merge.captions import load_captions
 from decouple_merge.config import Config, Data, Sample, Text, load_config
-from decouple_merge.data import load_images
-from decouple_merge.gradient import DenoisingLoss, noisy_batch
-from decouple_merge.latents import Latents
-from decouple_merge.lora import FILE
-from decouple_merge.models import load_base
-from decouple_merge.parts import decode_latents, encode_images, encode_texts, load_text_encoders, load_vae
-from decouple_merge.plan import describe, prepare
-from decouple_merge.projection import attach_projections, folded_state_dict, projection_parameters
-from decouple_merge.sample import Prompts, denoiser, sample_images
-from decouple_merge.timesteps import TimestepRange
+from decouple_merge.data.captions import load_captions
+from decouple_merge.data.latents import Latents
+from decouple_merge.data.sources import load_images
+from decouple_merge.diffusion.timesteps import TimestepRange
+from decouple_merge.experiment import selection, workflow
+from decouple_merge.experiment.plan import describe, prepare
+from decouple_merge.models.base import load_base
+from decouple_merge.models.lora import FILE
+from decouple_merge.models.parts import decode_latents, encode_images, encode_texts, load_text_encoders, load_vae
+from decouple_merge.models.projection import attach_projections, folded_state_dict, projection_parameters
+from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
+from decouple_merge.training import trainer as finetune
+from decouple_merge.training.gradient import DenoisingLoss, noisy_batch
 
 CPU = torch.device("cpu")
 PROMPTS = ["red cat", "a green bird", "two dogs"]

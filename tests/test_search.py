@@ -8,9 +8,9 @@ from typing import Any, get_args
 import pytest
 
 from decouple_merge.config import Config, Search
-from decouple_merge.search import first_candidates, fixed_candidates, levels, num_candidates, ranked, search
-from decouple_merge.strategies import Weights
-from decouple_merge.study import Level, Score, Study, Trial, open_storage, open_study, trials
+from decouple_merge.searching.levels import first_candidates, fixed_candidates, levels, num_candidates, ranked, search
+from decouple_merge.searching.strategies import Weights
+from decouple_merge.searching.study import Level, Score, Study, Trial, open_storage, open_study, trials
 
 TARGET = (1.7, 0.4)
 STRATEGIES = [
@@ -257,7 +257,7 @@ def test_a_budget_of_images_limits_the_candidates() -> None:
 
 def test_a_budget_of_minutes_ends_the_search_and_a_second_run_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(30.0 * i for i in range(1000))
-    monkeypatch.setattr("decouple_merge.study.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("decouple_merge.searching.study.time.monotonic", lambda: next(clock))
     open_level, asked = in_memory(), config("random", num_trials=100, max_minutes=4)
     found = list(search(open_level, asked, 2, objective))
     assert 5 <= len(found) < 100

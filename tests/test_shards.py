@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from decouple_merge import workflow
-from decouple_merge.captions import load_captions
 from decouple_merge.config import Config, Data
-from decouple_merge.data import holds_jpeg, load_images, open_images
-from decouple_merge.plan import check, prepare
+from decouple_merge.data.captions import load_captions
+from decouple_merge.data.sources import holds_jpeg, load_images, open_images
+from decouple_merge.experiment import workflow
+from decouple_merge.experiment.plan import check, prepare
 
 MakeConfig = Callable[..., Config]
 

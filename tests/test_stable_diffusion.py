@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 
 from conftest import make_text_unet, save_stable_diffusion, stock_images
-from decouple_merge.models import export_pipeline, load_base, make_scheduler, new_network, predict
-from decouple_merge.parts import (
+from decouple_merge.models.base import export_pipeline, load_base, make_scheduler, new_network, predict
+from decouple_merge.models.parts import (
     decode_latents,
     encode_images,
     encode_texts,

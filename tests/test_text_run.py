@@ -14,19 +14,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import WORDS, save_clip, stock_images
-from decouple_merge import finetune, latents, workflow
 from decouple_merge.config import Config, Text, dump_config
-from decouple_merge.finetune import StepRecord
-from decouple_merge.gradient import DenoisingLoss, fisher_information, noisy_batch
-from decouple_merge.models import load_base, new_network
-from decouple_merge.plan import Plan, check, describe, open_prompts, prepare
-from decouple_merge.results import Row, denoiser_of
-from decouple_merge.runs import read_records
-from decouple_merge.sample import sample_images
-from decouple_merge.scoring import evaluate_model
+from decouple_merge.data import latents
+from decouple_merge.diffusion.timesteps import TimestepRange
+from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.experiment import workflow
+from decouple_merge.experiment.plan import Plan, check, describe, open_prompts, prepare
+from decouple_merge.experiment.results import Row, denoiser_of
+from decouple_merge.models.base import load_base, new_network
+from decouple_merge.sampling.sampler import sample_images
+from decouple_merge.sampling.standalone import sample_model
 from decouple_merge.seeds import generator
-from decouple_merge.standalone import sample_model
-from decouple_merge.timesteps import TimestepRange
+from decouple_merge.storage.files import read_records
+from decouple_merge.training import trainer as finetune
+from decouple_merge.training.gradient import DenoisingLoss, fisher_information, noisy_batch
+from decouple_merge.training.trainer import StepRecord
 
 CPU = torch.device("cpu")
 MODELS = ["pretrained", "baseline-finetuned", "ensemble", "merged"]

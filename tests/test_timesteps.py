@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decouple_merge.timesteps import TimestepRange, check_ranges, draw_timesteps, range_index, split_timesteps
+from decouple_merge.diffusion.timesteps import TimestepRange, check_ranges, draw_timesteps, range_index, split_timesteps
 
 T, OWN = 1000, TimestepRange(250, 500)
 

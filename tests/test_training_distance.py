@@ -12,15 +12,16 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from rich.console import Console
 
 from conftest import make_unet
-from decouple_merge import progress, workflow
+from decouple_merge.cli import progress
 from decouple_merge.config import Config, Evaluate, Finetune, Search
-from decouple_merge.ensemble import TimestepEnsemble
-from decouple_merge.evaluate import score
-from decouple_merge.finetune import StepRecord, Trainer
-from decouple_merge.objective import load_compared, training_distance
-from decouple_merge.plan import Plan, prepare
-from decouple_merge.runs import read_records, read_tensors
-from decouple_merge.sample import denoiser, sample_images
+from decouple_merge.evaluation.scores import score
+from decouple_merge.experiment import workflow
+from decouple_merge.experiment.plan import Plan, prepare
+from decouple_merge.models.ensemble import TimestepEnsemble
+from decouple_merge.sampling.sampler import denoiser, sample_images
+from decouple_merge.searching.objective import load_compared, training_distance
+from decouple_merge.storage.files import read_records, read_tensors
+from decouple_merge.training.trainer import StepRecord, Trainer
 
 CPU = torch.device("cpu")
 MakeConfig = Callable[..., Config]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from decouple_merge import rules
-from decouple_merge.weights import Stacked, Tensors, check_same_keys, merge, task_vector_norms
+from decouple_merge.merging import rules
+from decouple_merge.merging.arithmetic import Stacked, Tensors, check_same_keys, merge, task_vector_norms
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from decouple_merge import study as study_module
 from decouple_merge.config import Config
-from decouple_merge.search import levels, search, work
-from decouple_merge.strategies import Weights
-from decouple_merge.study import Level, Score, Study, Trial, open_storage, open_study, trials
+from decouple_merge.searching import study as study_module
+from decouple_merge.searching.levels import levels, search, work
+from decouple_merge.searching.strategies import Weights
+from decouple_merge.searching.study import Level, Score, Study, Trial, open_storage, open_study, trials
 
 SETTINGS = {
     "strategy": "evolution",
@@ -69,7 +69,7 @@ def start_workers() -> Iterator[Any]:
     def start(num: int, url: str, objective: Slow, grace_seconds: float = 30.0) -> list[Any]:
         open_levels(url)("screen")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["decouple_merge.search"])
+        context.set_forkserver_preload(["decouple_merge.searching.levels"])
         for _ in range(num):
             process = context.Process(target=work_in_a_process, args=(url, objective, grace_seconds))
             process.start()
@@ -121,7 +121,7 @@ def test_a_search_killed_at_ten_random_moments_ends_with_the_same_trials(tmp_pat
     url, moments = f"sqlite:///{tmp_path / 'study.db'}", random.Random(2)
     open_levels(url)("screen")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["decouple_merge.search"])
+    context.set_forkserver_preload(["decouple_merge.searching.levels"])
     for kill in range(10):
         process = context.Process(target=search_in_a_process, args=(url, Slow(tmp_path)))
         process.start()

@@ -1,0 +1,4 @@
+"""Figures of trainings, searches and images.
+
+Imports diffusion, searching, storage.
+"""

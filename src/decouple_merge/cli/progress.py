@@ -1,0 +1,80 @@
+"""Show a run's events: a live view on a terminal, plain lines elsewhere."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ..experiment.results import Row
+from ..searching.study import Trial
+from ..training.trainer import StepRecord
+
+
+def show(events: Iterable[Any], console: Console) -> list[Row]:
+    """Print events as they come; returns the rows of the result table."""
+    rows: list[Row] = []
+    bars: dict[str, TaskID] = {}
+    validations: dict[str, str] = {}
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        for event in events:
+            if isinstance(event, Row):
+                rows.append(event)
+            elif isinstance(event, StepRecord):
+                if event.name not in bars:
+                    bars[event.name] = progress.add_task(event.name, total=event.num_updates, detail="")
+                if event.validation is not None:
+                    validations[event.name] = validation_line(event)
+                line = training_line(event) + validations.get(event.name, "")
+                progress.update(bars[event.name], completed=event.update, detail=line)
+                if not console.is_terminal and event.validation is not None:
+                    console.print(f"{event.name} {event.update}/{event.num_updates}: {line}")
+            elif isinstance(event, Trial):
+                weights = ", ".join(f"{w:.3f}" for w in event.weights)
+                console.print(f"{event.level} {event.number}: ({weights}) → {event.value:.4g}  {event.seconds:.0f} s")
+            elif isinstance(event, dict):
+                console.print(metrics_line(event))
+            else:
+                console.print(event)
+    return rows
+
+
+def training_line(record: StepRecord) -> str:
+    """Say in one line how a training goes: losses, speed, time left."""
+    consistency = f"  consistency {record.consistency_loss:.5f}" if record.consistency_loss else ""
+    return (
+        f"loss {record.loss:.4f}{consistency}  {record.images_per_second:.0f} images/s  "
+        f"{record.seconds_left // 60:.0f}:{record.seconds_left % 60:02.0f} left"
+    )
+
+
+def validation_line(record: StepRecord) -> str:
+    """Say the validation losses, the own range's first, and the distance of drawn images."""
+    losses = list(record.validation or [])
+    own = "" if record.own_range is None else f"own {losses.pop(record.own_range):.5f} others "
+    distance = "" if record.distance is None else f"  distance {record.distance:.4g}"
+    return f"  validation {own}" + " ".join(f"{v:.5f}" for v in losses) + distance
+
+
+def metrics_line(record: dict[str, Any]) -> str:
+    """Say a metrics record in one line."""
+    seeds = f" on seeds {record['seeds'][0]} to {record['seeds'][1]}" if record["seeds"] else ""
+    return f"{record['model']}: {record['metric']} {record['value']:.5g}, {record['num_images']} images{seeds}"

@@ -1,0 +1,4 @@
+"""Timesteps, noise and losses of diffusion: pure maths of tensors.
+
+Imports nothing.
+"""

@@ -1,0 +1,184 @@
+"""What images are compared with: moments and features of a data set, computed once and cached, or read from npz."""
+
+import hashlib
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..data.batches import Images
+from ..data.sources import array_images
+from ..storage.files import atomic_path, cache_folder, read_tensors, write_tensors
+from .distances import FeatureStats, matrix_root
+from .features import Extractor
+
+# Kernel distances and neighbours need features themselves. This many, evenly spaced, keep their cost and the cache
+# small; 10,000 is the size of the reference batches of Dhariwal & Nichol 2021.
+NUM_ROWS = {"kernel": 5000, "neighbours": 10_000}
+# Names of mean and covariance in npz files, by the extractor's output.
+NPZ_NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of features in float64, and the covariance's square root."""
+
+    mean: Float[Tensor, " d"]
+    covariance: Float[Tensor, "d d"]
+    root: Float[Tensor, "d d"]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared with.
+
+    Attributes:
+        name: of the data, with its hash, as records carry it.
+        num_images: 0 where statistics don't say.
+        moments: for each output of the extractor.
+        rows: float32 features, for the ``kernel`` distances and for ``neighbours``; empty where there are only
+            statistics. Of a CLIP score the ``texts``: row k is that of image k, modulo their number.
+    """
+
+    name: str
+    num_images: int
+    moments: dict[str, Moments]
+    rows: dict[str, Float[Tensor, "_ d"]]
+
+
+def make_reference(name: str, images: Images, extractor: Extractor, num_images: int | None = None) -> Reference:
+    """Compute the statistics of the first images of a data set, or read them from the cache.
+
+    The cache's key is the hash of the data, of the extractor and the number of images.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    num = min(num_images or len(images), len(images))
+    if num < 2:
+        raise ValueError(f"{name}: found {num} image(s), expected at least 2 to compare with")
+    key = f"{images.sha256} {extractor.label} {num} {sorted(extractor.outputs)} {NUM_ROWS}"
+    path = cache_folder() / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    if not path.exists():
+        write_tensors(path, _statistics(images, num, extractor))
+    tensors, _ = read_tensors(path)
+    moments = {
+        o: Moments(*(tensors[f"{o}.{part}"] for part in ("mean", "covariance", "root"))) for o in extractor.outputs
+    }
+    kept_rows = {kind: tensors[f"rows.{kind}"] for kind in NUM_ROWS}
+    return Reference(f"{name}:{images.sha256[:16]}:{num}", num, moments, kept_rows)
+
+
+def _statistics(images: Images, num: int, extractor: Extractor) -> dict[str, Tensor]:
+    stats = {output: FeatureStats.empty(width) for output, width in extractor.outputs.items()}
+    wanted = {k: set(np.linspace(0, num - 1, min(num, limit)).astype(int).tolist()) for k, limit in NUM_ROWS.items()}
+    rows: dict[str, list[Tensor]] = {kind: [] for kind in NUM_ROWS}
+    for batch in torch.arange(num).split(256):
+        features = {k: v.cpu() for k, v in extractor.extract(images.stack(batch.tolist())).items()}
+        for output, found in stats.items():
+            found.add(features[output])
+        for kind, kept in rows.items():
+            kept.append(features["features"][[i for i, n in enumerate(batch.tolist()) if n in wanted[kind]]])
+    tensors = {f"rows.{kind}": torch.cat(kept) for kind, kept in rows.items()}
+    for output, found in stats.items():
+        covariance = found.covariance
+        tensors |= {
+            f"{output}.mean": found.mean,
+            f"{output}.covariance": covariance,
+            f"{output}.root": matrix_root(covariance),
+        }
+    return tensors
+
+
+def text_reference(prompts: list[str], texts: list[str], extractor: Extractor) -> Reference:
+    """Embed the texts that images are to show, for the CLIP score.
+
+    Args:
+        prompts: all that there are, of which records carry the hash.
+        texts: of the images in their order.
+    """
+    assert extractor.embed is not None
+    index = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    rows = extractor.embed(list(index))[[index[text] for text in texts]]
+    digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
+    return Reference(f"prompts:{digest[:16]}:{len(prompts)}", 0, {}, {"texts": rows})
+
+
+def write_statistics(reference: Reference, path: Path) -> None:
+    """Write mean and covariance as ``mu`` and ``sigma`` of an npz file, which pytorch-fid and others read.
+
+    Those of Inception's spatial features are ``mu_s`` and ``sigma_s``, as in ADM's files.
+    """
+    if path.suffix != ".npz":
+        raise ValueError(f"{path}: expected a name that ends in .npz")
+    arrays: dict[str, Any] = {}
+    for output, moments in reference.moments.items():
+        for array, values in zip(NPZ_NAMES[output], (moments.mean, moments.covariance), strict=True):
+            arrays[array] = values.numpy()
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def holds_statistics(path: Path) -> bool:
+    """Say whether a file is an npz with statistics, as opposed to images alone.
+
+    Raises:
+        ValueError: it is an npz file that can't be opened.
+    """
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return "mu" in file.files
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: can't be read as an npz file ({error})") from error
+
+
+def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -> Reference:
+    """Read ``mu`` and ``sigma`` from an npz file as pytorch-fid writes them, ``mu_s`` and ``sigma_s`` as ADM does.
+
+    Args:
+        with_rows: also compute features of the images in ``arr_0``, if the file has it.
+
+    Raises:
+        ValueError: the file is damaged, lacks the two arrays, or is of another extractor's size.
+    """
+    arrays: dict[str, Tensor] = {}
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            has_images = "arr_0" in file.files
+            for output in extractor.outputs:
+                for array in NPZ_NAMES[output]:
+                    if output == "features" or array in file.files:
+                        arrays[array] = torch.from_numpy(file[array]).double()
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected an npz file with arrays mu and sigma ({error})") from error
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    moments = {}
+    for output, width in extractor.outputs.items():
+        mean, covariance = (arrays.get(array) for array in NPZ_NAMES[output])
+        if mean is None or covariance is None:
+            continue
+        if mean.shape != (width,) or covariance.shape != (width, width):
+            raise ValueError(f"{path}: found {tuple(mean.shape)} features, expected {width}: made by another extractor")
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError(f"{path}: mean or covariance has NaN or infinity; make the file again")
+        moments[output] = Moments(mean, covariance, _cached_root(covariance, f"{digest}-{output}"))
+    rows = {}
+    if with_rows and has_images:
+        rows = make_reference(path.name, array_images(path), extractor).rows
+    return Reference(f"{path.name}:{digest[:16]}", 0, moments, rows)
+
+
+def _cached_root(covariance: Float[Tensor, "d d"], key: str) -> Float[Tensor, "d d"]:
+    path = cache_folder() / "reference" / f"{key}.safetensors"
+    if not path.exists():
+        write_tensors(path, {"root": matrix_root(covariance)})
+    return read_tensors(path)[0]["root"]

@@ -1,0 +1,4 @@
+"""Where pieces of work run: here, or in processes with a device each.
+
+Imports nothing.
+"""

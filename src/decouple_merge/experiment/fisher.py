@@ -1,0 +1,38 @@
+"""The Fisher information of a run's experts, for merges that weigh every parameter by it."""
+
+import json
+from collections.abc import Iterator
+
+from ..data.batches import training_batches
+from ..executors.devices import default_device
+from ..models.base import tensors_sha256
+from ..seeds import stream_seed
+from ..storage.files import read_tensors, write_tensors
+from ..training.gradient import fisher_information
+from .plan import Plan, load_experts
+
+
+def write_fishers(plan: Plan, num_batches: int = 10) -> Iterator[str]:
+    """Write ``fisher/<i>.safetensors`` for every expert of a run, from training images at its own timesteps.
+
+    A file that was made from the same expert and as many images is kept. Batches are ``finetune.batch_size`` images.
+
+    Raises:
+        ValueError: ``num_batches`` is below 1, or an expert is missing, damaged, or of another base.
+    """
+    if num_batches < 1:
+        raise ValueError(f"num_batches is {num_batches}, expected at least 1")
+    config, experts = plan.config, load_experts(plan)
+    for index, (expert, own) in enumerate(zip(experts, plan.ranges, strict=True)):
+        path, size = plan.run.fisher(index), config.finetune.batch_size
+        record = {
+            "expert_sha256": tensors_sha256(expert),
+            "timesteps": [own.low, own.high],
+            "num_images": num_batches * size,
+        }
+        if not path.exists() or json.loads(read_tensors(path)[1]["fisher"]) != record:
+            seed = stream_seed(config.seed, "fisher", index)
+            batches = training_batches(plan.images, config.data, size, seed, 0, num_batches)
+            fisher = fisher_information(plan.base, expert, own, batches, seed, default_device())
+            write_tensors(path, fisher, {"fisher": json.dumps(record)})
+        yield f"{path}: {num_batches * size} images at timesteps {own}"

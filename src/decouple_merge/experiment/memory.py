@@ -1,0 +1,139 @@
+"""The memory that a run will need, from configs and the headers of weight files: nothing is loaded to know it."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..config import Config, Training
+from ..data.latents import DTYPES
+from ..models.base import empty_network, stored_dtype
+from ..models.lora import attach_lora, check_lora
+from ..models.projection import attach_projections
+from ..storage.hub import pipeline_folder
+from ..storage.tensors import PICKLES, TensorFiles, num_bytes_of, weight_files
+
+# Of bitsandbytes: smaller tensors keep moments of 32 bits, of larger ones a block shares a scale.
+MIN_8BIT_SIZE, BLOCK_SIZE, CODEBOOK_SIZE = 4096, 256, 256
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage holds on its device, in bytes, by what it is."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = [f"{name} {_size(value)}" for name, value in self.parts.items() if value]
+        return f"{self.name}: " + (f"{_size(self.total)} = " if len(parts) > 1 else "") + " + ".join(parts)
+
+
+def _size(num_bytes: int) -> str:
+    factor, unit = next((f, u) for f, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if num_bytes >= f or u == "kB")
+    return f"{num_bytes / factor:.1f} {unit}"
+
+
+def estimate(config: Config) -> list[Stage]:
+    """Count the bytes of weights, gradients, averages and moments in each stage of a run.
+
+    Activations, the work space of kernels, images and the networks of metrics are not among them.
+
+    Raises:
+        OSError, SafetensorError, ValueError, KeyError: the base can't be read, or has no modules for the adapter.
+    """
+    folder = pipeline_folder(config.base)
+    network, settings = empty_network(folder), config.finetune
+    size = _num_bytes([*network.parameters(), *network.buffers()])
+    num_elements = sum(p.numel() for p in network.parameters())
+    vae = {"VAE": _part_bytes(folder / "vae")}
+    texts = {path.name: _part_bytes(path) for path in sorted(folder.glob("text_encoder*"))}
+    stages = [Stage("encoding texts", texts)] if texts else []
+    stages += [Stage("encoding images", vae)] if vae["VAE"] else []
+
+    with torch.device("meta"):
+        attach_projections(network, settings.projection.placement)
+        if settings.lora is not None:
+            check_lora(network, settings.lora)
+            attach_lora(network, settings.lora, "memory")
+    stages.append(Stage("finetuning an expert", _training(network, size, config)))
+
+    placement_size = size if settings.projection.placement != "trunk" else _num_bytes(network.parameters())
+    num = len(config.search.checkpoints) or len(settings.ranges or ()) or settings.num_ranges
+    matrix = {f"base and {num} experts": (num + 1) * placement_size, "merge": placement_size}
+    stored, sampled = stored_dtype(folder), DTYPES[config.sample.precision]
+    drawing = {f"network in {config.sample.precision}": num_elements * sampled.itemsize} | vae
+    if settings.distance:
+        two = {f"expert and base in {config.sample.precision}": 2 * num_elements * sampled.itemsize}
+        stages.append(Stage("drawing with an expert besides", {"averaged weights": size} | two | vae))
+    searching = matrix | drawing
+    if stored != torch.float32:
+        searching["merge as it is written"] = num_elements * stored.itemsize
+    elif sampled == torch.float32:
+        # Its parameters are views of the merge.
+        searching |= {f"network in {config.sample.precision}": 0}
+    stages.append(Stage("searching, each worker", searching))
+    if config.search.gradient_batches:
+        learning = {"network to learn with": size, "gradients": 2 * size}
+        stages.append(Stage("learning a start of the search", searching | learning))
+    stages.append(Stage("drawing, one model", drawing))
+    num_held = 1 if config.sample.one_resident else num
+    held = {f"{num_held} of {num} networks in {config.sample.precision}": num_held * num_elements * sampled.itemsize}
+    stages.append(Stage("drawing, the ensemble", held | vae))
+    stages.append(Stage("besides on the CPU", {"base": size, "experts in search": num * placement_size}))
+    return stages
+
+
+def _training(network: nn.Module, size: int, config: Config) -> dict[str, int]:
+    trained = [p for p in network.parameters() if p.requires_grad]
+    has_teacher = config.finetune.consistency_weight > 0 and config.finetune.lora is None
+    return {
+        "network": _num_bytes([*network.parameters(), *network.buffers()]),
+        "teacher": size if has_teacher else 0,
+        "gradients": _num_bytes(trained),
+        "EMA": _num_bytes(trained),
+        "moments": _moments([p.numel() for p in trained], config.finetune),
+    }
+
+
+def _moments(sizes: list[int], settings: Training) -> int:
+    """Count the bytes of AdamW's two moments, and of what is kept with them for each parameter."""
+    if settings.optimizer == "adamw":
+        return sum(8 * n + 4 for n in sizes)
+    large = [n for n in sizes if n >= MIN_8BIT_SIZE]
+    scales = sum(8 * math.ceil(n / BLOCK_SIZE) for n in large)
+    return sum(8 * n for n in sizes if n < MIN_8BIT_SIZE) + sum(2 * n for n in large) + scales + 8 * CODEBOOK_SIZE
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+def _part_bytes(folder: Path) -> int:
+    """Count the bytes of a pipeline's part in float32, as it is loaded; of pickles, the files'."""
+    for name in ("model", "diffusion_pytorch_model"):
+        for path in (folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"):
+            if path.is_file():
+                entries = TensorFiles(weight_files(path)).entries.values()
+                return sum(num_bytes_of(torch.float32, e.shape) for e in entries if e.dtype.is_floating_point)
+    return sum(path.stat().st_size for path in folder.glob("*") if path.suffix in PICKLES)
+
+
+def describe_memory(config: Config) -> list[str]:
+    """Say what each stage holds; nothing where the base can't be read, about which ``plan.check`` says more."""
+    try:
+        stages = estimate(config)
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError):
+        return []
+    return [
+        "memory, without activations, which grow with batch_size, and without networks of metrics:",
+        *(f"  {stage}" for stage in stages),
+    ]

@@ -1,0 +1,144 @@
+"""The numbers of a run: every model of the table on every set of report seeds."""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..config import Config
+from ..evaluation.features import METRICS
+from ..evaluation.references import text_reference
+from ..evaluation.scores import metrics_record, score
+from ..executors.devices import default_device
+from ..executors.local import run_all
+from ..merging.arithmetic import Tensors
+from ..models.base import load_network, num_parameters
+from ..sampling.sampler import Denoiser, denoiser, sample_images, sampling_copy, sampling_fields
+from ..searching.objective import load_compared, load_features
+from ..storage.files import append_record, atomic_path, read_records, read_tensors
+from ..storage.provenance import git_commit
+from .plan import BASELINE, Plan, build_network, ensemble_denoiser, load_experts, open_prompts
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the result table: values of one metric over the sets of report seeds."""
+
+    model: str
+    num_parameters: int
+    metric: str
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float:
+        return max(self.values) - min(self.values)
+
+
+def report_models(plan: Plan) -> list[str]:
+    """List the models of the result table."""
+    return ["pretrained", *([BASELINE] if plan.config.finetune.baseline else []), "ensemble", "merged"]
+
+
+def _weights_of(plan: Plan, model: str) -> Tensors:
+    if model == "pretrained":
+        return plan.base.network.state_dict()
+    if model == BASELINE:
+        return read_tensors(plan.run.baseline(BASELINE) / "model.safetensors")[0]
+    return load_network(plan.run.merged)
+
+
+def denoiser_of(plan: Plan, model: str, device: torch.device) -> Denoiser:
+    if model == "ensemble":
+        return ensemble_denoiser(plan, load_experts(plan), device)
+    return denoiser(sampling_copy(build_network(plan, _weights_of(plan, model)), plan.config.sample, device))
+
+
+def _seed_set(config: Config, index: int) -> range:
+    first = config.evaluate.first_seed + index * config.evaluate.num_images
+    return range(first, first + config.evaluate.num_images)
+
+
+def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) -> Iterator[dict[str, Any]]:
+    """Score one model on one set of seeds; the images are drawn once for all metrics."""
+    config, device = plan.config, default_device()
+    prompts, compared = open_prompts(plan, device), {}
+    for name in dict.fromkeys(METRICS[m] for m in metrics):
+        if name == "clip_text" and prompts is not None:
+            clip = load_features(plan, name, device)
+            compared[name] = clip, text_reference(prompts.prompts, prompts.choose(seeds), clip)
+        else:
+            compared[name] = load_compared(plan, name, device)
+    batches = sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device, prompts=prompts)
+    sampling = sampling_fields(plan.base, config.sample, prompts)
+    for metric, value in score(batches, metrics, list(compared.values())).items():
+        found = compared[METRICS[metric]]
+        yield metrics_record(model, metric, value, len(seeds), seeds, found, sampling, git_commit())
+
+
+def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
+    """Score every model of the result table on every set of report seeds; yields the table's rows."""
+    config, device = plan.config, default_device()
+    done = {(r["model"], r["metric"], r["seeds"][0]) for r in read_records(plan.run.metrics)}
+    calls: list[tuple[Any, ...]] = []
+    for index in range(config.evaluate.num_seed_sets):
+        seeds = _seed_set(config, index)
+        for model in report_models(plan):
+            missing = [m for m in config.evaluate.metrics if (model, m, seeds.start) not in done]
+            if missing:
+                calls.append((plan, model, seeds, missing))
+    # Cached before several processes ask for it at once.
+    for extractor in {METRICS[m] for *_, missing in calls for m in missing} - {"clip_text"}:
+        load_compared(plan, extractor, device)
+    for record in run_all(_evaluate_model, calls, config.num_processes):
+        append_record(plan.run.metrics, record)
+        yield record
+    for model in report_models(plan):
+        _write_samples(plan, model, device)
+    yield from result_table(plan)
+
+
+def _write_samples(plan: Plan, model: str, device: torch.device) -> None:
+    first = plan.config.evaluate.first_seed
+    seeds = [
+        s
+        for s in range(first, first + plan.config.evaluate.num_sample_images)
+        if not (plan.run.samples(model) / f"{s}.png").exists()
+    ]
+    if seeds:
+        network, prompts = denoiser_of(plan, model, device), open_prompts(plan, device)
+        drawn = sample_images(network, plan.base, seeds, plan.config.sample, device, prompts=prompts)
+        write_images(drawn, seeds, plan.run.samples(model))
+
+
+def write_images(batches: Iterator[torch.Tensor], seeds: list[int], folder: Path) -> None:
+    """Write uint8 batches [n, C, H, W] as ``<seed>.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = iter(seeds)
+    for batch in batches:
+        for pixels in batch:
+            with atomic_path(folder / f"{next(names)}.png") as temporary:
+                Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary, format="PNG")
+
+
+def result_table(plan: Plan) -> Iterator[Row]:
+    """Yield a row for each metric and model, from the run's records."""
+    records = read_records(plan.run.metrics)
+    size = num_parameters(plan.base.network)
+    if plan.config.finetune.projection.placement == "trunk" and plan.run.merged.exists():
+        merged_size = sum(v.numel() for v in load_network(plan.run.merged).values())
+    else:
+        merged_size = size
+    sizes = {"ensemble": merged_size * len(plan.ranges), "merged": merged_size}
+    for metric in plan.config.evaluate.metrics:
+        for model in report_models(plan):
+            values = [r["value"] for r in records if (r["model"], r["metric"]) == (model, metric)]
+            if values:
+                yield Row(model, sizes.get(model, size), metric, values)

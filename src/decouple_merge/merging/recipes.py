@@ -1,0 +1,114 @@
+"""Merge files by a recipe, and read back what a model is made of; needs neither diffusers nor a network."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from .. import __version__
+from ..config import Merge, validate
+from ..storage.hub import pipeline_folder
+from ..storage.tensors import NAMES, num_bytes_of
+from .card import model_card
+from .files import NUM_AHEAD, Lora, Progress, Sources, merge_files, open_expert, widened_sha256
+
+
+def merge_models(
+    base: str,
+    experts: list[Path],
+    settings: Merge,
+    out: Path,
+    dry_run: bool = False,
+    expected_sha256: list[str] | None = None,
+) -> Iterator[str | Progress]:
+    """Merge experts into a base, one tensor at a time; yields lines for the user and progress in bytes.
+
+    Args:
+        base: a pipeline or a network's folder (``out`` is then a folder), or a ``.safetensors`` file (``out`` is one).
+        experts: expert folders of a run, pipelines, networks' folders, ``.safetensors`` files or LoRAs.
+        dry_run: check everything and say what would be done.
+        expected_sha256: of the base and of each expert, where a recipe says what they were.
+
+    Raises:
+        ValueError: the counts differ, a file is missing or damaged, keys or shapes don't fit the base's, an expert
+            is of another base, an input is not the expected one, or has NaN or infinity.
+    """
+    folder = pipeline_folder(base)
+    if folder.is_file() != (out.suffix == ".safetensors"):
+        raise ValueError(
+            f"--out is {out}, expected a {'.safetensors file' if folder.is_file() else 'folder'}, as the base is one"
+        )
+    sources = Sources(folder, experts, settings)
+    yield from _merge_plan(sources, settings)
+    if dry_run and expected_sha256 is None:
+        return
+    inputs = zip([base, *experts], [sources.base, *(e.files for e in sources.experts)], strict=True)
+    for (path, files), expected in zip(inputs, expected_sha256 or [], strict=expected_sha256 is not None):
+        if (sha256 := files.sha256()) != expected and widened_sha256(files) != expected:
+            raise ValueError(
+                f"{path} is not what the recipe was made with: found {sha256[:16]}, expected {expected[:16]}"
+            )
+    if dry_run:
+        return
+    record = {
+        "method": settings.method,
+        "weights": settings.weights,
+        "base": {"name": base},
+        "experts": [str(e) for e in experts],
+        "experts_sha256": [],
+        "settings": settings.model_dump(mode="json"),
+        "decouple_merge": __version__,
+    }
+    yield from merge_files(folder, out, sources, record, model_card)
+
+
+def _merge_plan(sources: Sources, settings: Merge) -> Iterator[str]:
+    largest = max(math.prod(shape) for _, shape in sources.output.values())
+    num_bytes = sum(num_bytes_of(*tensor) for tensor in sources.output.values())
+    # Base, sum and a temporary in float32 for each tensor in the making, whatever the number of experts.
+    memory = (NUM_AHEAD + 1) * 3 * 4 * largest * (1 if settings.method == "linear" else 1 + len(sources.experts))
+    yield (
+        f"{settings.method} merge of {len(sources.experts)} experts: {len(sources.output):,} tensors, "
+        f"{num_bytes / 1e9:.3g} GB to write, {sum(e.files.num_bytes for e in sources.experts) / 1e9:.3g} GB of experts "
+        f"to read, about {memory / 1e9:.2g} GB of memory"
+    )
+
+
+def repeat_merge(recipe: Path, out: Path, dry_run: bool = False) -> Iterator[str | Progress]:
+    """Do a merge again, to the same bytes, from its merge.json or from that of a run.
+
+    Raises:
+        ValueError: the file is no recipe, or an input is gone or is not what it was.
+    """
+    try:
+        record = json.loads(recipe.read_text())
+        base, experts = record["base"]["name"], [_beside(recipe, e) for e in record["experts"]]
+        settings = validate(Merge, record["settings"], str(recipe))
+        expected = [record["base"]["sha256"], *record["experts_sha256"]]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{recipe}: expected the merge.json of a deme merge or of a run ({error})") from error
+    yield from merge_models(base, experts, settings, out, dry_run, expected)
+
+
+def _beside(recipe: Path, name: str) -> Path:
+    """Find an input where its name says, or from the recipe's folder on, which is where runs count from."""
+    return recipe.parent / name if not Path(name).exists() and (recipe.parent / name).exists() else Path(name)
+
+
+def describe_model(model: Path) -> Iterator[str]:
+    """Say what a model's files hold, and how it was merged if it was."""
+    opened = open_expert(model)
+    files, kind = opened.files, "LoRA" if isinstance(opened, Lora) else "weights"
+    sizes: dict[str, int] = {}
+    for entry in files.entries.values():
+        name = NAMES[entry.dtype]
+        sizes[name] = sizes.get(name, 0) + math.prod(entry.shape)
+    yield f"{model}: {kind}, {len(files.entries):,} tensors, {files.num_bytes:,} bytes"
+    yield "elements: " + ", ".join(f"{n:,} {name}" for name, n in sorted(sizes.items()))
+    yield f"sha256 of the tensors: {files.sha256()}"
+    recipe = model / "merge.json"
+    text = recipe.read_text() if recipe.is_file() else files.metadata.get("merge")
+    if text is None:
+        yield "no record of a merge"
+    else:
+        yield json.dumps(json.loads(text), indent=2)

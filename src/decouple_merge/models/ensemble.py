@@ -1,0 +1,179 @@
+"""The experts as one denoiser: a module that takes the place of a network in a stock diffusers pipeline."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import load_config
+from ..diffusion.timesteps import TimestepRange, check_ranges, choose_ranges, range_index
+from ..merging.arithmetic import Tensors, check_same_keys
+from ..storage.files import read_tensors
+from ..storage.hub import pipeline_folder
+from ..storage.run_folder import Run
+from .base import Base, load_base, load_network, new_network
+
+
+class TimestepEnsemble(nn.Module):
+    """Experts as one denoiser, which runs for t the expert whose range holds t (DeMe, Eq. 7).
+
+    It is called as an expert is, and answers to what pipelines read of a network, so that it can take its place:
+    ``pipeline.unet = ensemble``, or ``pipeline.transformer``. Dispatch is on t, never on the step's index, so that it
+    is right for every sampler and number of steps.
+
+    Args:
+        networks: one for each range; where ``weights`` are given a single one, which is overwritten.
+        ranges: in order, a partition of [0, T).
+        weights: of each expert, tensors with the network's keys, on the CPU or memory-mapped. Then one expert is in
+            memory at a time: another's weights are copied over it when t comes into another range. A sampler goes
+            through the ranges once, so that a batch of images costs as many copies as there are experts.
+
+    Raises:
+        ValueError: the ranges are no partition of [0, T), their number is not that of the experts, or weights don't
+            fit the network.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        ranges: Sequence[TimestepRange],
+        num_train_timesteps: int,
+        weights: Sequence[Tensors] | None = None,
+    ) -> None:
+        super().__init__()
+        check_ranges(list(ranges), num_train_timesteps)
+        num = len(networks if weights is None else weights)
+        if num != len(ranges):
+            raise ValueError(f"{num} experts for {len(ranges)} ranges, expected one each")
+        for index, tensors in enumerate(weights or ()):
+            check_same_keys(networks[0].state_dict(), tensors, f"expert {index}")
+        self.networks, self.ranges, self.weights = nn.ModuleList(networks), list(ranges), weights
+        self.held: int | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the expert for ``timestep``, the second argument: a number, or a tensor [] or [batch].
+
+        Raises:
+            ValueError: a timestep lies in no range, or those of the batch in several.
+        """
+        timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        # Some samplers visit fractional timesteps up to T - 1.
+        first, last = (range_index(self.ranges, int(t)) for t in timestep.aminmax())
+        if first != last:
+            raise ValueError(
+                f"the timesteps of a batch are {timestep.tolist()}, of the ranges {self.ranges[first]} to "
+                f"{self.ranges[last]}; expected those of one range: call once for each"
+            )
+        return self._expert(first)(*args, **kwargs)
+
+    @torch.no_grad()
+    def _hold(self, index: int, weights: Tensors) -> None:
+        # Stopped in the middle, the network is a mixture, and no expert is held.
+        self.held = None
+        for key, value in self.networks[0].state_dict().items():
+            value.copy_(weights[key])
+        self.held = index
+
+    def _expert(self, index: int) -> nn.Module:
+        if self.weights is None:
+            return self.networks[index]
+        if index != self.held:
+            self._hold(index, self.weights[index])
+        return self.networks[0]
+
+    # What the pipelines of diffusers read of a denoiser, in which all experts agree.
+    @property
+    def config(self) -> Any:
+        return self.networks[0].config
+
+    @property
+    def in_channels(self) -> int:
+        return self.config.in_channels
+
+    @property
+    def add_embedding(self) -> Any:
+        return self.networks[0].add_embedding
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+def load_ensemble(
+    model: str | Path,
+    experts: Sequence[str | Path] = (),
+    ranges: Sequence[tuple[int, int]] | None = None,
+    one_resident: bool = False,
+) -> TimestepEnsemble:
+    """Build the ensemble of a run's experts, or of any models of one architecture; float32, on the CPU.
+
+    Args:
+        model: a run folder with finished experts; where experts are given, the base by folder or hub name.
+        experts: pipelines by folder or hub name, expert folders or weight files, the cleanest range's first.
+        ranges: [low, high) in timesteps, one for each of the experts; equal parts of [0, T) where not given. A run
+            has its own.
+        one_resident: hold one expert in memory, and read the others from their files when t comes to them.
+
+    Raises:
+        ValueError: the model is no run and no experts are given, one is missing, damaged or of another architecture
+            or base, or the ranges are no partition.
+    """
+    if experts:
+        base = load_base(str(model))
+        found = [_load_model(str(e), base) for e in experts]
+        parts = choose_ranges(base.num_train_timesteps, len(experts), ranges)
+    else:
+        run = Run(Path(model))
+        if not run.config.exists():
+            raise ValueError(
+                f"{model} is not a run folder (no config.yaml); give one, or the experts of a base and their ranges"
+            )
+        config = load_config(run.config)
+        base = load_base(config.base)
+        parts = choose_ranges(base.num_train_timesteps, config.finetune.num_ranges, config.finetune.ranges)
+        found = [load_expert(run.expert(i), base) for i in range(len(parts))]
+    has_trunk = [any(key.endswith("projection.weight") for key in tensors) for tensors in found]
+    if any(has_trunk) and not all(has_trunk):
+        raise ValueError(f"{sum(has_trunk)} of {len(found)} experts have trunk projections; expected all or none")
+
+    def build() -> nn.Module:
+        return new_network(base, "trunk" if all(has_trunk) else "none").requires_grad_(False).eval()
+
+    if one_resident:
+        return TimestepEnsemble([build()], parts, base.num_train_timesteps, found)
+    networks = [build() for _ in found]
+    for network, tensors in zip(networks, found, strict=True):
+        network.load_state_dict(tensors)
+    return TimestepEnsemble(networks, parts, base.num_train_timesteps)
+
+
+def _load_model(name: str, base: Base) -> Tensors:
+    tensors = load_network(pipeline_folder(name))
+    check_same_keys(base.network.state_dict(), tensors, name)
+    return tensors
+
+
+def load_expert(folder: Path, base: Base) -> Tensors:
+    """Read an expert of a run, memory-mapped.
+
+    Raises:
+        ValueError: it is missing, damaged, or was finetuned from another base.
+    """
+    if not (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} has no finished expert; run deme finetune first")
+    record = json.loads((folder / "expert.json").read_text())
+    if record["base_sha256"] != base.sha256:
+        raise ValueError(
+            f"{folder} was finetuned from another base: found {record['base_sha256'][:16]}, expected "
+            f"{base.sha256[:16]}; finetune again from this one, into another --out"
+        )
+    tensors, _ = read_tensors(folder / "model.safetensors")
+    check_same_keys(base.network.state_dict(), tensors, str(folder))
+    return tensors

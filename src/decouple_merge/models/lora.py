@@ -1,0 +1,112 @@
+"""The one adapter to peft: experts as low-rank adapters, θ_i = θ + (alpha / rank)·B·A (Hu et al. 2021)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Lora
+from ..seeds import stream_seed
+
+ADAPTER = "default"
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def check_lora(network: nn.Module, settings: Lora) -> None:
+    """Require that peft is installed, and that the network has the modules.
+
+    Raises:
+        ValueError: as said.
+    """
+    if find_spec("peft") is None:
+        raise ValueError("finetune.lora needs peft, which isn't installed: pip install decouple-merge[lora]")
+    names = [name for name, _ in network.named_modules()]
+    missing = [t for t in settings.target_modules if not any(f".{name}".endswith(f".{t}") for name in names)]
+    if missing:
+        raise ValueError(
+            f"finetune.lora.target_modules: the base has no module {', '.join(missing)}; its attention layers are "
+            f"called {', '.join(sorted({n.rpartition('.')[2] for n in names if n.endswith(('to_q', 'to_k', 'to_v'))}))}"
+        )
+
+
+def attach_lora(network: nn.Module, settings: Lora, *key: int | str) -> None:
+    """Put an adapter beside the target modules, in place, and freeze all else; at first the output doesn't change.
+
+    Args:
+        key: of the random stream that the factors A are drawn from; B starts at 0.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    alpha = settings.rank if settings.alpha is None else settings.alpha
+    config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=list(settings.target_modules))  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(*key))
+        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+
+
+def _adapters(network: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+
+
+@contextmanager
+def without_lora(network: nn.Module) -> Iterator[None]:
+    """Run a network with its adapters switched off, as it was before."""
+    adapters = list(_adapters(network).values())
+    for adapter in adapters:
+        adapter.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.enable_adapters(True)
+
+
+def _prefix(network: nn.Module) -> str:
+    """Say what pipelines call the network."""
+    return "transformer" if hasattr(network, "transformer_blocks") else "unet"
+
+
+def lora_factors(network: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name the factors as diffusers' ``load_lora_weights`` reads them; B holds the scale, so that there is no alpha.
+
+    Args:
+        parameters: values for its named parameters, for example their average.
+    """
+    state, prefix = {**network.state_dict(), **parameters}, _prefix(network)
+    factors = {}
+    for name, adapter in _adapters(network).items():
+        down, up = (state[f"{name}.lora_{side}.{ADAPTER}.weight"] for side in "AB")
+        factors[f"{prefix}.{name}.lora_A.weight"] = down.clone()
+        factors[f"{prefix}.{name}.lora_B.weight"] = up * adapter.scaling[ADAPTER]
+    return factors
+
+
+def unadapted_state_dict(network: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Compute the weights without an adapter, θ + B·A in place of θ, A and B, under the stock keys.
+
+    Args:
+        parameters: as of ``lora_factors``.
+    """
+    factors = lora_factors(network, parameters)
+    state = {k.replace(".base_layer.", "."): v for k, v in network.state_dict().items() if f".{ADAPTER}." not in k}
+    for name in _adapters(network):
+        down, up = (factors[f"{_prefix(network)}.{name}.lora_{side}.weight"] for side in "AB")
+        weight = state[f"{name}.weight"]
+        state[f"{name}.weight"] = weight + (up.flatten(1) @ down.flatten(1)).view_as(weight)
+    return state
+
+
+def merge_factors(experts: Sequence[dict[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Combine adapters into one of the summed rank: Σ w_i·B_i·A_i = [w_1·B_1 … w_N·B_N]·[A_1; …; A_N], exactly."""
+    merged = {}
+    for key in experts[0]:
+        if key.endswith(".lora_A.weight"):
+            merged[key] = torch.cat([e[key] for e in experts], 0)
+        else:
+            merged[key] = torch.cat([w * e[key] for e, w in zip(experts, weights, strict=True)], 1)
+    return merged

@@ -1,0 +1,171 @@
+"""Draw images with any diffusers scheduler, from one network or an ensemble of them."""
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from ..config import Sample, Text
+from ..data.batches import to_pixels
+from ..data.latents import DTYPES, open_texts
+from ..models.base import Base, cast_inputs, make_scheduler, predict
+from ..models.parts import Encoders, decode_latents, load_vae
+
+# Maps noisy images, t and what the network takes besides to its prediction.
+Denoiser = Callable[..., Tensor]
+
+
+def sampling_copy(network: nn.Module, settings: Sample, device: torch.device) -> nn.Module:
+    """Copy a network in the precision it will sample in, compiled where the settings ask for it."""
+    copied = copy.deepcopy(network).to(device, DTYPES[settings.precision]).requires_grad_(False).eval()
+    if settings.compile:
+        copied.compile()
+    return copied
+
+
+def denoiser(network: nn.Module) -> Denoiser:
+    """Wrap a network so that noisy images go in and its prediction comes out in float32."""
+    dtype = next(network.parameters()).dtype
+    return lambda x, t, **condition: predict(network, x.to(dtype), t, **cast_inputs(condition, dtype)).float()
+
+
+class Prompts:
+    """What a model is asked for: the prompt of seed s is number s - first_seed, modulo their number.
+
+    Prompts are texts, or of a class-conditional model names or numbers of classes.
+
+    Args:
+        seeds: that will be asked for, where not all are: of COCO's 40,504 captions a few are soon encoded.
+
+    Attributes:
+        label: all that it adds to how images were drawn.
+    """
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        prompts: Sequence[str],
+        settings: Text,
+        device: torch.device,
+        precision: str = "fp32",
+        first_seed: int = 0,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
+        self.prompts, self.settings, self.device, self.first_seed = list(prompts), settings, device, first_seed
+        self.encoders = encoders
+        wanted = self.prompts if seeds is None else self.choose(seeds)
+        self.texts = open_texts(encoders, [*wanted, settings.negative_prompt], precision, device)
+        self.vae = load_vae(encoders, device)
+        digest = hashlib.sha256(repr((self.prompts, settings.negative_prompt)).encode()).hexdigest()
+        self.label = f"{len(prompts)} texts {digest[:16]}, guidance {settings.guidance_scale:g}"
+
+    def choose(self, seeds: Sequence[int]) -> list[str]:
+        """Look up the prompts of some seeds."""
+        return [self.prompts[(seed - self.first_seed) % len(self.prompts)] for seed in seeds]
+
+    def guide(self, model: Denoiser, seeds: Sequence[int]) -> Denoiser:
+        """Bind the prompts of some seeds to a denoiser, with classifier-free guidance (Ho & Salimans 2022).
+
+        f = f(x, negative) + s·(f(x, prompt) - f(x, negative)), both by one call of twice the batch; at s = 1 the
+        prompt's alone.
+        """
+        chosen = self.choose(seeds)
+        scale = self.settings.guidance_scale
+        negative = [self.settings.negative_prompt] * len(chosen) if scale > 1 else []
+        condition = self.texts.embed([*negative, *chosen])
+        if self.encoders.is_sized:
+            size = self.encoders.image_size
+            # The stock pipeline's: an original of that size, not cut.
+            condition["time_ids"] = torch.tensor([[size, size, 0.0, 0.0, size, size]] * len(negative + chosen))
+        condition = {name: value.to(self.device) for name, value in condition.items()}
+        if not negative:
+            return lambda x, t: model(x, t, **condition)
+
+        def guided(x: Tensor, t: Any) -> Tensor:
+            away, toward = model(torch.cat([x, x]), t, **condition).chunk(2)
+            return away + scale * (toward - away)
+
+        return guided
+
+    def decode(self, latents: Float[Tensor, "n z h w"]) -> Float[Tensor, "n c hi wi"]:
+        """Decode latents to images, about in [-1, 1]."""
+        return decode_latents(self.vae, latents)
+
+
+def seed_batches(seeds: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """Cut seeds into the batches that are drawn at once."""
+    return [seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size)]
+
+
+@torch.no_grad()
+def sample_images(
+    model: Denoiser,
+    base: Base,
+    seeds: Sequence[int],
+    settings: Sample,
+    device: torch.device,
+    num_steps: int | None = None,
+    prompts: Prompts | None = None,
+    share: slice = slice(None),
+) -> Iterator[UInt8[Tensor, "batch c h w"]]:
+    """Draw one image for each seed; yields uint8 batches in the order of the seeds.
+
+    Image i depends only on seed i: initial and step noise come from a generator of its own. The last batch is
+    filled up before it goes through the network, so that every image meets the same kernels; another batch size
+    may pick others, which moves a value by rounding.
+
+    Args:
+        model: maps (x_t float32, t) to the network's prediction.
+        num_steps: instead of the settings'.
+        prompts: for a text-to-image or class-conditional base.
+        share: of the batches; other processes draw the others, to the same bits as one would.
+
+    Raises:
+        ValueError: such a base has no prompts, or another has some.
+    """
+    check_prompts(base, prompts is not None)
+    steps = num_steps or settings.num_steps
+    size = min(settings.batch_size, len(seeds))
+    for batch in seed_batches(seeds, size)[share]:
+        padded = [*batch] + [batch[-1]] * (size - len(batch))
+        generators = [torch.Generator().manual_seed(seed) for seed in padded]
+        # Multistep samplers keep a history: each batch has its own scheduler.
+        scheduler = make_scheduler(base, settings.sampler, steps, settings.timestep_spacing)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        extra: dict[str, Any] = {"generator": generators} if takes_generator else {}
+        x = (
+            torch.stack([torch.randn(base.shape, generator=g) for g in generators]).to(device)
+            * scheduler.init_noise_sigma
+        )
+        guided = model if prompts is None else prompts.guide(model, padded)
+        for t in scheduler.timesteps:
+            prediction = guided(scheduler.scale_model_input(x, t), t)
+            x = scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
+        yield to_pixels(x if prompts is None else prompts.decode(x))[: len(batch)].cpu()
+
+
+def sampling_fields(base: Base, settings: Sample, prompts: Prompts | None) -> dict[str, Any]:
+    """Say what an image depends on besides model and seed, as records carry it."""
+    scheduler = make_scheduler(base, settings.sampler, settings.num_steps, settings.timestep_spacing)
+    spacing = scheduler.config.get("timestep_spacing")
+    return settings.model_dump() | {"timestep_spacing": spacing, "prompts": prompts.label if prompts else None}
+
+
+def check_prompts(base: Base, has_prompts: bool) -> None:
+    """Require prompts for a text-to-image or class-conditional base, and none for another.
+
+    Raises:
+        ValueError: as said.
+    """
+    if has_prompts != (base.encoders is not None):
+        kind = type(base.pipeline).__name__
+        raise ValueError(
+            f"found prompts for a {kind}, which takes no text: leave them out"
+            if has_prompts
+            else f"found no prompts for a {kind}, which draws what they say: give a file with one prompt a line"
+        )

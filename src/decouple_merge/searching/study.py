@@ -1,0 +1,306 @@
+"""Studies of candidates in Optuna's storage, which any number of processes evaluate; the adapter to Optuna.
+
+A batch of candidates is queued in the storage, and whoever is free takes the next one from there. Each has a place in
+the order in which candidates were proposed, so that trials are the same whoever evaluates them, and when.
+"""
+
+import itertools
+import math
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import BaseSampler, GPSampler, TPESampler
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
+
+from ..seeds import stream_seed
+from .strategies import Known, Space, Strategy, Weights
+
+# A worker that was silent for so long is dead, and its candidate is evaluated again.
+HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30
+MAIN = "main"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an objective says of a candidate: the value (smaller is better) and the hash of the tensors it ran."""
+
+    value: float
+    merged_sha256: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluated candidate.
+
+    Attributes:
+        level: of fidelity, by name.
+        number: its place in the order in which the level's candidates were proposed.
+        worker: who evaluated it.
+        started: when, ISO 8601 by that worker's clock; with ``seconds`` it shows idle devices.
+    """
+
+    level: str
+    number: int
+    weights: Weights
+    value: float
+    merged_sha256: str
+    seconds: float
+    worker: str
+    started: str = ""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A fidelity at which candidates are compared, all from the same initial noise.
+
+    Attributes:
+        num_candidates: that are compared; those of the first level are proposed by the strategy, those of the next
+            are the best of the one before.
+        num_steps: of the sampler; None as the config's ``sample`` says.
+    """
+
+    name: str
+    num_candidates: int
+    seeds: range
+    num_steps: int | None
+
+    @property
+    def num_images(self) -> int:
+        return self.num_candidates * len(self.seeds)
+
+
+Study = optuna.Study
+Objective = Callable[[Weights, Level], Score]
+
+
+def open_storage(url: str) -> RDBStorage:
+    """Connect to a study storage by URL, SQLite or any other that SQLAlchemy reaches.
+
+    Raises:
+        ValueError: there is nothing at the URL that answers, or its driver isn't installed.
+    """
+    is_file = url.startswith("sqlite")
+    try:
+        # Several workers write to one file: each waits for its turn.
+        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if is_file else {})
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"search.storage is {url!r}, which doesn't open ({type(error).__name__}: {reason}); expected a URL such as "
+            "postgresql://user@host/database, with the server running and its driver (psycopg2-binary) installed"
+        ) from error
+    if is_file:
+        _lock_before_reading(storage)
+    return storage
+
+
+def _lock_before_reading(storage: RDBStorage) -> None:
+    """Make every SQLite transaction take the file's lock at its start.
+
+    Otherwise Python locks at the first write only: two workers that read the same candidate as waiting both take it.
+    """
+    storage.engine.dispose()
+
+    @event.listens_for(storage.engine, "connect")
+    def leave_transactions_alone(connection: Any, record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(storage.engine, "begin")
+    def begin_with_the_lock(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def open_study(storage: RDBStorage | None, name: str) -> Study:
+    """Open a study by name, or make it; without a storage it lives in memory."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
+
+
+def trials(study: Study) -> list[Trial]:
+    """List the finished trials in the order in which they were proposed."""
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    # A trial taken over from a worker that was only slow may be finished twice.
+    return list({t.number: t for t in sorted(map(_trial, finished), key=lambda t: t.number)}.values())
+
+
+def evaluate_all(
+    study: Study, places: dict[int, Weights], level: Level, bounds: tuple[float, float], objective: Objective
+) -> Iterator[Trial]:
+    """Queue the candidates that nobody has and evaluate what waits, until all are finished; yields them as they are."""
+    reported = {t.number for t in trials(study)}
+    beats: dict[int, tuple[int, float]] = {}
+    # A storage may miss, for a moment, a trial that others finish while it is read: what was queued is counted here.
+    queued = Counter(t.user_attrs.get("place") for t in study.get_trials(deepcopy=False))
+    while True:
+        for trial in trials(study):
+            if trial.number not in reported:
+                reported.add(trial.number)
+                yield trial
+        missing = [place for place in places if place not in reported]
+        if not missing:
+            return
+        _fail_silent(study, beats)
+        failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        num_failed = Counter(t.user_attrs.get("place") for t in failed)
+        for place in missing:
+            if queued[place] <= num_failed[place]:
+                queued[place] += 1
+                params = {f"w{i}": w for i, w in enumerate(places[place])}
+                attributes = {"level": level.name, "place": place, "weights": places[place]}
+                study.enqueue_trial(params, user_attrs=attributes)
+        taken = _take(study, MAIN)
+        if taken is None:
+            time.sleep(0.2)
+        else:
+            _evaluate(study, taken, level, bounds, objective)
+
+
+def evaluate_next(
+    study: Study, worker: str, level: Level, bounds: tuple[float, float], objective: Objective
+) -> Iterator[Trial]:
+    """Evaluate the next candidate that waits, if there is one."""
+    taken = _take(study, worker)
+    done = taken and _evaluate(study, taken, level, bounds, objective)
+    if done:
+        yield done
+
+
+def give_up_own(study: Study) -> None:
+    """Give up the trials that a proposer left running when it was killed."""
+    for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if running.user_attrs.get("worker", MAIN) == MAIN:
+            study.tell(running.number, state=TrialState.FAIL)
+
+
+def _fail_silent(study: Study, beats: dict[int, tuple[int, float]]) -> None:
+    """Give up trials whose worker has died: their count of heartbeats stands still.
+
+    Args:
+        beats: for each running trial its last new count and when this process saw it, which no other clock enters.
+    """
+    now = time.monotonic()
+    for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        count = running.user_attrs.get("beats", 0)
+        last, since = beats.get(running.number, (-1, now))
+        if count != last:
+            beats[running.number] = (count, now)
+        elif now - since > GRACE_SECONDS:
+            study.tell(running.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def _take(study: Study, worker: str) -> optuna.Trial | None:
+    """Take a waiting candidate, which nobody else then has."""
+    if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        return None
+    trial = study.ask()
+    if "place" not in trial.user_attrs:  # Somebody was faster, and Optuna made a new trial instead.
+        study.tell(trial, state=TrialState.FAIL)
+        return None
+    trial.set_user_attr("worker", worker)
+    return trial
+
+
+@contextmanager
+def _heartbeat(trial: optuna.Trial) -> Iterator[None]:
+    """Count in the trial's record while its candidate is being evaluated."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        for count in itertools.count(1):
+            if stop.wait(HEARTBEAT_SECONDS):
+                return
+            try:
+                trial.set_user_attr("beats", count)
+            except UpdateFinishedTrialError:
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _evaluate(
+    study: Study, trial: optuna.Trial, level: Level, bounds: tuple[float, float], objective: Objective
+) -> Trial | None:
+    """Score a candidate; None where others took it over meanwhile, whose value then counts."""
+    weights: Weights = tuple(trial.user_attrs["weights"])
+    for i, w in enumerate(weights):
+        trial.suggest_float(f"w{i}", min(bounds[0], w), max(bounds[1], w))
+    started = time.monotonic()
+    with _heartbeat(trial):
+        score = objective(weights, level)
+    try:
+        trial.set_user_attr("merged_sha256", score.merged_sha256)
+        trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
+        return _trial(study.tell(trial, score.value))
+    except UpdateFinishedTrialError:
+        return None
+
+
+def _trial(frozen: FrozenTrial) -> Trial:
+    assert frozen.value is not None
+    attributes = frozen.user_attrs
+    return Trial(
+        attributes["level"],
+        attributes["place"],
+        tuple(attributes["weights"]),
+        frozen.value,
+        attributes["merged_sha256"],
+        attributes["seconds"],
+        attributes["worker"],
+        frozen.datetime_start.isoformat(timespec="seconds") if frozen.datetime_start else "",
+    )
+
+
+def sampled(space: Space, known: Known, name: str, batch_size: int, seed: int) -> Strategy:
+    """Propose by an Optuna sampler, from a study in memory that holds what is known.
+
+    Args:
+        name: ``gp`` or ``tpe``.
+        batch_size: candidates proposed at once.
+    """
+    ranges: dict[str, BaseDistribution] = {
+        f"w{i}": FloatDistribution(space.low, space.high) for i in range(space.num_free)
+    }
+    num = 0
+    while True:
+        num += 1
+        # The sampler of proposal k is seeded by k: it has no state that an interruption could lose.
+        study = optuna.create_study(sampler=_sampler(name, batch_size, stream_seed(seed, "search", num)))
+        inside = {w: v for w, v in known.items() if w in space}
+        # Distances grow by factors, not by sums: a far corner would hide the differences near the optimum.
+        positive = all(v > 0 for v in inside.values())
+        for weights, value in inside.items():
+            params = dict(zip(ranges, space.free(weights), strict=True))
+            seen = math.log(value) if positive else value
+            study.add_trial(optuna.create_trial(params=params, distributions=ranges, value=seen))
+        batch: list[Weights] = []
+        for place in range(batch_size):
+            params = study.ask(ranges).params
+            proposed = space.embed([params[key] for key in ranges])
+            # A Gaussian process that is sure of a corner proposes it for ever: look elsewhere instead.
+            is_old = proposed in known or proposed in batch
+            chance = random.Random(stream_seed(seed, "search", num, place))
+            batch.append(space.draw(chance) if is_old else proposed)
+        known |= dict(zip(batch, (yield batch), strict=True))
+
+
+def _sampler(name: str, batch_size: int, seed: int) -> BaseSampler:
+    if name == "gp":
+        return GPSampler(seed=seed, n_startup_trials=8)
+    return TPESampler(seed=seed, n_startup_trials=8, multivariate=True, constant_liar=batch_size > 1)

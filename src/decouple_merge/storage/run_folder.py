@@ -1,0 +1,67 @@
+"""Every path in a run folder (the layout is in docs/architecture.md)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """The paths of a run folder (the layout is in docs/architecture.md)."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def study(self) -> Path:
+        return self.folder / "search" / "study.db"
+
+    @property
+    def trials(self) -> Path:
+        return self.folder / "search" / "trials.jsonl"
+
+    @property
+    def learned(self) -> Path:
+        return self.folder / "search" / "learned.json"
+
+    @property
+    def candidates(self) -> Path:
+        return self.folder / "search" / "candidates.json"
+
+    @property
+    def merged(self) -> Path:
+        return self.folder / "merged"
+
+    @property
+    def merged_lora(self) -> Path:
+        return self.folder / "merged-lora"
+
+    @property
+    def sample_figure(self) -> Path:
+        return self.folder / "figures" / "samples.png"
+
+    def search_figure(self, name: str) -> Path:
+        return self.folder / "figures" / f"search-{name}.png"
+
+    def expert(self, index: int) -> Path:
+        return self.folder / "experts" / str(index)
+
+    def fisher(self, index: int) -> Path:
+        # Not in the expert's folder: a folder with two weights files is no model.
+        return self.folder / "fisher" / f"{index}.safetensors"
+
+    def baseline(self, name: str) -> Path:
+        return self.folder / "baselines" / name
+
+    def samples(self, model: str) -> Path:
+        return self.folder / "samples" / model
