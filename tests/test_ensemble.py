@@ -24,7 +24,7 @@ from conftest import WORDS, make_sdxl_unet, make_text_unet, make_unet
 from decouple_merge import load_ensemble
 from decouple_merge.config import Config, Sample, Text
 from decouple_merge.diffusion.timesteps import TimestepRange
-from decouple_merge.experiment.plan import ensemble_denoiser, prepare
+from decouple_merge.experiment.plan import prepare
 from decouple_merge.models.base import Base, load_base, load_network, num_parameters
 from decouple_merge.models.ensemble import TimestepEnsemble
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
@@ -206,9 +206,12 @@ def test_a_runs_ensemble_is_the_one_that_the_run_scores(
     weights = [load_network(e) for e in experts[:2]]
     plan = finished_run(tiny_config(finetune={"ranges": ranges}), tmp_path / "run", weights)
     found = ours(plan.base, load_ensemble(tmp_path / "run"), num_steps=8)
-    scored = [denoiser(load_ensemble(tmp_path / "run", one_resident=True)), ensemble_denoiser(plan, weights, CPU)]
+    scored = [
+        denoiser(load_ensemble(tmp_path / "run", one_resident=True)),
+        plan.ensemble(weights, CPU),
+    ]
     plan.config = tiny_config(finetune={"ranges": ranges}, sample={"one_resident": True})
-    scored.append(ensemble_denoiser(plan, weights, CPU))
+    scored.append(plan.ensemble(weights, CPU))
     for model in scored:
         drawn = sample_images(model, plan.base, SEEDS, Sample(num_steps=8, batch_size=3), CPU)
         assert torch.equal(torch.cat(list(drawn)), found)
@@ -227,7 +230,13 @@ def test_a_run_whose_experts_keep_trunk_projections_is_loaded_with_them(
     config = tiny_config(finetune={"projection": {"placement": "trunk"}})
     plan = finished_run(config, tmp_path / "run", weights)
     found = ours(plan.base, load_ensemble(tmp_path / "run", one_resident=True), num_steps=4)
-    drawn = sample_images(ensemble_denoiser(plan, weights, CPU), plan.base, SEEDS, Sample(num_steps=4), CPU)
+    drawn = sample_images(
+        plan.ensemble(weights, CPU),
+        plan.base,
+        SEEDS,
+        Sample(num_steps=4),
+        CPU,
+    )
     assert torch.equal(found, torch.cat(list(drawn)))
     with pytest.raises(ValueError, match="1 of 2 experts have trunk projections; expected all or none"):
         load_ensemble(plan.config.base, [tmp_path / "run/experts/0", experts[0]])

@@ -19,7 +19,7 @@ from decouple_merge.data import latents
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.evaluation.scoring import evaluate_model
 from decouple_merge.experiment import workflow
-from decouple_merge.experiment.plan import Plan, check, describe, open_prompts, prepare
+from decouple_merge.experiment.plan import Plan, check, describe, prepare
 from decouple_merge.experiment.results import Row, denoiser_of
 from decouple_merge.models.base import load_base, new_network
 from decouple_merge.sampling.sampler import sample_images
@@ -236,7 +236,7 @@ def test_the_command_draws_from_a_runs_ensemble_with_its_prompts_or_others(
     list(workflow.finetune_experts(plan))
     assert (folder / "config.yaml").read_text() == dump_config(config)
     sample_model(str(folder), tmp_path / "out", 3, 5, 3, "PNDM")
-    prompts = open_prompts(plan, CPU)
+    prompts = plan.open_prompts(CPU)
     (expected,) = sample_images(
         denoiser_of(plan, "ensemble", CPU), plan.base, [5, 6, 7], config.sample, CPU, prompts=prompts
     )

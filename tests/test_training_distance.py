@@ -17,9 +17,9 @@ from decouple_merge.config import Config, Evaluate, Finetune, Search
 from decouple_merge.evaluation.scores import score
 from decouple_merge.experiment import workflow
 from decouple_merge.experiment.plan import Plan, prepare
+from decouple_merge.experiment.watch import compared_of, training_distance
 from decouple_merge.models.ensemble import TimestepEnsemble
 from decouple_merge.sampling.sampler import denoiser, sample_images
-from decouple_merge.searching.objective import load_compared, training_distance
 from decouple_merge.storage.files import read_records, read_tensors
 from decouple_merge.training.trainer import StepRecord, Trainer
 
@@ -92,7 +92,7 @@ def test_the_distance_is_that_of_the_saved_expert_on_its_range_and_the_base_on_t
     trained = type(plan.base.network).from_config(plan.base.network.config)
     trained.load_state_dict(read_tensors(plan.run.expert(0) / "model.safetensors")[0])
     model = denoiser(TimestepEnsemble([trained.eval(), plan.base.network.eval()], plan.ranges, 40))
-    compared = load_compared(plan, "effnetlite0", CPU)
+    compared = compared_of(plan, "effnetlite0")
 
     def scored(model: Any) -> float:
         batches = sample_images(model, plan.base, plan.config.distance_seeds, plan.config.sample, CPU, num_steps=2)

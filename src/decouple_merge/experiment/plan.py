@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import __version__
 from ..config import Config, Evaluate, Search, Training, dump_config, load_config
@@ -23,13 +22,13 @@ from ..evaluation.alignment import holds_image_text, load_image_text
 from ..evaluation.features import METRICS, check_metrics, weights_of
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors, check_same_keys, group_keys
-from ..models.base import Base, load_base, load_network, make_scheduler, new_network, num_parameters
+from ..models.base import Base, load_base, load_network, make_scheduler, num_parameters
 from ..models.encoders import load_encoder, load_text_encoder
-from ..models.ensemble import TimestepEnsemble, load_expert
+from ..models.ensemble import load_expert
 from ..models.lora import check_lora
 from ..models.parts import check_classes
 from ..models.projection import check_placement
-from ..sampling.sampler import Denoiser, Prompts, denoiser, sampling_copy
+from ..sampling.sampler import Denoiser, Prompts, ensemble_denoiser, open_prompts
 from ..searching.levels import check_weights, levels
 from ..seeds import generator
 from ..storage.files import write_json, write_text
@@ -57,6 +56,14 @@ class Plan:
     ranges: tuple[TimestepRange, ...]
     references: Images
     prompts: list[str]
+
+    def open_prompts(self, device: torch.device) -> Prompts | None:
+        """Load what a text-to-image model needs to draw a run's images; None for other models."""
+        return open_prompts(self.base, self.prompts, self.config.text, device, self.config.data.cache_precision)
+
+    def ensemble(self, experts: list[Tensors], device: torch.device) -> Denoiser:
+        """Combine the experts as a run samples from them."""
+        return ensemble_denoiser(self.base, self.ranges, experts, self.config.sample, device)
 
 
 def check(config: Config, out: Path) -> Plan:
@@ -102,13 +109,6 @@ def captioned_plan(
     check_classes(base.encoders, [*prompts, config.text.negative_prompt])
     latents = Latents(base.encoders, images, captions, base.image_size, config.data, default_device())
     return Plan(config, Run(out), base, latents, ranges, images, prompts)
-
-
-def open_prompts(plan: Plan, device: torch.device) -> Prompts | None:
-    """Load what a text-to-image model needs to draw a run's images; None for other models."""
-    if plan.base.encoders is None:
-        return None
-    return Prompts(plan.base.encoders, plan.prompts, plan.config.text, device, plan.config.data.cache_precision)
 
 
 def prepare(config: Config, out: Path) -> Plan:
@@ -231,21 +231,6 @@ def load_checkpoints(settings: Search, base: Base) -> list[Tensors]:
         found.append(load_network(Path(name)))
         check_same_keys(base.network.state_dict(), found[-1], name)
     return found
-
-
-def build_network(plan: Plan, weights: Tensors) -> nn.Module:
-    """Build the network that holds some weights, trunk projections included."""
-    network = new_network(plan.base, "trunk" if any(k.endswith("projection.weight") for k in weights) else "none")
-    network.load_state_dict(weights)
-    return network
-
-
-def ensemble_denoiser(plan: Plan, experts: list[Tensors], device: torch.device) -> Denoiser:
-    """Combine the experts as a run samples from them, all in memory or one at a time."""
-    settings, num = plan.config.sample, plan.base.num_train_timesteps
-    held = experts[:1] if settings.one_resident else experts
-    networks = [sampling_copy(build_network(plan, e), settings, device) for e in held]
-    return denoiser(TimestepEnsemble(networks, plan.ranges, num, experts if settings.one_resident else None))
 
 
 def describe(config: Config, out: Path) -> Iterator[str]:

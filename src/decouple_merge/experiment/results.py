@@ -10,18 +10,25 @@ import torch
 from PIL import Image
 
 from ..config import Config
+from ..evaluation.comparison import open_extractor
 from ..evaluation.features import METRICS
 from ..evaluation.references import text_reference
 from ..evaluation.scores import metrics_record, score
 from ..executors.devices import default_device
 from ..executors.local import run_all
 from ..merging.arithmetic import Tensors
-from ..models.base import load_network, num_parameters
-from ..sampling.sampler import Denoiser, denoiser, sample_images, sampling_copy, sampling_fields
-from ..searching.objective import load_compared, load_features
+from ..models.base import build_network, load_network, num_parameters
+from ..sampling.sampler import (
+    Denoiser,
+    denoiser,
+    sample_images,
+    sampling_copy,
+    sampling_fields,
+)
 from ..storage.files import append_record, atomic_path, read_records, read_tensors
 from ..storage.provenance import git_commit
-from .plan import BASELINE, Plan, build_network, ensemble_denoiser, load_experts, open_prompts
+from .plan import BASELINE, Plan, load_experts
+from .watch import compared_of
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,8 @@ def _weights_of(plan: Plan, model: str) -> Tensors:
 
 def denoiser_of(plan: Plan, model: str, device: torch.device) -> Denoiser:
     if model == "ensemble":
-        return ensemble_denoiser(plan, load_experts(plan), device)
-    return denoiser(sampling_copy(build_network(plan, _weights_of(plan, model)), plan.config.sample, device))
+        return plan.ensemble(load_experts(plan), device)
+    return denoiser(sampling_copy(build_network(plan.base, _weights_of(plan, model)), plan.config.sample, device))
 
 
 def _seed_set(config: Config, index: int) -> range:
@@ -69,13 +76,16 @@ def _seed_set(config: Config, index: int) -> range:
 def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) -> Iterator[dict[str, Any]]:
     """Score one model on one set of seeds; the images are drawn once for all metrics."""
     config, device = plan.config, default_device()
-    prompts, compared = open_prompts(plan, device), {}
+    prompts, compared = (
+        plan.open_prompts(device),
+        {},
+    )
     for name in dict.fromkeys(METRICS[m] for m in metrics):
         if name == "clip_text" and prompts is not None:
-            clip = load_features(plan, name, device)
+            clip = open_extractor(name, config.evaluate, device)
             compared[name] = clip, text_reference(prompts.prompts, prompts.choose(seeds), clip)
         else:
-            compared[name] = load_compared(plan, name, device)
+            compared[name] = compared_of(plan, name)
     batches = sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device, prompts=prompts)
     sampling = sampling_fields(plan.base, config.sample, prompts)
     for metric, value in score(batches, metrics, list(compared.values())).items():
@@ -96,7 +106,7 @@ def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
                 calls.append((plan, model, seeds, missing))
     # Cached before several processes ask for it at once.
     for extractor in {METRICS[m] for *_, missing in calls for m in missing} - {"clip_text"}:
-        load_compared(plan, extractor, device)
+        compared_of(plan, extractor)
     for record in run_all(_evaluate_model, calls, config.num_processes):
         append_record(plan.run.metrics, record)
         yield record
@@ -113,7 +123,10 @@ def _write_samples(plan: Plan, model: str, device: torch.device) -> None:
         if not (plan.run.samples(model) / f"{s}.png").exists()
     ]
     if seeds:
-        network, prompts = denoiser_of(plan, model, device), open_prompts(plan, device)
+        network, prompts = (
+            denoiser_of(plan, model, device),
+            plan.open_prompts(device),
+        )
         drawn = sample_images(network, plan.base, seeds, plan.config.sample, device, prompts=prompts)
         write_images(drawn, seeds, plan.run.samples(model))
 

@@ -19,7 +19,6 @@ from ..merging.arithmetic import task_vector_norms
 from ..models.base import Base, create_base, export_pipeline, load_base, save_pipeline
 from ..models.parts import create_vae, vae_downscale
 from ..models.text_encoders import create_text_encoder, create_tokenizer
-from ..searching.objective import load_compared, training_distance
 from ..searching.study import Trial
 from ..storage.files import read_records, read_tensors, write_records
 from ..storage.run_folder import Run
@@ -40,6 +39,7 @@ from .plan import (
 )
 from .results import Row, evaluate_run, report_models
 from .selection import search_weights
+from .watch import compared_of, training_distance
 
 # What the verbs yield: a line for the user, progress, a metrics record, a row of the result table.
 Event = str | StepRecord | Trial | dict[str, Any] | Row
@@ -96,7 +96,7 @@ def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[str | Step
             if isinstance(plan.images, Latents):
                 yield from plan.images.fill()
             if settings.distance is not None:
-                load_compared(plan, METRICS[settings.distance.metric], default_device())
+                compared_of(plan, METRICS[settings.distance.metric])
     yield from run_all(_train, unfinished, plan.config.num_processes)
 
 

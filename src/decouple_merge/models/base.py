@@ -320,6 +320,13 @@ def new_network(base: Base, projection: str = "none") -> nn.Module:
     return network
 
 
+def build_network(base: Base, weights: dict[str, Tensor]) -> nn.Module:
+    """Build the network that holds some weights, trunk projections included."""
+    network = new_network(base, "trunk" if any(k.endswith("projection.weight") for k in weights) else "none")
+    network.load_state_dict(weights)
+    return network
+
+
 def load_network(path: Path) -> dict[str, Tensor]:
     """Read a network's weights: a ``.safetensors`` file, an expert folder, or a pipeline folder with its projections.
 

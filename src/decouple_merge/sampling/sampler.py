@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from ..config import Sample, Text
 from ..data.batches import to_pixels
 from ..data.latents import DTYPES, open_texts
-from ..models.base import Base, cast_inputs, make_scheduler, predict
+from ..diffusion.timesteps import TimestepRange
+from ..merging.arithmetic import Tensors
+from ..models.base import Base, build_network, cast_inputs, make_scheduler, predict
+from ..models.ensemble import TimestepEnsemble
 from ..models.parts import Encoders, decode_latents, load_vae
 
 # Maps noisy images, t and what the network takes besides to its prediction.
@@ -32,6 +35,16 @@ def denoiser(network: nn.Module) -> Denoiser:
     """Wrap a network so that noisy images go in and its prediction comes out in float32."""
     dtype = next(network.parameters()).dtype
     return lambda x, t, **condition: predict(network, x.to(dtype), t, **cast_inputs(condition, dtype)).float()
+
+
+def ensemble_denoiser(
+    base: Base, ranges: Sequence[TimestepRange], experts: list[Tensors], settings: Sample, device: torch.device
+) -> Denoiser:
+    """Combine experts, one for each range, all in memory or one at a time, as the settings say."""
+    held = experts[:1] if settings.one_resident else experts
+    networks = [sampling_copy(build_network(base, e), settings, device) for e in held]
+    kept = experts if settings.one_resident else None
+    return denoiser(TimestepEnsemble(networks, ranges, base.num_train_timesteps, kept))
 
 
 class Prompts:
@@ -95,6 +108,13 @@ class Prompts:
     def decode(self, latents: Float[Tensor, "n z h w"]) -> Float[Tensor, "n c hi wi"]:
         """Decode latents to images, about in [-1, 1]."""
         return decode_latents(self.vae, latents)
+
+
+def open_prompts(
+    base: Base, prompts: Sequence[str], settings: Text, device: torch.device, precision: str = "fp32"
+) -> Prompts | None:
+    """Load what a text-to-image model needs to draw; None for other models."""
+    return None if base.encoders is None else Prompts(base.encoders, prompts, settings, device, precision)
 
 
 def seed_batches(seeds: Sequence[int], batch_size: int) -> list[Sequence[int]]:

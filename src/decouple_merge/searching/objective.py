@@ -1,69 +1,28 @@
 """From weights to a distance: the objective of the search, and what a training is watched by."""
 
 import time
-from collections.abc import Callable
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from ..config import Distance
-from ..diffusion.timesteps import TimestepRange
-from ..evaluation.features import METRICS, Extractor, load_extractor, weights_of
-from ..evaluation.references import Reference, make_reference
+from ..evaluation.comparison import open_compared
+from ..evaluation.features import METRICS, Extractor
+from ..evaluation.references import Reference
 from ..evaluation.scores import score
 from ..executors.devices import default_device
-from ..experiment.plan import Plan, build_network, ensemble_denoiser, open_prompts
+from ..experiment.plan import Plan
 from ..merging.arithmetic import Stacked, Tensors, cast, cut_blocks, merge
-from ..models.base import tensors_sha256
-from ..models.ensemble import TimestepEnsemble
-from ..sampling.sampler import Denoiser, Prompts, denoiser, sample_images, sampling_copy
+from ..models.base import build_network, tensors_sha256
+from ..sampling.sampler import (
+    Denoiser,
+    Prompts,
+    denoiser,
+    sample_images,
+    sampling_copy,
+)
 from .strategies import Weights
 from .study import Level, Score
-
-
-def load_features(plan: Plan, extractor: str, device: torch.device) -> Extractor:
-    """Load a feature network that a run's metrics are measured on."""
-    settings = plan.config.evaluate
-    # Networks draw weights before they load theirs.
-    with torch.random.fork_rng(devices=[]):
-        return load_extractor(extractor, device, weights_of(extractor, settings.inception_weights, settings.encoders))
-
-
-def load_compared(plan: Plan, extractor: str, device: torch.device) -> tuple[Extractor, Reference]:
-    """Load a feature network, and compute or read from the cache what a run's images are compared with."""
-    loaded, num = load_features(plan, extractor, device), plan.config.evaluate.num_reference_images
-    return loaded, make_reference(plan.config.data.source, plan.references, loaded, num)
-
-
-def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Callable[[Tensors], float]:
-    """Make the function that scores weights while they are trained on a range.
-
-    It draws with them on their range and with the base on the others, always from the same initial noise. Neither the
-    weights nor any global random state are changed.
-
-    Args:
-        own: in timesteps; all of them for the baseline.
-    """
-    config, base, device = plan.config, plan.base, default_device()
-    # Every call has a network of its own, and compiling it takes longer than drawing so few images.
-    drawing = config.sample.model_copy(update={"num_steps": settings.num_steps, "compile": False})
-    compared = load_compared(plan, METRICS[settings.metric], device)
-    prompts = open_prompts(plan, device)
-    edges = sorted({0, own.low, own.high, base.num_train_timesteps})
-    ranges = [TimestepRange(low, high) for low, high in pairwise(edges)]
-    others = sampling_copy(base.network, drawing, device) if len(ranges) > 1 else base.network
-
-    def distance(weights: Tensors) -> float:
-        trained = sampling_copy(build_network(plan, weights), drawing, device)
-        networks = [trained if r == own else others for r in ranges]
-        model = denoiser(TimestepEnsemble(networks, ranges, base.num_train_timesteps))
-        seeds = config.distance_seeds[: settings.num_images]
-        batches = sample_images(model, base, seeds, drawing, device, prompts=prompts)
-        return score(batches, [settings.metric], [compared])[settings.metric]
-
-    return distance
 
 
 class Objective:
@@ -85,16 +44,22 @@ class Objective:
 
     @cached_property
     def compared(self) -> tuple[Extractor, Reference]:
-        return load_compared(self.plan, METRICS[self.plan.config.search.metric], self.device)
+        return open_compared(
+            METRICS[self.plan.config.search.metric],
+            self.plan.config.evaluate,
+            self.plan.config.data.source,
+            self.plan.references,
+            self.device,
+        )
 
     @cached_property
     def prompts(self) -> Prompts | None:
-        return open_prompts(self.plan, self.device)
+        return self.plan.open_prompts(self.device)
 
     @cached_property
     def network(self) -> nn.Module:
         untouched = self._stacked_merge([[0.0] * len(self.experts)] * len(self.stacked))
-        network = sampling_copy(build_network(self.plan, untouched), self.plan.config.sample, self.device)
+        network = sampling_copy(build_network(self.plan.base, untouched), self.plan.config.sample, self.device)
         for name, parameter in network.named_parameters():
             if self._in_place(parameter):
                 parameter.data = untouched[name]
@@ -144,7 +109,10 @@ class Objective:
 
     def score_ensemble(self, level: Level) -> float:
         """Score the ensemble of experts as if it were a candidate."""
-        return self.score(ensemble_denoiser(self.plan, self.experts, self.device), level)
+        return self.score(
+            self.plan.ensemble(self.experts, self.device),
+            level,
+        )
 
     def seconds_per_image(self, level: Level) -> float:
         """Estimate the cost of an image from one batch of two steps, after one to warm up."""

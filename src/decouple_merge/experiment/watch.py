@@ -1,0 +1,52 @@
+"""The distance that a training is watched by: of images drawn with the weights as they are trained."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+from ..config import Distance
+from ..diffusion.timesteps import TimestepRange
+from ..evaluation.comparison import open_compared
+from ..evaluation.features import METRICS, Extractor
+from ..evaluation.references import Reference
+from ..evaluation.scores import score
+from ..executors.devices import default_device
+from ..merging.arithmetic import Tensors
+from ..models.base import build_network
+from ..models.ensemble import TimestepEnsemble
+from ..sampling.sampler import denoiser, sample_images, sampling_copy
+from .plan import Plan
+
+
+def compared_of(plan: Plan, extractor: str) -> tuple[Extractor, Reference]:
+    """Open a feature network and what a run's images are compared with."""
+    config = plan.config
+    return open_compared(extractor, config.evaluate, config.data.source, plan.references, default_device())
+
+
+def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Callable[[Tensors], float]:
+    """Make the function that scores weights while they are trained on a range.
+
+    It draws with them on their range and with the base on the others, always from the same initial noise. Neither the
+    weights nor any global random state are changed.
+
+    Args:
+        own: in timesteps; all of them for the baseline.
+    """
+    config, base, device = plan.config, plan.base, default_device()
+    # Every call has a network of its own, and compiling it takes longer than drawing so few images.
+    drawing = config.sample.model_copy(update={"num_steps": settings.num_steps, "compile": False})
+    compared = compared_of(plan, METRICS[settings.metric])
+    prompts = plan.open_prompts(device)
+    edges = sorted({0, own.low, own.high, base.num_train_timesteps})
+    ranges = [TimestepRange(low, high) for low, high in pairwise(edges)]
+    others = sampling_copy(base.network, drawing, device) if len(ranges) > 1 else base.network
+
+    def distance(weights: Tensors) -> float:
+        trained = sampling_copy(build_network(base, weights), drawing, device)
+        networks = [trained if r == own else others for r in ranges]
+        model = denoiser(TimestepEnsemble(networks, ranges, base.num_train_timesteps))
+        seeds = config.distance_seeds[: settings.num_images]
+        batches = sample_images(model, base, seeds, drawing, device, prompts=prompts)
+        return score(batches, [settings.metric], [compared])[settings.metric]
+
+    return distance
