@@ -195,7 +195,9 @@ def test_a_rule_of_the_users_own_merges_by_its_name(tmp_path: Path, monkeypatch:
     moves = [(e["head.weight"] - base["head.weight"]).abs() for e in experts]
     assert torch.equal(found, torch.where(moves[0] >= moves[1], experts[0]["head.weight"], experts[1]["head.weight"]))
     with pytest.raises(ValueError, match="expected one of linear, ties"):
-        Merge(weights=[1.0], method="quietest")
+        run(tmp_path / "b.safetensors", paths, tmp_path / "m.safetensors", weights=[1, 1], method="quietest")
+    with pytest.raises(ValueError, match=r"method: expected one of linear, ties, .*, found 'quietest'"):
+        merge(base, experts, [1.0, 1.0], "quietest")
 
 
 # -- LoRA

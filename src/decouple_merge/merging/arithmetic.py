@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .rules import RULES, Context, chunk_size, combine, combine_into
+from .rules import RULES, Context, check_method, chunk_size, combine, combine_into
 
 Tensors = dict[str, Tensor]
 
@@ -48,8 +48,9 @@ def merge(
     counts as a task vector around the identity.
 
     Raises:
-        ValueError: there are not as many weights as experts.
+        ValueError: there is no such rule, or there are not as many weights as experts.
     """
+    check_method(method)
     if len(weights) != len(experts):
         raise ValueError(f"{len(weights)} weights for {len(experts)} experts, expected one each")
     merged = {}

@@ -11,6 +11,7 @@ from ..storage.hub import pipeline_folder
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
 from .files import NUM_AHEAD, Lora, Progress, Sources, merge_files, open_expert, widened_sha256
+from .rules import check_method
 
 
 def merge_models(
@@ -30,9 +31,10 @@ def merge_models(
         expected_sha256: of the base and of each expert, where a recipe says what they were.
 
     Raises:
-        ValueError: the counts differ, a file is missing or damaged, keys or shapes don't fit the base's, an expert
-            is of another base, an input is not the expected one, or has NaN or infinity.
+        ValueError: there is no such rule, the counts differ, a file is missing or damaged, keys or shapes don't fit
+            the base's, an expert is of another base, an input is not the expected one, or has NaN or infinity.
     """
+    check_method(settings.method)
     folder = pipeline_folder(base)
     if folder.is_file() != (out.suffix == ".safetensors"):
         raise ValueError(

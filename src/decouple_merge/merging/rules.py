@@ -159,6 +159,16 @@ RULES: dict[str, Rule] = {
 }
 
 
+def check_method(name: str) -> None:
+    """Require that a rule of this name is in ``RULES``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in RULES:
+        raise ValueError(f"method: expected one of {', '.join(RULES)}, found {name!r}")
+
+
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
