@@ -1,4 +1,4 @@
-"""The README's commands parse, its code runs, and its file map is the package."""
+"""The README's commands parse, its code runs, and its map is the package."""
 
 import re
 import shlex
@@ -24,11 +24,10 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line]
 
 
-def test_the_file_map_names_every_file_of_the_package() -> None:
+def test_the_map_names_every_folder_of_the_package() -> None:
     table = README.partition("## What is where")[2].partition("##")[0]
-    named = re.findall(r"`(\w+\.py)`", table)
-    package = {p.name for p in (ROOT / "src/decouple_merge").glob("*.py")} - {"__init__.py"}
-    assert sorted(named) == sorted(package)
+    named = re.findall(r"^\| `(\w+)/`", table, flags=re.MULTILINE)
+    assert sorted(named) == sorted(p.parent.name for p in (ROOT / "src/decouple_merge").glob("*/__init__.py"))
 
 
 def test_the_tests_that_the_precision_page_names_exist() -> None:
