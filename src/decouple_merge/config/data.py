@@ -1,0 +1,44 @@
+"""The section ``data``."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from .section import Precision, Section
+
+
+class Data(Section):
+    """Where training and reference images come from.
+
+    Attributes:
+        source: ``fashion-mnist``, ``noto-emoji``, an image folder, a ``.zip`` or ``.tar`` of one, an ``.npz``/``.npy``
+            array, ``datasets:NAME``, or ``webdataset:SHARDS``, a folder of tar files or a path such as
+            ``my/{000..127}.tar``.
+        path: folder with the files of a known data set, where they are not in their usual place.
+        split, column: for ``datasets:`` sources.
+        fit: ``exact`` refuses images whose size or channels differ from the model's; ``resize`` crops them to a
+            square, resizes and converts them.
+        caption_column: of a ``datasets`` source, or the field in metadata.jsonl or in a shard's .json; for
+            text-to-image bases; for class-conditional ones of classes.
+        flip: mirror half of the training images.
+        caption_dropout: share of the captions that training replaces by the empty one, so that guidance stays
+            possible.
+        cache_precision: of the cached latents and text embeddings.
+        num_held_out: images at the end of the data that are never trained on; the validation loss uses them.
+        skip_damaged: leave out images that can't be decoded; otherwise they end the run before it starts.
+        num_workers: data loader processes; 0 loads in the training process.
+    """
+
+    source: str = "fashion-mnist"
+    path: Path | None = None
+    split: str = "train"
+    column: str = "image"
+    caption_column: str = "text"
+    fit: Literal["exact", "resize"] = "exact"
+    flip: bool = False
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    cache_precision: Precision = "fp32"
+    num_held_out: PositiveInt = 512
+    skip_damaged: bool = False
+    num_workers: NonNegativeInt = 0

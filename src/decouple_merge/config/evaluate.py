@@ -1,0 +1,38 @@
+"""The section ``evaluate``: what is reported."""
+
+from pathlib import Path
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from .section import Section
+
+
+class Evaluate(Section):
+    """What is reported.
+
+    Attributes:
+        metrics: ``fd_effnetlite0``, ``kd_effnetlite0`` and others of that network; with ``inception_weights``, ``fid``,
+            ``kid``, ``sfid``, ``inception_score`` and others; with ``dinov2`` or ``clip``, ``fd_dinov2``, ``cmmd`` and
+            others: all of ``features.METRICS``.
+        num_images: in each of num_seed_sets sets of consecutive seeds from first_seed on.
+        num_reference_images: of the data, from the start; None takes all.
+        num_sample_images: written as PNG for each model.
+        inception_weights: the file ``pt_inception-2015-12-05-6726825d.pth``.
+        dinov2, clip: folder or hub name of such a model; for ``clip_score`` and ``r_precision`` clip may also be a
+            folder of ``alignment.save_image_text``.
+    """
+
+    metrics: list[str] = ["fd_effnetlite0", "kd_effnetlite0"]
+    num_images: PositiveInt = 5000
+    num_seed_sets: PositiveInt = 3
+    first_seed: NonNegativeInt = 0
+    num_reference_images: PositiveInt | None = None
+    num_sample_images: PositiveInt = 64
+    inception_weights: Path | None = None
+    dinov2: str | None = None
+    clip: str | None = None
+
+    @property
+    def encoders(self) -> dict[str, str]:
+        """The models that are given, by the extractors they serve."""
+        return {name: path for name, path in (("dinov2", self.dinov2), ("clip", self.clip)) if path is not None}

@@ -1,0 +1,63 @@
+"""The section ``finetune``: the experts."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from .section import Section
+from .training import Training
+
+
+class Projection(Section):
+    """Channel-wise projections P(F) = W·F.
+
+    Attributes:
+        placement: ``folded`` multiplies the layer that writes a block's output and folds away on saving;
+            ``trunk`` is the paper's layout, whose layers stay in the merged model; ``none`` trains without.
+        learning_rate_scale: factor on the learning rate for W, which multiplies how fast its layer moves.
+    """
+
+    placement: Literal["folded", "trunk", "none"] = "folded"
+    learning_rate_scale: NonNegativeFloat = 0.1
+
+
+class Lora(Section):
+    """Low-rank adapters θ + (alpha / rank)·B·A, with which experts are trained in place of all weights.
+
+    Attributes:
+        alpha: None is the rank, a scale of 1.
+        target_modules: by the ends of their names.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat | None = None
+    target_modules: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
+
+
+class Finetune(Training):
+    """Training of the experts.
+
+    Attributes:
+        num_ranges: N equal timestep ranges, unless ``ranges`` lists [low, high) pairs in timesteps.
+        global_prob: p of DeMe, Eq. 6.
+        consistency_weight: λ of Eq. 5; 0 trains without the teacher.
+        lora: train adapters, without projections; the teacher is the same network with them switched off.
+        baseline: also finetune on all timesteps for the same total of updates, to compare with.
+    """
+
+    num_ranges: PositiveInt = 4
+    ranges: list[tuple[int, int]] | None = None
+    global_prob: float = Field(0.4, ge=0, le=1)
+    consistency_weight: NonNegativeFloat = 1.0
+    projection: Projection = Projection()
+    lora: Lora | None = None
+    baseline: bool = True
+
+    @model_validator(mode="after")
+    def _no_projections_of_adapters(self) -> "Finetune":
+        if self.lora is not None and self.projection.placement != "none":
+            raise ValueError(
+                f"lora is set and projection.placement is {self.projection.placement}; an adapter trains no "
+                "projections: set projection.placement to none"
+            )
+        return self

@@ -1,0 +1,34 @@
+"""What ``deme merge`` is asked for."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from .section import Section
+
+
+class Merge(Section):
+    """How models are merged.
+
+    Attributes:
+        method: a rule by name, one of merging's ``RULES``.
+        weights: one for each expert.
+        blocks: weights of the tensors whose keys match a pattern such as ``down_blocks.*``; the first that matches.
+        density: share of a task vector that TIES and DARE keep.
+        seed: of DARE's masks.
+        fishers: a file for each expert with its diagonal Fisher information under the network's keys, for ``fisher``.
+        dtype: of the floating tensors written, F64, F32, F16 or BF16; None keeps the base's.
+        max_shard_bytes: a larger network is written as several files with an index.
+        allow_non_finite: merge NaN and infinity as they come.
+    """
+
+    method: str = "linear"
+    weights: list[float] = Field(min_length=1)
+    blocks: dict[str, list[float]] = {}
+    density: float = Field(1.0, gt=0, le=1)
+    seed: NonNegativeInt = 0
+    fishers: list[Path] = []
+    dtype: Literal["F64", "F32", "F16", "BF16"] | None = None
+    max_shard_bytes: PositiveInt = 10_000_000_000
+    allow_non_finite: bool = False

@@ -1,0 +1,64 @@
+"""The config of a whole run."""
+
+from pydantic import NonNegativeInt, PositiveInt, model_validator
+
+from ..seeds import check_disjoint
+from .data import Data
+from .evaluate import Evaluate
+from .finetune import Finetune
+from .pretrain import Pretrain
+from .sample import Sample, Text
+from .search import Search
+from .section import Section
+
+
+class Config(Section):
+    """A whole run. ``base`` is a pipeline folder or a hub name; ``num_processes`` experts or shards run at once."""
+
+    seed: NonNegativeInt = 0
+    base: str = "models/fashion-ddpm"
+    num_processes: PositiveInt = 1
+    data: Data = Data()
+    finetune: Finetune = Finetune()
+    sample: Sample = Sample()
+    text: Text = Text()
+    search: Search = Search()
+    evaluate: Evaluate = Evaluate()
+    pretrain: Pretrain | None = None
+
+    @property
+    def search_seeds(self) -> range:
+        return range(self.search.first_seed, self.search.first_seed + self.search.num_images)
+
+    @property
+    def final_seeds(self) -> range:
+        """The finalists' seeds, after all those that chose them."""
+        num = self.search.num_final_images or self.evaluate.num_images
+        first = self.search.first_seed + max(num, self.search.num_images)
+        return range(first, first + num)
+
+    @property
+    def all_search_seeds(self) -> range:
+        """Every seed that may enter the choice of the model."""
+        last = self.final_seeds if self.search.num_finalists else self.search_seeds
+        return range(self.search.first_seed, last.stop)
+
+    @property
+    def distance_seeds(self) -> range:
+        """Seeds of the images that are drawn during training, after all the search's."""
+        trainings = [t for t in (self.finetune, self.pretrain) if t is not None]
+        num = max(t.distance.num_images if t.distance else 0 for t in trainings)
+        return range(self.all_search_seeds.stop, self.all_search_seeds.stop + num)
+
+    @property
+    def report_seeds(self) -> range:
+        return range(
+            self.evaluate.first_seed,
+            self.evaluate.first_seed
+            + max(self.evaluate.num_images * self.evaluate.num_seed_sets, self.evaluate.num_sample_images),
+        )
+
+    @model_validator(mode="after")
+    def _seeds(self) -> "Config":
+        check_disjoint(range(self.search.first_seed, self.distance_seeds.stop), self.report_seeds)
+        return self

@@ -1,0 +1,67 @@
+"""The section ``search``: the merging weights."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from .section import DistanceName, Section
+
+
+class Search(Section):
+    """The search for merging weights.
+
+    Attributes:
+        strategy: ``gp`` or ``tpe`` (Optuna samplers), ``cmaes``, ``evolution``, ``coordinate``, ``random``, ``greedy``
+            (soup), ``grid``, coarse to fine, or ``gradient``, which tries what was learned and multiples of it.
+        method: how candidates are merged, a rule by name.
+        density: share of a task vector that TIES keeps.
+        blocks: patterns of keys such as ``down_blocks.*``, each with weights of its own; the first that matches counts,
+            and the last is ``*`` for all others. A candidate holds the weights of the first, then of the second, ….
+        checkpoints: pipelines or weight files to combine in place of the run's experts.
+        low, high: bounds of every weight; ``frozen`` fixes some of the winner's, by their place in a candidate.
+        start: weight vectors to evaluate before the strategy chooses.
+        gradient_batches: training batches on which a weight vector to start with is learned by the gradient of the
+            denoising loss; 0 learns none.
+        num_trials: candidates to screen, at most; less where max_images, the images drawn for screening, or
+            max_minutes, the time spent on it by all workers, are reached before.
+        batch_size: candidates that ``gp`` and ``tpe`` propose at once, to keep several workers busy.
+        grid_step: of the coarse grid; the fine grid around its best has half of it.
+        metric: minimised; candidates are screened on num_images images of num_steps steps (None: as ``sample``).
+        halving: each level keeps one candidate in so many, and draws so many times the images.
+        num_finalists: compared at last on num_final_images images (None: as many as ``evaluate``) from fresh seeds;
+            0 trusts the screening.
+        first_seed: of the initial noise; the seeds from there on are the search's.
+        storage: URL of the study for workers on several machines; None keeps an SQLite file in the run folder.
+    """
+
+    strategy: Literal["gp", "tpe", "cmaes", "evolution", "coordinate", "random", "greedy", "grid", "gradient"] = "gp"
+    method: Literal["linear", "ties"] = "linear"
+    density: float = Field(1.0, gt=0, le=1)
+    blocks: list[str] = Field(["*"], min_length=1)
+    checkpoints: list[str] = []
+    low: float = -0.2
+    high: float = 2.5
+    frozen: dict[NonNegativeInt, float] = {}
+    start: list[list[float]] = []
+    gradient_batches: NonNegativeInt = 200
+    num_trials: PositiveInt = 40
+    max_images: PositiveInt | None = None
+    max_minutes: PositiveFloat | None = None
+    batch_size: PositiveInt = 1
+    grid_step: PositiveFloat = 0.4
+    metric: DistanceName = "fd_effnetlite0"
+    num_images: PositiveInt = 1000
+    num_steps: PositiveInt | None = None
+    halving: int = Field(3, ge=2)
+    num_finalists: NonNegativeInt = 3
+    num_final_images: PositiveInt | None = None
+    first_seed: NonNegativeInt = 1_000_000
+    storage: str | None = None
+
+    @model_validator(mode="after")
+    def _bounds(self) -> "Search":
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low} and high is {self.high}, expected low below high")
+        if self.strategy == "gradient" and self.gradient_batches == 0:
+            raise ValueError("gradient_batches is 0, which leaves the strategy gradient nothing to try; set it to 200")
+        return self

@@ -1,0 +1,76 @@
+"""How a network is trained: what the sections ``finetune`` and ``pretrain`` share."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from .section import DistanceName, Precision, Section
+
+
+class Ema(Section):
+    """Exponential moving average of the weights, decay at update s: min(max_decay, 1 - (1 + s)^-power)."""
+
+    max_decay: float = Field(0.9999, ge=0, lt=1)
+    power: PositiveFloat = 0.75
+
+
+class Distance(Section):
+    """What is drawn and compared with the data while a model is trained: its averaged weights, in few images.
+
+    An expert draws on its own range and the base on the others, so that only the range's training counts. The seeds lie
+    behind the search's: whoever stops a training by this number chooses a model by it.
+
+    Attributes:
+        every: updates; a multiple of ``validate_every``, since it is logged with the validation. Also after the last.
+        num_steps: of the sampler of ``sample``.
+    """
+
+    every: PositiveInt = 1000
+    metric: DistanceName = "kd_effnetlite0"
+    num_images: int = Field(256, ge=2)
+    num_steps: PositiveInt = 20
+
+
+class Training(Section):
+    """One training run: an expert, the baseline or a base model. Updates are optimiser updates.
+
+    Attributes:
+        batch_size: images per process and micro-batch; an update sees batch_size × accumulation × processes.
+        schedule: the rate over the updates: ``constant``; ``cosine`` and ``linear`` fall to
+            learning_rate × floor, which they reach after ``decay_fraction`` of the updates.
+        optimizer: ``adamw``, torch's, fused; or ``adamw8bit``, bitsandbytes', whose moments take a quarter of that.
+        gradient_checkpointing: compute activations again for the backward pass: less memory, a third more compute.
+        distance: None draws nothing during training.
+        tracker: any Accelerate tracker by name, or ``none``.
+    """
+
+    num_updates: PositiveInt = 20_000
+    batch_size: PositiveInt = 64
+    accumulation: PositiveInt = 1
+    learning_rate: PositiveFloat = 2e-4
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    num_warmup_updates: NonNegativeInt = 0
+    floor: float = Field(0.0, ge=0, le=1)
+    decay_fraction: float = Field(1.0, gt=0, le=1)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    betas: tuple[float, float] = (0.95, 0.999)
+    weight_decay: NonNegativeFloat = 1e-6
+    eps: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat = 1.0
+    antithetic: bool = True
+    mixed_precision: Precision = "fp32"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    ema: Ema = Ema()
+    validate_every: PositiveInt = 500
+    checkpoint_every: PositiveInt = 1000
+    distance: Distance | None = None
+    tracker: str = "tensorboard"
+
+    @model_validator(mode="after")
+    def _distance_at_validations(self) -> "Training":
+        if self.distance is not None and self.distance.every % self.validate_every:
+            raise ValueError(
+                f"distance.every is {self.distance.every}, expected a multiple of validate_every, {self.validate_every}"
+            )
+        return self
