@@ -1,0 +1,51 @@
+"""What the verbs print: events as they come, tables at the end."""
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..experiment.results import Row
+
+# Without a terminal a console is 80 columns wide, too few for the result table.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+
+
+def show(events: Iterable[Any]) -> None:
+    """Print events as they come, and the rows of the result table together at the end."""
+    from .progress import show as show_live
+
+    rows = show_live(events, console)
+    if rows:
+        console.print(result_table(rows))
+
+
+def show_bytes(events: Iterable[Any]) -> None:
+    """Print lines as they come, and the bytes written so far with their rate."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("merge", total=None)
+        for event in events:
+            if isinstance(event, str):
+                console.print(event)
+            else:
+                progress.update(bar, completed=event.num_done, total=event.num_bytes)
+
+
+def result_table(rows: "list[Row]") -> Table:
+    """Lay out the result table, with each mean's ratio to the pretrained model's."""
+    distances = ("fd_", "kd_", "fid", "kid", "sfid", "cmmd")
+    only_distances = all(r.metric.startswith(distances) for r in rows)
+    title = "distance to the reference (smaller is better)" if only_distances else "results"
+    table = Table(title=title, min_width=100)
+    for column in ("model", "parameters", "metric", "mean", "spread over seed sets", "/ pretrained"):
+        table.add_column(column, justify="left" if column in ("model", "metric") else "right", no_wrap=True)
+    first = {r.metric: r.mean for r in rows if r.model == "pretrained"}
+    for row in rows:
+        ratio = f"{row.mean / first[row.metric]:.3f}" if first.get(row.metric) else ""
+        table.add_row(row.model, f"{row.num_parameters:,}", row.metric, f"{row.mean:.4g}", f"{row.spread:.2g}", ratio)
+    return table

@@ -1,0 +1,101 @@
+"""The verbs of a run folder: ``run``, ``finetune``, ``search``, ``fisher`` and ``pretrain``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import console, show
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, see configs/")]
+Out = Annotated[Path | None, typer.Option(help="Run folder; runs/<config name> where not given")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a value of the config")]
+
+
+def run(
+    config: ConfigFile,
+    out: Out = None,
+    overrides: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done")] = False,
+) -> None:
+    """Do the whole job: finetune the experts, search the weights, export the merged model, evaluate.
+
+    Run it again to resume: what is finished is not done twice.
+
+    Example: `deme run configs/fashion-quick.yaml`
+    """
+    from ..experiment import plan, workflow
+
+    settings, folder = _load(config, out, overrides)
+    if dry_run:
+        show(plan.describe(settings, folder))
+        return
+    show(workflow.run(settings, folder))
+    console.print(f"merged model: {folder / 'merged'}")
+
+
+def finetune(
+    config: ConfigFile,
+    out: Out = None,
+    overrides: Set = None,
+    only: Annotated[int | None, typer.Option("--range", metavar="I", help="Only the expert of this range")] = None,
+) -> None:
+    """Finetune the experts, or one of them.
+
+    Example: `deme finetune configs/fashion-quick.yaml --range 2`
+    """
+    from ..experiment import plan, workflow
+
+    show(workflow.finetune_experts(plan.prepare(*_load(config, out, overrides)), only))
+
+
+def search(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with finished experts")],
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Evaluate candidates of a search that runs elsewhere")
+    ] = False,
+) -> None:
+    """Search the merging weights of a run's experts and export the best merge.
+
+    Example: `deme search runs/fashion-quick`
+    """
+    from ..config import load_config
+    from ..experiment import plan, selection
+
+    opened = plan.prepare(load_config(run_folder / "config.yaml"), run_folder)
+    if worker:
+        show(selection.help_search(opened))
+        return
+    show(selection.search_weights(opened))
+    console.print(f"merged model: {run_folder / 'merged'}")
+
+
+def fisher(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with finished experts")],
+    num_batches: Annotated[int, typer.Option(min=1, help="For each expert, of finetune.batch_size images")] = 10,
+) -> None:
+    """Write the diagonal Fisher information of a run's experts, for `deme merge --method fisher`.
+
+    Example: `deme fisher runs/fashion-quick`
+    """
+    from ..config import load_config
+    from ..experiment import plan
+    from ..experiment.fisher import write_fishers
+
+    show(write_fishers(plan.prepare(load_config(run_folder / "config.yaml"), run_folder), num_batches))
+
+
+def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None) -> None:
+    """Train a base model from nothing; run it again to resume.
+
+    Example: `deme pretrain configs/fashion-base.yaml`
+    """
+    from ..experiment import workflow
+
+    show(workflow.pretrain(*_load(config, out, overrides)))
+
+
+def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Path]:
+    from ..config import load_config
+
+    return load_config(config, overrides), out or Path("runs") / config.stem
