@@ -17,7 +17,15 @@ MODULES = {
 }
 MAX_LINES, MAX_FUNCTION_LINES = 300, 50
 # Pure maths: torch and the standard library, inputs never modified.
-MATHS = ["diffusion", "merging.rules", "merging.arithmetic", "evaluation.distances", "evaluation.neighbours", "seeds"]
+MATHS = [
+    "diffusion",
+    "merging.rules",
+    "merging.keys",
+    "merging.arithmetic",
+    "evaluation.distances",
+    "evaluation.neighbours",
+    "seeds",
+]
 # A foreign library has one adapter; the other files don't know that it exists.
 ADAPTERS = {
     "typer": ["cli"],

@@ -23,7 +23,8 @@ from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.executors.devices import default_device
 from decouple_merge.experiment.fisher import write_fishers
 from decouple_merge.experiment.plan import Plan, prepare
-from decouple_merge.merging.arithmetic import Stacked, Tensors, group_keys, merge
+from decouple_merge.merging.arithmetic import Stacked, Tensors, merge
+from decouple_merge.merging.keys import group_keys
 from decouple_merge.models.base import Base
 from decouple_merge.models.projection import attach_projections
 from decouple_merge.seeds import generator, stream_seed

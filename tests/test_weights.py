@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from decouple_merge.merging import rules
-from decouple_merge.merging.arithmetic import Stacked, Tensors, check_same_keys, merge, task_vector_norms
+from decouple_merge.merging.arithmetic import Stacked, Tensors, merge, task_vector_norms
+from decouple_merge.merging.keys import check_same_keys
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -204,7 +205,7 @@ def test_an_expert_without_a_projection_counts_as_one_at_the_identity(with_proje
 
 def test_experts_with_the_bases_keys_fit() -> None:
     check_same_keys(random_tensors(0), random_tensors(1), "expert")
-    check_same_keys(random_tensors(0), random_tensors(1) | {"mid.projection.weight": torch.eye(2)}, "expert")
+    check_same_keys(random_tensors(0), random_tensors(1) | {"mid_block.projection.weight": torch.eye(2)}, "expert")
 
 
 @pytest.mark.parametrize(
@@ -213,12 +214,17 @@ def test_experts_with_the_bases_keys_fit() -> None:
         ({"conv.bias": None}, "missing: conv.bias"),
         ({"extra.weight": torch.zeros(1)}, "unknown: extra.weight"),
         ({"conv.bias": torch.zeros(4)}, "of another shape: conv.bias"),
+        ({"text_projection.weight": torch.eye(2)}, "unknown: text_projection.weight"),
+        (
+            {"mid_block.attentions.0.projection.weight": torch.eye(2)},
+            "unknown: mid_block.attentions.0.projection.weight",
+        ),
         (
             {"conv.weight": None, "extra.weight": torch.zeros(1), "conv.bias": torch.zeros(4)},
             "missing: conv.weight; unknown: extra.weight; of another shape: conv.bias",
         ),
     ],
-    ids=["missing", "unknown", "shape", "all"],
+    ids=["missing", "unknown", "shape", "another projection", "a projection inside a block", "all"],
 )
 def test_keys_that_do_not_fit_are_named(change: dict[str, torch.Tensor | None], message: str) -> None:
     expert = {k: v for k, v in (random_tensors(1) | change).items() if v is not None}

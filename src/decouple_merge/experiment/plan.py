@@ -21,7 +21,8 @@ from ..diffusion.timesteps import TimestepRange, choose_ranges
 from ..evaluation.alignment import holds_image_text, load_image_text
 from ..evaluation.features import METRICS, check_metrics, weights_of
 from ..executors.devices import default_device
-from ..merging.arithmetic import Tensors, check_same_keys, group_keys
+from ..merging.arithmetic import Tensors
+from ..merging.keys import check_same_keys, group_keys
 from ..models.base import Base, load_base, load_network, make_scheduler, num_parameters
 from ..models.encoders import load_encoder, load_text_encoder
 from ..models.ensemble import load_expert

@@ -1,41 +1,15 @@
 """Merge experts by task arithmetic; pure functions of tensors."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from .keys import group_keys
 from .rules import RULES, Context, check_method, chunk_size, combine, combine_into
 
 Tensors = dict[str, Tensor]
-
-
-@runtime_checkable
-class HasShape(Protocol):
-    """A tensor, or what a file's header says of one."""
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-
-
-def check_same_keys(base: Mapping[str, HasShape], expert: Mapping[str, HasShape], name: str) -> None:
-    """Require that an expert has the base's keys and shapes; projections may be extra.
-
-    Raises:
-        ValueError: names the keys that are missing, unknown or of another shape.
-    """
-    unknown = [k for k in expert if k not in base and not k.endswith("projection.weight")]
-    problems = {
-        "missing": [k for k in base if k not in expert and not k.endswith("projection.weight")],
-        "unknown": unknown,
-        "of another shape": [k for k in base if k in expert and tuple(base[k].shape) != tuple(expert[k].shape)],
-    }
-    found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys)
-    if found:
-        raise ValueError(f"{name} doesn't fit the base: {found}; expected an expert finetuned from this base")
 
 
 def merge(
@@ -73,27 +47,6 @@ def _versions(base: Tensors, experts: list[Tensors]) -> Iterator[tuple[str, list
     for key in _all_keys(base, experts):
         start = base[key] if key in base else torch.eye(len(next(e[key] for e in experts if key in e)))
         yield key, [start, *(e[key] if key in base else e.get(key, start) for e in experts)]
-
-
-def group_keys(keys: Sequence[str], patterns: Sequence[str]) -> list[list[str]]:
-    """Give every key to the first pattern that matches it, as the blocks of a merge do.
-
-    Returns:
-        The keys of each pattern, in their order.
-
-    Raises:
-        ValueError: a key is matched by no pattern, or a pattern gets no key.
-    """
-    groups: list[list[str]] = [[] for _ in patterns]
-    for key in keys:
-        index = next((i for i, pattern in enumerate(patterns) if fnmatchcase(key, pattern)), None)
-        if index is None:
-            raise ValueError(f"no pattern of {', '.join(patterns)} matches {key}; end them with * for all other keys")
-        groups[index].append(key)
-    for pattern, group in zip(patterns, groups, strict=True):
-        if not group:
-            raise ValueError(f"no key is left for the pattern {pattern!r}; keys are like {keys[0]}")
-    return groups
 
 
 def cut_blocks(base: Tensors, experts: list[Tensors], patterns: Sequence[str]) -> list[tuple[Tensors, list[Tensors]]]:

@@ -33,10 +33,9 @@ from ..storage.tensors import (
     weight_files,
     write_stream,
 )
-from .arithmetic import check_same_keys
+from .keys import check_same_keys, is_trunk_projection
 from .rules import RULES, Context, Rule, combine
 
-PROJECTION = ".projection.weight"
 # Tensors computed ahead of the one that is written: reading, arithmetic and writing overlap, and memory stays bounded.
 NUM_AHEAD = 2
 
@@ -144,7 +143,7 @@ class Sources:
             key: (asked if asked and e.dtype.is_floating_point else e.dtype, e.shape)
             for key, e in self.base.entries.items()
         }
-        extra = {k: e for x in self.experts for k, e in x.files.entries.items() if k.endswith(PROJECTION)}
+        extra = {k: e for x in self.experts for k, e in x.files.entries.items() if is_trunk_projection(k)}
         self.projections: Layout = {
             k: (e.dtype, e.shape) for k, e in sorted(extra.items()) if k not in self.base.entries
         }

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..diffusion.losses import PREDICTION_TYPES
+from ..merging.keys import has_trunk
 from ..storage.files import atomic_path
 from ..storage.hub import pipeline_folder
 from ..storage.tensors import DENOISERS, DTYPES, PROJECTIONS_FILE, TensorFiles, hash_tensors, model_files
@@ -322,7 +323,7 @@ def new_network(base: Base, projection: str = "none") -> nn.Module:
 
 def build_network(base: Base, weights: dict[str, Tensor]) -> nn.Module:
     """Build the network that holds some weights, trunk projections included."""
-    network = new_network(base, "trunk" if any(k.endswith("projection.weight") for k in weights) else "none")
+    network = new_network(base, "trunk" if has_trunk(weights) else "none")
     network.load_state_dict(weights)
     return network
 

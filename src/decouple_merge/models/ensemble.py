@@ -10,7 +10,8 @@ from torch import nn
 
 from ..config import load_config
 from ..diffusion.timesteps import TimestepRange, check_ranges, choose_ranges, range_index
-from ..merging.arithmetic import Tensors, check_same_keys
+from ..merging.arithmetic import Tensors
+from ..merging.keys import check_same_keys, has_trunk
 from ..storage.files import read_tensors
 from ..storage.hub import pipeline_folder
 from ..storage.run_folder import Run
@@ -139,12 +140,12 @@ def load_ensemble(
         base = load_base(config.base)
         parts = choose_ranges(base.num_train_timesteps, config.finetune.num_ranges, config.finetune.ranges)
         found = [load_expert(run.expert(i), base) for i in range(len(parts))]
-    has_trunk = [any(key.endswith("projection.weight") for key in tensors) for tensors in found]
-    if any(has_trunk) and not all(has_trunk):
-        raise ValueError(f"{sum(has_trunk)} of {len(found)} experts have trunk projections; expected all or none")
+    with_trunk = [has_trunk(tensors) for tensors in found]
+    if any(with_trunk) and not all(with_trunk):
+        raise ValueError(f"{sum(with_trunk)} of {len(found)} experts have trunk projections; expected all or none")
 
     def build() -> nn.Module:
-        return new_network(base, "trunk" if all(has_trunk) else "none").requires_grad_(False).eval()
+        return new_network(base, "trunk" if all(with_trunk) else "none").requires_grad_(False).eval()
 
     if one_resident:
         return TimestepEnsemble([build()], parts, base.num_train_timesteps, found)

@@ -13,7 +13,8 @@ from torch.func import functional_call
 from ..data.batches import Batch, model_input
 from ..diffusion.losses import add_noise, per_sample_mse, prediction_target
 from ..diffusion.timesteps import TimestepRange, draw_timesteps
-from ..merging.arithmetic import Stacked, Tensors, cast, check_same_keys, cut_blocks
+from ..merging.arithmetic import Stacked, Tensors, cast, cut_blocks
+from ..merging.keys import check_same_keys, has_trunk
 from ..models.base import Base, cast_inputs, predict
 from ..models.projection import attach_projections
 from ..seeds import generator
@@ -221,7 +222,7 @@ def _dtype(base: Base) -> torch.dtype:
 def _network(base: Base, experts: list[Tensors], device: torch.device) -> nn.Module:
     """Copy the base's network for calls with other tensors, with trunk projections where an expert has some."""
     network = copy.deepcopy(base.network).requires_grad_(False).eval()
-    attach_projections(network, "trunk" if any(k.endswith("projection.weight") for e in experts for k in e) else "none")
+    attach_projections(network, "trunk" if any(map(has_trunk, experts)) else "none")
     return network.to(device)
 
 
