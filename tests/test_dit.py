@@ -28,9 +28,10 @@ from decouple_merge.models.base import Base, load_base, new_network, num_paramet
 from decouple_merge.models.lora import attach_lora, lora_factors, unadapted_state_dict
 from decouple_merge.models.projection import attach_projections, folded_state_dict, projection_parameters
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
+from decouple_merge.searching.learned import DenoisingLoss
 from decouple_merge.storage.files import read_records
 from decouple_merge.training import trainer as finetune
-from decouple_merge.training.gradient import DenoisingLoss, noisy_batch
+from decouple_merge.training.gradient import noisy_batch
 
 CPU = torch.device("cpu")
 SEEDS = [5, 6, 7]

@@ -27,15 +27,10 @@ from decouple_merge.merging.arithmetic import Stacked, Tensors, merge
 from decouple_merge.merging.keys import group_keys
 from decouple_merge.models.base import Base
 from decouple_merge.models.projection import attach_projections
+from decouple_merge.searching.learned import DenoisingLoss, layer_patterns, learn_weights
 from decouple_merge.seeds import generator, stream_seed
-from decouple_merge.training.gradient import (
-    DenoisingLoss,
-    NoisyBatch,
-    fisher_information,
-    layer_patterns,
-    learn_weights,
-    noisy_batch,
-)
+from decouple_merge.training.fisher import fisher_information
+from decouple_merge.training.gradient import NoisyBatch, noisy_batch
 
 CPU = torch.device("cpu")
 NUM_TIMESTEPS = 40

@@ -26,8 +26,9 @@ from decouple_merge.models.lora import FILE
 from decouple_merge.models.parts import decode_latents, encode_images, encode_texts, load_text_encoders, load_vae
 from decouple_merge.models.projection import attach_projections, folded_state_dict, projection_parameters
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
+from decouple_merge.searching.learned import DenoisingLoss
 from decouple_merge.training import trainer as finetune
-from decouple_merge.training.gradient import DenoisingLoss, noisy_batch
+from decouple_merge.training.gradient import noisy_batch
 
 CPU = torch.device("cpu")
 PROMPTS = ["red cat", "a green bird", "two dogs"]

@@ -24,10 +24,12 @@ from decouple_merge.experiment.results import Row, denoiser_of
 from decouple_merge.models.base import load_base, new_network
 from decouple_merge.sampling.sampler import sample_images
 from decouple_merge.sampling.standalone import sample_model
+from decouple_merge.searching.learned import DenoisingLoss
 from decouple_merge.seeds import generator
 from decouple_merge.storage.files import read_records
 from decouple_merge.training import trainer as finetune
-from decouple_merge.training.gradient import DenoisingLoss, fisher_information, noisy_batch
+from decouple_merge.training.fisher import fisher_information
+from decouple_merge.training.gradient import noisy_batch
 from decouple_merge.training.trainer import StepRecord
 
 CPU = torch.device("cpu")

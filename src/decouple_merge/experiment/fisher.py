@@ -8,7 +8,7 @@ from ..executors.devices import default_device
 from ..models.base import tensors_sha256
 from ..seeds import stream_seed
 from ..storage.files import read_tensors, write_tensors
-from ..training.gradient import fisher_information
+from ..training.fisher import fisher_information
 from .plan import Plan, load_experts
 
 
