@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from decouple_merge.config import Data, Finetune
-from decouple_merge.data.batches import ArrayImages, Examples, Images, LatentBatch, to_model
+from decouple_merge.data.batches import Examples, LatentBatch
+from decouple_merge.data.images import ArrayImages, Images, to_model
 from decouple_merge.data.latents import Latents
 from decouple_merge.diffusion.timesteps import split_timesteps
 from decouple_merge.executors.devices import default_device

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 from decouple_merge.config import Data, PartTraining
 from decouple_merge.data.emoji import Emoji, read_emoji
 from decouple_merge.data.sources import load_images
+from decouple_merge.data.split import split
 from decouple_merge.evaluation.alignment import ImageTextModel, describe, load_image_text, save_image_text
 from decouple_merge.evaluation.distances import clip_score, r_precision
 from decouple_merge.evaluation.features import load_extractor
@@ -130,9 +131,8 @@ def main() -> None:
             num_updates=arguments.num_updates, batch_size=256, weight_decay=0.1, checkpoint_every=100
         )
         with tempfile.TemporaryDirectory() as folder:
-            for line in train_image_text(
-                model, described, captions, len(captions) - 256, settings, arguments.seed, Path(folder)
-            ):
+            pairs = split(captions, Data(num_held_out=256))
+            for line in train_image_text(model, described, captions, pairs, settings, arguments.seed, Path(folder)):
                 print(line, flush=True)
         save_image_text(model, arguments.out)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decouple_merge.config import Data, Finetune, load_config
-from decouple_merge.data.batches import ArrayImages
+from decouple_merge.data.images import ArrayImages
 from decouple_merge.diffusion.timesteps import TimestepRange, split_timesteps
 from decouple_merge.executors.devices import default_device
 from decouple_merge.models.base import Base, create_base, new_network

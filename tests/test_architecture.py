@@ -31,7 +31,7 @@ ADAPTERS = {
     "typer": ["cli"],
     "optuna": ["searching.study"],
     "cmaes": ["searching.strategies"],
-    "datasets": ["data.sources"],
+    "datasets": ["data.hub"],
     "matplotlib": ["analysis"],
     "yaml": ["config"],
     "pydantic": ["config"],

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from conftest import make_unet
 from decouple_merge.cli import main as cli
 from decouple_merge.config import Config, Data, dump_config
-from decouple_merge.data.sources import decode, load_images, open_images
+from decouple_merge.data.decoding import decode
+from decouple_merge.data.sources import load_images, open_images
 from decouple_merge.evaluation.features import Extractor
 from decouple_merge.evaluation.references import read_statistics
 from decouple_merge.experiment.plan import check, prepare
@@ -295,7 +296,7 @@ def test_a_damaged_image_in_a_data_set_is_refused_and_skipped_only_if_asked(tmp_
         load_images(data, 1, 8)
     images = load_images(data.model_copy(update={"skip_damaged": True}), 1, 8)
     assert len(images) == 1
-    assert torch.equal(images[0], decode(tmp_path / "pictures" / "00.png", 1, 8, "exact"))
+    assert torch.equal(images[0], decode(tmp_path / "pictures" / "00.png", 1, 8, "exact").pixels)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"PK"])

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from decouple_merge.config import Data
-from decouple_merge.data.batches import ArrayImages, held_out_images, to_model, to_pixels, training_batches
-from decouple_merge.data.sources import FASHION_FOLDER, load_images, open_images
+from decouple_merge.data.batches import held_out_images, training_batches
+from decouple_merge.data.fashion import FOLDER
+from decouple_merge.data.images import ArrayImages, to_model, to_pixels
+from decouple_merge.data.sources import load_images, open_images
 
 NUM_IMAGES, HELD_OUT = 50, 10
 
@@ -235,7 +237,7 @@ def test_fashion_mnist_loads_from_a_folder_that_the_user_names(tmp_path: Path) -
         assert torch.equal(images.stack(range(len(images))), torch.from_numpy(pixels[:, None]))
 
 
-@pytest.mark.skipif(not FASHION_FOLDER.is_dir(), reason=f"Debian's dataset-fashion-mnist is not in {FASHION_FOLDER}")
+@pytest.mark.skipif(not FOLDER.is_dir(), reason=f"Debian's dataset-fashion-mnist is not in {FOLDER}")
 @pytest.mark.parametrize(("split", "num"), [("train", 60_000), ("test", 10_000)])
 def test_fashion_mnist_loads_from_debians_folder(split: str, num: int) -> None:
     images = load_images(Data(split=split), 1, 28)

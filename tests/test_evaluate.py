@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from decouple_merge.data.batches import ArrayImages
+from decouple_merge.data.images import ArrayImages
 from decouple_merge.evaluation import scores as evaluate
 from decouple_merge.evaluation.distances import (
     FeatureStats,

@@ -20,8 +20,9 @@ from transformers import CLIPTextModel
 from conftest import WORDS, save_stable_diffusion
 from decouple_merge.config import Data
 from decouple_merge.data import latents as latents_module
-from decouple_merge.data.batches import Images, LatentBatch, model_input, to_model, training_batches
+from decouple_merge.data.batches import LatentBatch, model_input, training_batches
 from decouple_merge.data.captions import load_captions
+from decouple_merge.data.images import Images, to_model
 from decouple_merge.data.latents import Latents, TextEmbeddings
 from decouple_merge.data.sources import load_images
 from decouple_merge.diffusion.timesteps import TimestepRange

@@ -12,7 +12,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from conftest import WORDS, stock_images
-from decouple_merge.config import Config, Evaluate, PartTraining, Text
+from decouple_merge.config import Config, Data, Evaluate, PartTraining, Text
+from decouple_merge.data.split import split
 from decouple_merge.evaluation.alignment import NUM_FEATURES, ImageTextModel, describe, load_image_text, save_image_text
 from decouple_merge.evaluation.distances import clip_score, r_precision
 from decouple_merge.evaluation.features import load_extractor
@@ -171,7 +172,8 @@ def test_a_text_encoder_learns_which_image_is_which(tmp_path: Path) -> None:
     described = torch.randn(2, 6, NUM_FEATURES)
     settings = PartTraining(num_updates=60, batch_size=5, learning_rate=5e-3, checkpoint_every=60)
     before = model.eval().embed_images(described[0, :5]) @ model.embed_texts(WORDS[:5]).T
-    list(pretraining.train_image_text(model, described, WORDS, 5, settings, 0, tmp_path))
+    pairs = split(WORDS, Data(num_held_out=len(WORDS) - 5))
+    list(pretraining.train_image_text(model, described, WORDS, pairs, settings, 0, tmp_path))
     model.eval()
     after = model.embed_images(described[1, :5]) @ model.embed_texts(WORDS[:5]).T
     assert (before.argmax(1) == torch.arange(5)).sum() < 5

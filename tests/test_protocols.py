@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 from conftest import WORDS, make_unet, save_stable_diffusion
 from decouple_merge.cli import main as cli
 from decouple_merge.config import Sample, Text, load_protocol
+from decouple_merge.data.decoding import resize_images
 from decouple_merge.data.prompts import read_prompts
-from decouple_merge.data.sources import open_images, resize_images
+from decouple_merge.data.sources import open_images
 from decouple_merge.evaluation import scoring
 from decouple_merge.evaluation.compare import compare
 from decouple_merge.evaluation.features import Extractor, load_extractor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conftest import make_unet
 from decouple_merge.config import Config, Sample
-from decouple_merge.data.batches import to_model
+from decouple_merge.data.images import to_model
 from decouple_merge.diffusion.timesteps import TimestepRange, range_index
 from decouple_merge.models.base import Base, load_base
 from decouple_merge.models.ensemble import TimestepEnsemble

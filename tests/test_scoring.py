@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from decouple_merge.cli import main as cli
 from decouple_merge.config import Sample, Text
-from decouple_merge.data.sources import holds_jpeg, open_images
+from decouple_merge.data.sources import open_images
 from decouple_merge.evaluation import scoring
 from decouple_merge.evaluation.features import Extractor, load_extractor
 from decouple_merge.evaluation.images import Source, open_scored
@@ -150,7 +150,7 @@ def test_nothing_is_written_but_the_records_that_are_asked_for(
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "datasets"])
 def test_jpeg_draws_a_warning_and_png_none(kind: str, tmp_path: Path, tiny_images: Path) -> None:
-    assert not holds_jpeg(open_images(SOURCES[kind](tmp_path)))
+    assert not open_images(SOURCES[kind](tmp_path)).source.holds_jpeg
     folder = write_folder(tmp_path / "jpeg", ".jpg")
     source = str(folder)
     if kind == "zip":

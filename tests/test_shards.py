@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from decouple_merge.config import Config, Data
 from decouple_merge.data.captions import load_captions
-from decouple_merge.data.sources import holds_jpeg, load_images, open_images
+from decouple_merge.data.sources import load_images, open_images
 from decouple_merge.experiment import workflow
 from decouple_merge.experiment.plan import check, prepare
 
@@ -78,7 +78,7 @@ def test_a_folder_of_shards_and_one_shard_are_sources_too(shards: str, tmp_path:
     assert load(f"webdataset:{tmp_path}/shards/s-001.tar")[1] == load(shards)[1][8:16]
     images = open_images(f"webdataset:{tmp_path}/shards")
     assert len(images) == 24
-    assert not holds_jpeg(images)
+    assert not images.source.holds_jpeg
 
 
 def test_samples_in_folders_and_of_any_kind_of_image(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_samples_in_folders_and_of_any_kind_of_image(tmp_path: Path) -> None:
     write_shard(tmp_path / "one.tar", members | {"a.txt": b"no sample", "c/1.txt": b"none either"})
     images, captions = load(f"webdataset:{tmp_path}/one.tar")
     assert captions == ["two", "one"]
-    assert holds_jpeg(images)
+    assert images.source.holds_jpeg
 
 
 def test_a_training_from_shards_is_that_from_the_folder_even_if_interrupted(

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ARCHIVE_SUFFIXES = {".zip", ".tar"}
-
-
-class DamagedError(ValueError):
-    """An image that can't be decoded."""
+from ..config import Data
+from .decoded import EncodedSource
+from .decoding import DamagedError
+from .images import file_stamp
+from .names import IMAGE_SUFFIXES, has_suffix, is_mac_metadata, no_images
 
 
 class Member(io.BytesIO):
@@ -47,12 +47,7 @@ class Archive(Sequence):
             raise ValueError(
                 f"{path}: no whole .zip or plain .tar archive ({error}); fetch it again, and unpack a compressed tar"
             ) from error
-        # macOS adds files of its own, with the names of the images, to what it packs.
-        self.names = [
-            name
-            for name in sorted(found)
-            if Path(name).suffix.lower() in suffixes and not Path(name).name.startswith("._")
-        ]
+        self.names = [name for name in sorted(found) if has_suffix(name, suffixes) and not is_mac_metadata(name)]
         self._places = found
 
     def __len__(self) -> int:
@@ -79,6 +74,36 @@ class Archive(Sequence):
         except (ValueError, zlib.error) as error:
             raise DamagedError(f"{self.path}:{name}: can't be read ({error}); make the archive again") from error
         return Member(content, f"{self.path}:{name}")
+
+
+class ImageArchive(EncodedSource):
+    """The images of a zip or tar archive, read where they lie.
+
+    Raises:
+        ValueError: there are none, or as ``Archive``.
+    """
+
+    form = "a .zip or .tar of images"
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.files = Archive(Path(data.source), IMAGE_SUFFIXES)
+        if len(self.files) == 0:
+            raise no_images(data.source)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Member:
+        return self.files[index]
+
+    @property
+    def names(self) -> list[Path]:
+        return [Path(name) for name in self.files.names]
+
+    @property
+    def identity(self) -> str:
+        return repr(file_stamp(self.files.path))
 
 
 def _zip_files(path: Path) -> dict[str, _Place]:

@@ -1,12 +1,10 @@
-"""Batches of images or latents for training, in an order that a seed gives, and the scale that networks work in."""
+"""Batches of images or latents for training, in an order that a seed gives."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
@@ -14,6 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import Data
 from ..seeds import generator
+from .images import to_model
+from .split import split
 
 
 @dataclass(frozen=True)
@@ -54,59 +54,16 @@ class LatentBatch:
 Batch = UInt8[Tensor, "n c h w"] | LatentBatch
 
 
-class Examples(Dataset):
+@runtime_checkable
+class Examples(Protocol):
     """What a model is trained on, images or their latents; ``sha256`` identifies the content."""
 
     sha256: str
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    def __len__(self) -> int: ...
 
     def stack(self, indices: Sequence[int]) -> Batch:
         """Load several examples as one batch."""
-        raise NotImplementedError
-
-
-class Images(Examples):
-    """Images of one size, as uint8 tensors of shape [C, H, W]."""
-
-    def __getitem__(self, index: int) -> UInt8[Tensor, "c h w"]:
-        raise NotImplementedError
-
-    def stack(self, indices: Sequence[int]) -> UInt8[Tensor, "n c h w"]:
-        """Load several images as one batch."""
-        return torch.stack([self[i] for i in indices])
-
-    def frames(self, indices: Sequence[int]) -> Float[Tensor, "n 6"]:
-        """Say how images were cut, in pixels, as SDXL is told (Podell et al. 2023, section 2.2).
-
-        Height and width of the original, top and left of the crop in what it was resized to, height and width now.
-        """
-        raise NotImplementedError
-
-
-class ArrayImages(Images):
-    """Images held in memory."""
-
-    def __init__(self, pixels: UInt8[np.ndarray, "n c h w"]) -> None:
-        self.pixels = torch.from_numpy(np.ascontiguousarray(pixels))
-        digest = hashlib.sha256(str(tuple(pixels.shape)).encode())
-        digest.update(self.pixels.numpy().data)
-        self.sha256 = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> UInt8[Tensor, "c h w"]:
-        return self.pixels[index]
-
-    def stack(self, indices: Sequence[int]) -> UInt8[Tensor, "n c h w"]:
-        return self.pixels[torch.as_tensor(indices)]
-
-
-def to_model(pixels: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """Map uint8 [0, 255] to float32 [-1, 1]."""
-    return pixels.float() / 127.5 - 1
 
 
 def model_input(batch: Batch, draws: torch.Generator) -> tuple[Float[Tensor, "n c h w"], dict[str, Tensor]]:
@@ -124,21 +81,18 @@ def model_input(batch: Batch, draws: torch.Generator) -> tuple[Float[Tensor, "n 
     return mean + (log_variance / 2).exp() * noise, batch.condition
 
 
-def to_pixels(x: Float[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
-    """Map [-1, 1] to uint8 [0, 255], clamped and rounded as diffusers' pipelines do."""
-    return ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
 class _Batches(Sequence):
-    """Indices of every micro-batch: slices of an endless chain of seeded permutations of the data."""
+    """Indices of every micro-batch: slices of an endless chain of seeded permutations of what is trained on."""
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int, world: int, first: int, last: int):
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+    def __init__(
+        self, trained: Sequence[int], batch_size: int, seed: int, rank: int, world: int, first: int, last: int
+    ) -> None:
+        self.trained, self.batch_size, self.seed = trained, batch_size, seed
         self.rank, self.world, self.first, self.last = rank, world, first, last
 
     @lru_cache(maxsize=2)  # noqa: B019 - lives as long as the training does
     def _permutation(self, epoch: int) -> Int[Tensor, " n"]:
-        return torch.randperm(self.num_images, generator=generator(self.seed, "order", epoch))
+        return torch.randperm(len(self.trained), generator=generator(self.seed, "order", epoch))
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -146,11 +100,9 @@ class _Batches(Sequence):
     def __getitem__(self, index: Any) -> list[int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start = ((self.first + index) * self.world + self.rank) * self.batch_size
-        return [
-            int(self._permutation(p // self.num_images)[p % self.num_images])
-            for p in range(start, start + self.batch_size)
-        ]
+        start, num = ((self.first + index) * self.world + self.rank) * self.batch_size, len(self.trained)
+        places = range(start, start + self.batch_size)
+        return [self.trained[int(self._permutation(p // num)[p % num])] for p in places]
 
 
 class _Indexed(Dataset):
@@ -177,15 +129,13 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Yield micro-batches ``first`` to ``last`` of a training run; batch s depends only on (seed, rank, s).
 
-    The last ``data.num_held_out`` images are left out. Flips and dropped captions are drawn per image from the batch's
+    What ``split`` holds out is left out. Flips and dropped captions are drawn per image from the batch's
     own streams.
 
     Raises:
         ValueError: nothing is left to train on.
     """
-    check_held_out(images, data)
-    num_images = len(images) - data.num_held_out
-    order = _Batches(num_images, batch_size, seed, rank, world, first, last)
+    order = _Batches(split(images, data).trained, batch_size, seed, rank, world, first, last)
     loader = DataLoader(_Indexed(images), batch_sampler=order, num_workers=data.num_workers, collate_fn=_identity)
     for step, batch in enumerate(loader, start=first):
         if data.flip:
@@ -200,19 +150,6 @@ def training_batches(
         yield batch
 
 
-def check_held_out(images: Examples, data: Data) -> None:
-    """Require that something is left to train on.
-
-    Raises:
-        ValueError: as said.
-    """
-    if len(images) <= data.num_held_out:
-        raise ValueError(
-            f"the data has {len(images)} images and data.num_held_out is {data.num_held_out}: nothing is left to train "
-            "on; give more images, or hold out fewer"
-        )
-
-
 def held_out_images(images: Examples, data: Data) -> Batch:
-    """Load the images at the end of the data that no training sees."""
-    return images.stack(range(len(images) - data.num_held_out, len(images)))
+    """Load the images that no training sees."""
+    return images.stack(split(images, data).held_out)

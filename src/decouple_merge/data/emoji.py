@@ -12,12 +12,13 @@ import numpy as np
 import pooch
 import torch
 from jaxtyping import UInt8
-from PIL import Image
 
 from ..seeds import generator
 from ..storage.files import cache_folder
+from .arrays import ArraySource
+from .decoding import decode, on_white
 
-SOURCE = "noto-emoji"
+NAME = "noto-emoji"
 SIZE = 64
 FILE = "emoji-datasource-google-16.0.0.tgz"
 URL = f"https://registry.npmjs.org/emoji-datasource-google/-/{FILE}"
@@ -47,6 +48,24 @@ class Emoji(NamedTuple):
     kind: str
 
 
+class NotoEmoji(ArraySource):
+    """All of them; ``data.path`` is the folder with the package, where that is set."""
+
+    form = captioned = NAME
+
+    def path(self) -> Path:
+        return _find(self.data.path)
+
+    def read(self) -> UInt8[np.ndarray, "n 3 64 64"]:
+        return read_emoji(self.data.path)[1]
+
+    def natural_shape(self) -> tuple[int, int]:
+        return 3, SIZE
+
+    def captions(self, field: str, classes: dict[str, int] | None) -> list[str]:
+        return [drawing.caption for drawing in read_emoji(self.data.path)[0]]
+
+
 @lru_cache(maxsize=2)
 def read_emoji(folder: Path | None) -> tuple[list[Emoji], UInt8[np.ndarray, "n 3 64 64"]]:
     """Read all 3,786 emoji, composited on white, in a fixed random order in which the skin tones of one stay together.
@@ -64,9 +83,9 @@ def read_emoji(folder: Path | None) -> tuple[list[Emoji], UInt8[np.ndarray, "n 3
         with tarfile.open(path) as archive:
             files = {m.name: archive.extractfile(m).read() for m in archive if _is_needed(m)}  # type: ignore[union-attr]
         listed = json.loads(files["package/emoji.json"])
-        order = torch.randperm(len(listed), generator=generator(SOURCE)).tolist()
+        order = torch.randperm(len(listed), generator=generator(NAME)).tolist()
         found = [drawing for group in order for drawing in _drawings(listed[group], group)]
-        pixels = np.stack([_on_white(files[f"package/img/google/64/{emoji.name}"]) for emoji in found])
+        pixels = np.stack([_pixels(files[f"package/img/google/64/{emoji.name}"]) for emoji in found])
     except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole package of Noto emoji ({error!r}); fetch it again from {URL}") from error
     return found, pixels
@@ -101,9 +120,5 @@ def _drawings(listed: dict[str, Any], group: int) -> list[Emoji]:
     return found
 
 
-def _on_white(png: bytes) -> UInt8[np.ndarray, "3 64 64"]:
-    with Image.open(io.BytesIO(png)) as image:
-        colour = image.convert("RGBA")
-    white = Image.new("RGBA", colour.size, "white")
-    white.alpha_composite(colour)
-    return np.asarray(white.convert("RGB")).transpose(2, 0, 1)
+def _pixels(png: bytes) -> UInt8[np.ndarray, "3 64 64"]:
+    return decode(on_white(io.BytesIO(png)), 3, SIZE, "exact").pixels.numpy()

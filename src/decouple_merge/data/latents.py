@@ -19,7 +19,8 @@ from ..models.parts import (
     load_vae,
 )
 from ..storage.files import cache_folder, read_tensors, write_tensors
-from .batches import Examples, Images, LatentBatch, to_model
+from .batches import LatentBatch
+from .images import Images, to_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A killed computation goes on at the file it was at.
@@ -165,8 +166,12 @@ def open_texts(
     return ClassLabels(encoders, texts) if encoders.classes else TextEmbeddings(encoders, texts, precision, device)
 
 
-class Latents(Examples):
-    """Captioned images as a latent model is trained on them; for a class-conditional one a caption is a class."""
+class Latents:
+    """Captioned images as a latent model is trained on them; for a class-conditional one a caption is a class.
+
+    Attributes:
+        sha256: identifies the content.
+    """
 
     def __init__(
         self, encoders: Encoders, images: Images, captions: list[str], size: int, data: Data, device: torch.device

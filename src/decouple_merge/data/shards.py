@@ -2,11 +2,14 @@
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from .archives import Archive
+from ..config import Data
+from .archives import Archive, Member
+from .decoded import EncodedSource
+from .images import file_stamp
+from .names import IMAGE_SUFFIXES, no_images
 
 PREFIX = "webdataset:"
 CAPTIONS = (".txt", ".json")
@@ -19,40 +22,42 @@ class _Sample(NamedTuple):
     image: int
 
 
-class Shards(Sequence):
+class Shards(EncodedSource):
     """The images of webdataset shards, shard by shard, in each in the order of their names.
 
     A sample is an image and what has its name up to the first dot: ``a/0001.jpg``, ``a/0001.txt``, ``a/0001.json``.
     Nothing is unpacked or copied: a sample is read where it lies, by any number of threads and processes.
 
-    Attributes:
-        names: of the images in their shards.
-
     Raises:
         ValueError: a shard is missing or damaged, there are no images, or a sample has several.
     """
 
-    def __init__(self, source: str, suffixes: set[str]) -> None:
-        self.paths = _shard_paths(source)
-        self._samples = [sample for path in self.paths for sample in _samples(path, suffixes)]
-        self.names = [sample.shard.names[sample.image] for sample in self._samples]
+    form = captioned = f"{PREFIX}SHARDS"
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        place = data.source.removeprefix(PREFIX)
+        self.paths = _shard_paths(place)
+        self._samples = [sample for path in self.paths for sample in _samples(path)]
         if not self._samples:
-            raise ValueError(f"{source}: found no images, expected members ending in {', '.join(sorted(suffixes))}")
+            raise no_images(place, "members")
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int) -> Member:
         sample = self._samples[index]
         return sample.shard[sample.image]
 
     @property
-    def identity(self) -> str:
-        """All that tells these files from others, without reading them."""
-        stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
-        return f"shards {stamps}"
+    def names(self) -> list[Path]:
+        return [Path(sample.shard.names[sample.image]) for sample in self._samples]
 
-    def captions(self, field: str) -> list[Any]:
+    @property
+    def identity(self) -> str:
+        return f"shards {[file_stamp(path) for path in self.paths]}"
+
+    def captions(self, field: str, classes: dict[str, int] | None) -> list[Any]:
         """Read the caption of every image: its ``.txt``, or where it has none a field of its ``.json``, as it is there.
 
         Raises:
@@ -90,15 +95,15 @@ def _caption(content: bytes, field: str, name: str, is_json: bool) -> Any:
         ) from error
 
 
-def _samples(path: Path, suffixes: set[str]) -> list[_Sample]:
-    shard = Archive(path, suffixes | set(CAPTIONS))
+def _samples(path: Path) -> list[_Sample]:
+    shard = Archive(path, IMAGE_SUFFIXES | set(CAPTIONS))
     groups: dict[str, dict[str, int]] = {}
     for index, name in enumerate(shard.names):
         stem, _, suffix = PurePosixPath(name).name.partition(".")
         groups.setdefault(str(PurePosixPath(name).parent / stem), {})[f".{suffix.lower()}"] = index
     samples = []
     for key, members in groups.items():
-        images = [suffix for suffix in members if suffix in suffixes]
+        images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
         if len(images) > 1:
             raise ValueError(
                 f"{path}:{key} has {' and '.join(images)}, expected one image in a sample: remove the others"

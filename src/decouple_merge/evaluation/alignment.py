@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.batches import to_model
+from ..data.images import to_model
 from ..models.text_encoders import load_text_parts, tokenize
 from ..storage.files import atomic_path, read_tensors, write_tensors
 

@@ -3,7 +3,7 @@
 import torch
 
 from ..config import Evaluate
-from ..data.batches import Images
+from ..data.images import Images
 from .features import Extractor, load_extractor, weights_of
 from .references import Reference, make_reference
 

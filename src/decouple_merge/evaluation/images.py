@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..config import Sample, Text
 from ..data.captions import texts_of
+from ..data.decoding import RESIZE, resize_images
 from ..data.prompts import load_prompts
-from ..data.sources import RESIZE, holds_jpeg, open_images, resize_images
+from ..data.sources import open_images
 from ..sampling.sampler import sample_images, sampling_fields, seed_batches
 from ..sampling.standalone import open_model
 
@@ -125,7 +126,7 @@ def _open_files(name: str, source: Source, with_texts: bool, share: slice) -> Sc
         raise ValueError(f"{name}: found {len(images)} images, expected at least --num-images {num}")
     numbers = torch.arange(num).split(256)
     batches = (images.stack(b.tolist()) for b in numbers[share])
-    scored = Scored(batches, images[0].shape[0], images[0].shape[1], num, has_jpeg=holds_jpeg(images))
+    scored = Scored(batches, images[0].shape[0], images[0].shape[1], num, has_jpeg=images.source.holds_jpeg)
     scored.num_batches = len(numbers)
     if with_texts:
         given = load_prompts(source.text)

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..data.batches import Images
-from ..data.sources import array_images
+from ..data.arrays import read_array
+from ..data.images import ArrayImages, Images
 from ..storage.files import atomic_path, cache_folder, read_tensors, write_tensors
 from .distances import FeatureStats, matrix_root
 from .features import Extractor
@@ -173,7 +173,7 @@ def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -
         moments[output] = Moments(mean, covariance, _cached_root(covariance, f"{digest}-{output}"))
     rows = {}
     if with_rows and has_images:
-        rows = make_reference(path.name, array_images(path), extractor).rows
+        rows = make_reference(path.name, ArrayImages(read_array(path)), extractor).rows
     return Reference(f"{path.name}:{digest[:16]}", 0, moments, rows)
 
 

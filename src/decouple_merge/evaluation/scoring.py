@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import Sample, Text
-from ..data.batches import ArrayImages, Images
+from ..data.images import ArrayImages, Images
 from ..data.sources import open_images
 from ..executors.devices import default_device
 from ..executors.local import in_order, run_all, shares

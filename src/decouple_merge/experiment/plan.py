@@ -12,11 +12,13 @@ import torch
 
 from .. import __version__
 from ..config import Config, Evaluate, Search, Training, dump_config, load_config
-from ..data.batches import Examples, Images, check_held_out
+from ..data.batches import Examples
 from ..data.captions import load_captions
+from ..data.images import Images
 from ..data.latents import Latents
 from ..data.prompts import load_prompts
 from ..data.sources import load_images
+from ..data.split import split
 from ..diffusion.timesteps import TimestepRange, choose_ranges
 from ..evaluation.alignment import holds_image_text, load_image_text
 from ..evaluation.features import METRICS, check_metrics, weights_of
@@ -92,7 +94,7 @@ def check(config: Config, out: Path) -> Plan:
     load_checkpoints(config.search, base)
     check_owner(Run(out), config)
     images = load_images(config.data, base.channels, base.image_size)
-    check_held_out(images, config.data)
+    split(images, config.data)
     if base.encoders is None:
         return Plan(config, Run(out), base, images, tuple(ranges), images, [])
     captions = load_captions(images, config.data, base.encoders.classes)

@@ -7,10 +7,10 @@ from typing import Any
 
 from ..analysis.figures import sample_grid, training_curve
 from ..config import Config, Pretrain, Training
-from ..data.batches import check_held_out
 from ..data.captions import load_captions
 from ..data.latents import Latents
 from ..data.sources import load_images
+from ..data.split import split
 from ..diffusion.timesteps import TimestepRange, split_timesteps
 from ..evaluation.features import METRICS
 from ..executors.devices import default_device
@@ -125,7 +125,7 @@ def _from_nothing(config: Config, settings: Pretrain, out: Path) -> Plan:
     base = create_base(settings.model, settings.scheduler, config.seed)
     _check(config, settings, base)
     images = load_images(config.data, base.channels, base.image_size)
-    check_held_out(images, config.data)
+    split(images, config.data)
     claim(Run(out), config, manifest(config, base, images))
     return Plan(config, Run(out), base, images, _ranges(settings, base), images, [])
 
@@ -139,7 +139,7 @@ def _text_from_nothing(config: Config, settings: Pretrain, out: Path) -> Generat
     if not isinstance(size, int):
         raise ValueError(f"pretrain.model.sample_size is {size!r}, expected the side of the latents, one integer")
     images = load_images(data, vae.config["in_channels"], size * vae_downscale(vae.config))
-    check_held_out(images, data)
+    split(images, data)
     captions = load_captions(images, data)
     tokenizer = create_tokenizer(captions, settings.text_encoder.vocab_size)
     text_encoder = create_text_encoder(tokenizer, settings.text_encoder.model, seed)

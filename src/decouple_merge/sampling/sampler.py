@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from ..config import Sample, Text
-from ..data.batches import to_pixels
+from ..data.images import to_pixels
 from ..data.latents import DTYPES, open_texts
 from ..diffusion.timesteps import TimestepRange
 from ..merging.arithmetic import Tensors

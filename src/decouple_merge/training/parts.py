@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config import Data, PartTraining, TextEncoder, Vae
-from ..data.batches import Images, to_model, training_batches
+from ..data.batches import training_batches
+from ..data.images import Images, to_model
+from ..data.split import Split, split
 from ..evaluation.alignment import NUM_FEATURES, ImageTextModel, describe
 from ..evaluation.features import load_extractor
 from ..models.text_encoders import tokenize
@@ -123,13 +125,13 @@ def train_vae(
         return error + settings.kl_weight * divergence
 
     def validate() -> float:
-        batches = images.stack(range(len(images) - data.num_held_out, len(images))).split(64)
+        batches = images.stack(split(images, data).held_out).split(64)
         errors = [losses(pixels, generator("vae validation"))[0] * len(pixels) for pixels in batches]
         return float(sum(errors)) / sum(map(len, batches))
 
     yield from fit("vae", vae, loss_at, validate, settings, seed, folder)
     vae.eval()
-    pixels = images.stack(range(0, len(images) - data.num_held_out, max(1, len(images) // 1024)))
+    pixels = images.stack(split(images, data).trained[:: max(1, len(images) // 1024)])
     with torch.no_grad():
         latents = torch.cat([vae.encode(to_model(p).to(device)).latent_dist.mean for p in pixels.split(64)])
     vae.register_to_config(scaling_factor=1 / latents.std().item())
@@ -139,7 +141,7 @@ def train_image_text(
     model: ImageTextModel,
     described: Float[Tensor, "views n f"],
     captions: Sequence[str],
-    num_training: int,
+    pairs: Split,
     settings: PartTraining,
     seed: int,
     folder: Path,
@@ -148,18 +150,19 @@ def train_image_text(
 
     Args:
         described: images as ``alignment.describe`` sees them, in several views, of which each update draws one.
-        num_training: so many pairs from the first on are trained on; the others are for validation.
+        pairs: which of them are trained on, and which are for validation.
     """
     tokens, is_text = (t.to(described.device) for t in tokenize(model.tokenizer, captions))
 
+    trained, others = torch.tensor(pairs.trained), torch.tensor(pairs.held_out)
+
     def loss_at(update: int) -> Tensor:
         draws = generator(seed, "text_encoder", update)
-        pairs = torch.randperm(num_training, generator=draws)[: settings.batch_size]
-        view = torch.randint(len(described), pairs.shape, generator=draws)
-        return model.loss(described[view, pairs], tokens[pairs], is_text[pairs])
+        drawn = trained[torch.randperm(len(trained), generator=draws)[: settings.batch_size]]
+        view = torch.randint(len(described), drawn.shape, generator=draws)
+        return model.loss(described[view, drawn], tokens[drawn], is_text[drawn])
 
     def validate() -> float:
-        others = slice(num_training, None)
         return float(model.loss(described[0, others], tokens[others], is_text[others]))
 
     yield from fit("text_encoder", model, loss_at, validate, settings, seed, folder)
@@ -188,5 +191,5 @@ def train_text_encoder(
         extract = load_extractor("effnetlite0", device).extract
         batches = torch.arange(len(images)).split(256)
         described = torch.cat([describe(images.stack(b.tolist()), extract) for b in batches])[None].to(device)
-    yield from train_image_text(model, described, captions, len(images) - data.num_held_out, settings, seed, folder)
+    yield from train_image_text(model, described, captions, split(images, data), settings, seed, folder)
     text_encoder.eval()

@@ -1,0 +1,89 @@
+"""Images in npz and npy files, and whatever else is read into memory whole."""
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from .decoding import resize_images
+from .images import ArrayImages, Source, file_stamp
+
+
+class ArraySource(Source):
+    """A source whose file is read into memory whole."""
+
+    def path(self) -> Path:
+        """Find the file.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise NotImplementedError
+
+    def read(self) -> UInt8[np.ndarray, "n c h w"]:
+        """Read the pixels.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        raise NotImplementedError
+
+    @property
+    def identity(self) -> str:
+        return f"{self.data.source} {self.data.split} {file_stamp(self.path())}"
+
+    def images(self, channels: int, size: int) -> ArrayImages:
+        pixels, name = self.read(), self.data.source
+        if pixels.shape[1:] != (channels, size, size):
+            if self.data.fit == "exact":
+                raise ValueError(
+                    f"{name}: found images {pixels.shape[3]}×{pixels.shape[2]} with {pixels.shape[1]} channel(s), "
+                    f"expected {size}×{size} with {channels}, as the base model has; set data.fit: resize to crop, "
+                    "resize and convert"
+                )
+            pixels = resize_images(torch.from_numpy(pixels), size, channels).numpy()
+        if len(pixels) == 0:
+            raise ValueError(f"{name}: holds no images")
+        images = ArrayImages(pixels)
+        images.source = self
+        return images
+
+
+class ArrayFile(ArraySource):
+    """An npz (``arr_0``, or its first array) or npy file."""
+
+    form = "an .npz or .npy file"
+
+    def path(self) -> Path:
+        return Path(self.data.source)
+
+    def read(self) -> UInt8[np.ndarray, "n c h w"]:
+        return read_array(self.path())
+
+    def natural_shape(self) -> tuple[int, int]:
+        return self.read().shape[1:3]
+
+
+def read_array(path: Path) -> UInt8[np.ndarray, "n c h w"]:
+    """Read the images of an npz (``arr_0``, or its first array) or npy file.
+
+    Raises:
+        ValueError: the file is damaged, or the array is not uint8 [N, H, W] or [N, H, W, C].
+    """
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if path.suffix.lower() == ".npz":
+                # Where ADM's files have images, they are arr_0; the others are labels or statistics.
+                loaded = loaded["arr_0" if "arr_0" in loaded.files else loaded.files[0]]
+            pixels = loaded
+    except (OSError, ValueError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: can't be read as a plain array ({error})") from error
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
+        raise ValueError(
+            f"{path}: found {pixels.dtype} of shape {pixels.shape}, expected uint8 [N, H, W] or [N, H, W, C]"
+        )
+    return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)

@@ -1,0 +1,95 @@
+"""Images that are decoded when they are asked for, after each was decoded once to see that it can be."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ..storage.files import cache_folder, write_json
+from .decoding import DamagedError, Decoded, centre_square, decode, natural_shape
+from .images import Images, Source
+
+
+class EncodedSource(Source):
+    """A source whose images are files, or rows of a ``datasets`` data set: each is what ``decode`` takes."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Any:
+        raise NotImplementedError
+
+    def natural_shape(self) -> tuple[int, int]:
+        return natural_shape(self[0])
+
+    def images(self, channels: int, size: int) -> "DecodedImages":
+        return DecodedImages(self, channels, size)
+
+
+class DecodedImages(Images):
+    """Images of a source, decoded when they are asked for.
+
+    Making them decodes every image once: a bad one found hours into a training loses those hours. What was found is
+    kept under the identity of the source, so that the next start decodes nothing.
+
+    Attributes:
+        sizes: width and height of each before it was cut.
+
+    Raises:
+        ValueError: an image can't be decoded and isn't to be left out, has another size or channel count than is asked
+            for, or none is left.
+    """
+
+    source: EncodedSource
+
+    def __init__(self, source: EncodedSource, channels: int, size: int) -> None:
+        self.source = source
+        self.channels, self.size, self.fit = channels, size, source.data.fit
+        key = repr((source.identity, channels, size, self.fit, source.data.skip_damaged))
+        known = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        if not known.exists():
+            write_json(known, self._decode_all())
+        record = json.loads(known.read_text())
+        self.sha256: str = record["sha256"]
+        self.sizes: Sequence[Sequence[int]] = record["sizes"]
+        left_out = set(record["damaged"])
+        self.kept = [i for i in range(len(source)) if i not in left_out] if left_out else range(len(source))
+        if not self.kept:
+            raise ValueError(f"{source.data.source}: none of the {len(source)} images can be used")
+
+    def _decode_all(self) -> dict[str, Any]:
+        damaged, sizes, digest = [], [], hashlib.sha256()
+        with ThreadPoolExecutor() as pool:
+            for index, found in enumerate(pool.map(self._try_decode, range(len(self.source)))):
+                if found is None:
+                    damaged.append(index)
+                else:
+                    sizes.append(found.original)
+                    digest.update(found.pixels.numpy().data)
+        return {"damaged": damaged, "sizes": sizes, "sha256": digest.hexdigest()}
+
+    def _try_decode(self, index: int) -> Decoded | None:
+        try:
+            return decode(self.source[index], self.channels, self.size, self.fit)
+        except DamagedError:
+            if self.source.data.skip_damaged:
+                return None
+            raise
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> UInt8[Tensor, "c h w"]:
+        return decode(self.source[self.kept[index]], self.channels, self.size, self.fit).pixels
+
+    def frames(self, indices: Sequence[int]) -> Float[Tensor, "n 6"]:
+        rows = []
+        for width, height in (self.sizes[i] for i in indices):
+            left, top, side = centre_square(width, height)
+            rows.append([height, width, round(top * self.size / side), round(left * self.size / side)])
+        return torch.tensor([[*row, self.size, self.size] for row in rows], dtype=torch.float32)

@@ -1,0 +1,93 @@
+"""Image files in a folder and below it, with their captions in metadata.jsonl or their classes as sub-folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config import Data
+from .decoded import EncodedSource
+from .names import IMAGE_SUFFIXES, has_suffix, no_images
+from .prompts import read_lines
+
+METADATA = "metadata.jsonl"
+
+
+class Folder(EncodedSource):
+    """The image files in a folder and below it, in the order of their paths.
+
+    Raises:
+        ValueError: there are none.
+    """
+
+    form = "a folder of images"
+    captioned = f"a folder of images with {METADATA}, or of classes in sub-folders for a class-conditional base"
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.path = Path(data.source)
+        self.files = sorted(p for p in self.path.rglob("*") if has_suffix(p, IMAGE_SUFFIXES))
+        if not self.files:
+            raise no_images(self.path)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Path:
+        return self.files[index]
+
+    @property
+    def names(self) -> list[Path]:
+        return self.files
+
+    @property
+    def identity(self) -> str:
+        stats = ((str(p.relative_to(self.path)), p.stat()) for p in self.files)
+        return repr((str(self.path.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]))
+
+    def captions(self, field: str, classes: dict[str, int] | None) -> list[Any]:
+        if classes is not None and not (self.path / METADATA).is_file():
+            return self._classes(classes)
+        return self._metadata(field)
+
+    def _metadata(self, field: str) -> list[Any]:
+        path = self.path / METADATA
+        if not path.is_file():
+            raise ValueError(
+                f"{self.path} has no {METADATA}, which holds the captions; expected there a line for each image, such "
+                f'as {{"file_name": "{self.files[0].name}", "{field}": "…"}}'
+            )
+        captions = {}
+        for number, line in enumerate(read_lines(path), start=1):
+            if not line:
+                continue
+            try:
+                record = json.loads(line)
+                captions[self.path / record["file_name"]] = record[field]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected JSON with file_name and {field!r} ({error!r}), found "
+                    f"{line[:80]!r}; set data.caption_column where captions have another name"
+                ) from error
+        if missing := [file for file in self.files if file not in captions]:
+            raise ValueError(
+                f"{path}: {len(missing)} of {len(self.files)} images have no caption, {missing[0]} among them"
+            )
+        return [captions[file] for file in self.files]
+
+    def _classes(self, classes: dict[str, int]) -> list[str]:
+        parts = [file.relative_to(self.path).parts for file in self.files]
+        found, num = sorted({p[0] for p in parts if len(p) > 1}), len(set(classes.values())) - 1
+        if loose := [p[0] for p in parts if len(p) == 1]:
+            raise ValueError(
+                f"{self.path}: {len(loose)} images are in no class, {loose[0]} among them; expected sub-folders named "
+                f"by class, or {METADATA}"
+            )
+        if all(name in classes for name in found):
+            return [p[0] for p in parts]
+        if len(found) == num:
+            return [str(found.index(p[0])) for p in parts]
+        unknown = [name for name in found if name not in classes]
+        raise ValueError(
+            f"{self.path}: found {len(found)} sub-folders, of which {', '.join(unknown[:5])} are no classes of the "
+            f"base; expected its names or numbers below {num}, or {num} sub-folders in the order of its classes"
+        )
