@@ -461,6 +461,9 @@ def test_the_command_refuses_weights_that_do_not_fit_in_one_line(
     arguments = ("merge", tiny_base, tiny_base, "--out", tmp_path / "merged")
     assert "2 weights for 1 experts, expected one each" in refused(*arguments, "--weights", "1,2")
     assert "--weights is 'much', expected numbers separated by commas" in refused(*arguments, "--weights", "much")
+    wrong = ("--weights", "1", "--set", "densty=0.5")
+    assert "merge: unknown key 'densty'; the nearest valid key is 'density'" in refused(*arguments, *wrong)
+    assert "--recipe says what is merged and how" in refused(*arguments, "--weights", "1", "--recipe", "merge.json")
     assert not (tmp_path / "merged").exists()
 
 

@@ -424,7 +424,7 @@ def test_fisher_files_of_a_run_merge_it(plan: Plan, tmp_path: Path) -> None:
     files = [plan.run.fisher(i) for i in range(2)]
     experts = [plan.run.expert(i) for i in range(2)]
     arguments = [*map(str, [plan.config.base, *experts]), "--weights", "1,2", "--out", str(tmp_path / "merged")]
-    fishers = [a for f in files for a in ("--fisher", str(f))]
+    fishers = ["--set", f"fishers=[{', '.join(map(str, files))}]"]
     merging = CliRunner().invoke(cli.app, ["merge", *arguments, "--method", "fisher", *fishers], catch_exceptions=False)
     assert merging.exit_code == 0
     merged = load_file(tmp_path / "merged/unet/diffusion_pytorch_model.safetensors")

@@ -13,15 +13,16 @@ from decouple_merge.config import Config, dump_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = "".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs").glob("*.md")))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    lines = "\n".join(blocks("sh")).splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line]
+    lines = "\n".join(blocks("sh", README + PAGES)).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def test_the_map_names_every_folder_of_the_package() -> None:

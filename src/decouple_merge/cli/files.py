@@ -17,20 +17,22 @@ def merge(
         list[Path] | None, typer.Argument(metavar="EXPERT…", help="The same, runs' experts, LoRAs")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="One weight for each expert, separated by commas")] = None,
-    method: Annotated[str, typer.Option(help="linear, ties, dare, dare_ties, fisher or slerp")] = "linear",
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="linear, where not given, ties, dare, dare_ties, fisher or slerp")
+    ] = None,
     blocks: Annotated[
         list[str] | None, typer.Option("--block", metavar="PATTERN=a,b,…", help="Weights of the keys that match")
     ] = None,
-    density: Annotated[float, typer.Option(help="Share of a task vector that TIES and DARE keep")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of DARE's masks")] = 0,
-    fishers: Annotated[
-        list[Path] | None, typer.Option("--fisher", help="Fisher information of an expert, in the experts' order")
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="key=value",
+            help="density, seed, fishers, dtype, max_shard_bytes or allow_non_finite, as docs/merging.md has them",
+        ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="F32, F16 or BF16; the base's where not given")] = None,
-    max_shard_bytes: Annotated[int, typer.Option(help="Write a larger network as several files")] = 10_000_000_000,
-    allow_non_finite: Annotated[bool, typer.Option("--allow-non-finite", help="Merge NaN and infinity")] = False,
     recipe: Annotated[
-        Path | None, typer.Option(help="Repeat the merge of a merge.json, instead of all the above")
+        Path | None, typer.Option(help="Repeat the merge of a merge.json; only --out and --dry-run go with it")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done")] = False,
 ) -> None:
@@ -38,27 +40,26 @@ def merge(
 
     Example: `deme merge models/fashion-ddpm runs/fashion-quick/experts/0 runs/fashion-quick/experts/1
     --weights 0.5,0.5 --out merged`
+
+    With other weights in a part of the network, in half precision: add `--block 'up_blocks.*=1,0' --set dtype=F16`
     """
     from ..config import Merge, validate
     from ..merging import recipes
 
     if recipe is not None:
+        if base or weights or method or blocks or overrides:
+            raise ValueError("--recipe says what is merged and how; give it alone, with --out and --dry-run")
         show_bytes(recipes.repeat_merge(recipe, out, dry_run))
     elif base is None or not experts or weights is None:
         raise ValueError("expected BASE, at least one EXPERT and --weights, or --recipe")
     else:
-        settings = {
-            "method": method,
+        given = {
+            "method": method or "linear",
             "weights": _numbers("--weights", weights),
             "blocks": dict(_block(b) for b in blocks or []),
-            "density": density,
-            "seed": seed,
-            "fishers": fishers or [],
-            "dtype": dtype,
-            "max_shard_bytes": max_shard_bytes,
-            "allow_non_finite": allow_non_finite,
         }
-        show_bytes(recipes.merge_models(base, experts, validate(Merge, settings, "merge"), out, dry_run))
+        settings = validate(Merge, given, "merge", overrides)
+        show_bytes(recipes.merge_models(base, experts, settings, out, dry_run))
     if not dry_run:
         console.print(f"merged model: {out}")
 

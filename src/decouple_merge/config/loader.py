@@ -28,9 +28,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise ValueError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {path}: found {type(values).__name__}, expected keys and values")
-    for assignment in overrides or []:
-        override(values, assignment)
-    return validate(Config, values, f"config {path}")
+    return validate(Config, values, f"config {path}", overrides)
 
 
 def dump_config(config: Config) -> str:
@@ -38,19 +36,24 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def validate(section: type[AnySection], values: dict[str, Any], where: str) -> AnySection:
-    """Make a section from plain values.
+def validate(
+    section: type[AnySection], values: dict[str, Any], where: str, overrides: list[str] | None = None
+) -> AnySection:
+    """Make a section from plain values, changed by ``a.b=c`` overrides.
 
     Raises:
-        ValueError: a key is unknown, or a value has the wrong type or range; starts with ``where``.
+        ValueError: an override can't be read, a key is unknown, or a value has the wrong type or range; the last two
+            start with ``where``.
     """
+    for assignment in overrides or []:
+        _override(values, assignment)
     try:
         return section.model_validate(values)
     except ValidationError as error:
         raise ValueError(_explain(section, error, where)) from error
 
 
-def override(values: dict[str, Any], assignment: str) -> None:
+def _override(values: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ValueError(f"--set {assignment!r}: expected key=value, for example finetune.num_updates=100")

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveInt
 
-from .loader import override, validate
+from .loader import validate
 from .sample import Sample, Text
 from .section import Section
 
@@ -48,6 +48,4 @@ def load_protocol(name: str | None, given: dict[str, Any], overrides: list[str] 
             values[key] = values.get(key, {}) | {k: v for k, v in value.items() if v is not None}
         elif value is not None:
             values[key] = value
-    for assignment in overrides or []:
-        override(values, assignment)
-    return validate(Protocol, values, f"protocol {name}" if name else "deme evaluate")
+    return validate(Protocol, values, f"protocol {name}" if name else "deme evaluate", overrides)
