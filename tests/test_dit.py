@@ -21,8 +21,9 @@ from decouple_merge.data.captions import load_captions
 from decouple_merge.data.sources import load_images
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.experiment import workflow
+from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.memory import estimate
-from decouple_merge.experiment.plan import Plan, check, describe, prepare
+from decouple_merge.experiment.plan import Plan, check, prepare
 from decouple_merge.experiment.results import Row
 from decouple_merge.models.base import Base, load_base, new_network, num_parameters, predict
 from decouple_merge.models.lora import attach_lora, lora_factors, unadapted_state_dict

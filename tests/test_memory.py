@@ -15,8 +15,9 @@ from decouple_merge.config import Config, Distance
 from decouple_merge.data.batches import training_batches
 from decouple_merge.experiment import plan as plan_module
 from decouple_merge.experiment import workflow
+from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.memory import estimate
-from decouple_merge.experiment.plan import describe, prepare
+from decouple_merge.experiment.plan import prepare
 from decouple_merge.models.base import load_base
 from decouple_merge.models.parts import load_text_encoders, load_vae
 from decouple_merge.searching.objective import Objective

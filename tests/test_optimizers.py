@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from decouple_merge.config import Config
-from decouple_merge.experiment import plan, workflow
+from decouple_merge.experiment import workflow
 from decouple_merge.experiment.plan import check, prepare
+from decouple_merge.training import checks
 from decouple_merge.training import trainer as finetune
 
 MakeConfig = Callable[..., Config]
@@ -88,7 +89,7 @@ def eight_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     library.optim = optimisers  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "bitsandbytes", library)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optimisers)
-    monkeypatch.setattr(plan, "find_spec", lambda name: object())
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
     monkeypatch.setattr(AdamW8bit, "made", [])
     return request.param
 
@@ -152,7 +153,7 @@ def test_the_default_is_torchs_fused_adamw(tiny_config: MakeConfig, tmp_path: Pa
 def test_an_8_bit_optimiser_that_is_not_installed_is_refused(
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"adamw8bit, which needs bitsandbytes, .* pip install 'decouple-merge\[8bit\]'"
     ):

@@ -20,7 +20,8 @@ from decouple_merge.data.latents import Latents
 from decouple_merge.data.sources import load_images
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.experiment import selection, workflow
-from decouple_merge.experiment.plan import describe, prepare
+from decouple_merge.experiment.dry_run import describe
+from decouple_merge.experiment.plan import prepare
 from decouple_merge.models.base import load_base
 from decouple_merge.models.lora import FILE
 from decouple_merge.models.parts import decode_latents, encode_images, encode_texts, load_text_encoders, load_vae

@@ -19,7 +19,8 @@ from decouple_merge.data import latents
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.evaluation.scoring import evaluate_model
 from decouple_merge.experiment import workflow
-from decouple_merge.experiment.plan import Plan, check, describe, prepare
+from decouple_merge.experiment.dry_run import describe
+from decouple_merge.experiment.plan import Plan, check, prepare
 from decouple_merge.experiment.results import Row, denoiser_of
 from decouple_merge.models.base import load_base, new_network
 from decouple_merge.sampling.sampler import sample_images

@@ -24,11 +24,12 @@ def run(
 
     Example: `deme run configs/fashion-quick.yaml`
     """
-    from ..experiment import plan, workflow
+    from ..experiment import workflow
+    from ..experiment.dry_run import describe
 
     settings, folder = _load(config, out, overrides)
     if dry_run:
-        show(plan.describe(settings, folder))
+        show(describe(settings, folder))
         return
     show(workflow.run(settings, folder))
     console.print(f"merged model: {folder / 'merged'}")

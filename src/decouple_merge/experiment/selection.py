@@ -21,6 +21,7 @@ from ..merging.arithmetic import Tensors
 from ..merging.card import model_card
 from ..models.base import export_pipeline, tensors_sha256
 from ..models.lora import FILE, merge_factors
+from ..searching.checkpoints import load_checkpoints
 from ..searching.learned import DenoisingLoss, learn_weights
 from ..searching.levels import fixed_candidates, levels, ranked, search, work
 from ..searching.objective import Objective
@@ -29,7 +30,7 @@ from ..searching.study import Level, Study, Trial, open_storage, open_study, tri
 from ..seeds import stream_seed
 from ..storage.files import read_tensors, remove_leftovers, write_json, write_records, write_tensors
 from ..training.trainer import validation_losses
-from .plan import Plan, load_checkpoints, load_experts
+from .plan import Plan, load_experts
 
 Event = str | Trial
 OpenLevel = Callable[[str], Study]

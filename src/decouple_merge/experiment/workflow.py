@@ -22,19 +22,16 @@ from ..models.text_encoders import create_text_encoder, create_tokenizer
 from ..searching.study import Trial
 from ..storage.files import read_records, read_tensors, write_records
 from ..storage.run_folder import Run
+from ..training.checks import check_training
 from ..training.parts import train_text_encoder, train_vae
 from ..training.trainer import StepRecord, Task, is_main_process, main_process_first, train
+from .manifest import check_owner, claim, manifest
 from .plan import (
     BASELINE,
     Plan,
     captioned_plan,
     check_distance,
-    check_optimizer,
-    check_owner,
-    check_precision,
-    claim,
     load_experts,
-    manifest,
     prepare,
 )
 from .results import Row, evaluate_run, report_models
@@ -162,9 +159,8 @@ def _text_from_nothing(config: Config, settings: Pretrain, out: Path) -> Generat
 
 
 def _check(config: Config, settings: Pretrain, base: Base) -> None:
-    check_precision(settings)
+    check_training(settings, default_device())
     check_distance(config, settings, base)
-    check_optimizer(settings)
 
 
 def _ranges(settings: Pretrain, base: Base) -> tuple[TimestepRange, ...]:

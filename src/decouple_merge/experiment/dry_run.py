@@ -1,0 +1,42 @@
+"""What a run would do, in words."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..config import Config
+from ..models.base import num_parameters
+from ..searching.levels import levels
+from .memory import describe_memory
+from .plan import check
+
+
+def describe(config: Config, out: Path) -> Iterator[str]:
+    """Say what memory a config needs, before anything is loaded; check it as ``run`` would and say what it will do.
+
+    Computes and writes nothing.
+    """
+    yield from describe_memory(config)
+    plan = check(config, out)
+    finetune, evaluate, num = config.finetune, config.evaluate, len(plan.ranges)
+    base, size = plan.base, plan.base.image_size
+    yield f"base {config.base}: {num_parameters(base.network):,} parameters, {size} x {size}"
+    yield f"data {config.data.source}: {len(plan.images):,} images"
+    if plan.prompts:
+        yield f"prompts: {len(plan.prompts):,}, guidance {config.text.guidance_scale:g}"
+    yield (
+        f"experts: {num} x {finetune.num_updates} updates of {finetune.batch_size * finetune.accumulation} images on "
+        + ", ".join(map(str, plan.ranges))
+        + (f"; baseline: {num * finetune.num_updates} updates" if finetune.baseline else "")
+    )
+    yield (
+        f"search: {config.search.strategy}, up to "
+        + ", then ".join(
+            f"{level.num_candidates} x {len(level.seeds)} images of {level.num_steps or config.sample.num_steps} steps"
+            for level in levels(config, len(config.search.checkpoints) or num)
+        )
+    )
+    yield (
+        f"evaluation: {evaluate.num_seed_sets} x {evaluate.num_images} images a model, {config.sample.sampler} "
+        f"{config.sample.num_steps}, {', '.join(evaluate.metrics)}"
+    )
+    yield f"run folder: {out}"

@@ -1,0 +1,67 @@
+"""Whose a run folder is: its config, and the manifest of what it was made with and from."""
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..config import Config, dump_config, load_config
+from ..data.batches import Examples
+from ..executors.devices import default_device
+from ..models.base import Base
+from ..storage.files import write_json, write_text
+from ..storage.provenance import git_commit
+from ..storage.run_folder import Run
+
+
+def check_owner(run: Run, config: Config) -> None:
+    """Require that a run folder is new, or holds the same config."""
+    if run.config.exists():
+        old = load_config(run.config).model_dump(mode="json")
+        differing = sorted(_differing_keys(old, config.model_dump(mode="json")))
+        if differing:
+            raise ValueError(
+                f"{run.folder} belongs to another config, which differs in {', '.join(differing)}; "
+                "give another --out, or remove the folder"
+            )
+    elif run.folder.exists() and any(p for p in run.folder.iterdir() if not p.name.startswith(".")):
+        raise ValueError(f"{run.folder} is not empty and not a run folder (no config.yaml); give another --out")
+
+
+def claim(run: Run, config: Config, record: dict[str, Any]) -> None:
+    """Make the run folder, with config and manifest; an older run of the same config keeps its own."""
+    if not run.config.exists():
+        write_text(run.config, dump_config(config))
+    if not run.manifest.exists():
+        write_json(run.manifest, record)
+
+
+def manifest(config: Config, base: Base, images: Examples) -> dict[str, Any]:
+    return {
+        "versions": {
+            "decouple_merge": __version__,
+            "torch": torch.__version__,
+            "diffusers": version("diffusers"),
+            "python": platform.python_version(),
+        },
+        "git": git_commit(),
+        "device": str(default_device()),
+        "base": {"name": config.base, "sha256": base.sha256},
+        "data": {"source": config.data.source, "num_images": len(images), "sha256": images.sha256},
+        "seeds": {
+            "training": config.seed,
+            "search": [config.search.first_seed, config.all_search_seeds.stop - 1],
+            "report": [config.report_seeds.start, config.report_seeds.stop - 1],
+        },
+    }
+
+
+def _differing_keys(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differing_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif old != new:
+        yield prefix

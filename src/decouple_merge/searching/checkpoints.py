@@ -1,0 +1,23 @@
+"""Models that a search combines in place of a run's experts."""
+
+from pathlib import Path
+
+from ..config import Search
+from ..merging.arithmetic import Tensors
+from ..merging.keys import check_same_keys
+from ..models.base import Base, load_network
+
+
+def load_checkpoints(settings: Search, base: Base) -> list[Tensors]:
+    """Read the checkpoints that a search combines in place of the experts.
+
+    Raises:
+        ValueError: one is missing, damaged, or doesn't fit the base.
+    """
+    found = []
+    for name in settings.checkpoints:
+        if not Path(name).exists():
+            raise ValueError(f"search.checkpoints: {name} doesn't exist; expected pipelines, folders or weight files")
+        found.append(load_network(Path(name)))
+        check_same_keys(base.network.state_dict(), found[-1], name)
+    return found

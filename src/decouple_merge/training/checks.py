@@ -1,0 +1,49 @@
+"""What a training's section asks of the machine and of the network, checked before anything is computed."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from ..config import Finetune, Training
+from ..models.lora import check_lora
+from ..models.projection import check_placement
+
+
+def check_training(settings: Training, device: torch.device) -> None:
+    """Require that this machine has what a training asks for.
+
+    Raises:
+        ValueError: the precision needs a GPU, or the optimiser isn't installed.
+    """
+    _check_precision(settings, device)
+    _check_optimizer(settings)
+
+
+def check_finetune(settings: Finetune, network: nn.Module, device: torch.device) -> None:
+    """Require that a network's experts can be trained on this machine.
+
+    Raises:
+        ValueError: as ``check_training``, or the network has no place for the projections or the adapters.
+    """
+    check_training(settings, device)
+    check_placement(network, settings.projection.placement)
+    if settings.lora is not None:
+        check_lora(network, settings.lora)
+
+
+def _check_precision(settings: Training, device: torch.device) -> None:
+    """Refuse fp16 training on a CPU, where Accelerate would silently train in float32."""
+    if settings.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError(
+            "mixed_precision is fp16, which needs a GPU, and this machine has none: set it to bf16 or fp32"
+        )
+
+
+def _check_optimizer(settings: Training) -> None:
+    """Require that the optimiser is installed."""
+    if settings.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "optimizer is adamw8bit, which needs bitsandbytes, and that isn't installed: pip install "
+            "'decouple-merge[8bit]', or set it to adamw"
+        )
