@@ -40,7 +40,18 @@ def test_the_tests_that_the_precision_page_names_exist() -> None:
     assert sorted(named - defined) == []
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c[0] == "deme"], ids=" ".join)
+def examples() -> list[list[str]]:
+    """Take the commands out of every verb's help."""
+    verbs = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    return [shlex.split(found) for verb in verbs.values() for found in re.findall(r"`(deme [^`]*)`", verb.help)]
+
+
+def test_every_verb_shows_an_example_of_its_own() -> None:
+    verbs = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert {words[1] for words in examples()} == set(verbs)
+
+
+@pytest.mark.parametrize("command", [c for c in [*commands(), *examples()] if c[0] == "deme"], ids=" ".join)
 def test_every_command_parses(command: list[str]) -> None:
     verbs = typer.main.get_command(cli.app)
     _, verb, *arguments = command

@@ -1,11 +1,14 @@
 """The verbs of weight files: ``merge`` and ``info``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .console import console, show_bytes
+
+if TYPE_CHECKING:
+    from ..config import Merge
 
 
 def merge(
@@ -43,7 +46,6 @@ def merge(
 
     With other weights in a part of the network, in half precision: add `--block 'up_blocks.*=1,0' --set dtype=F16`
     """
-    from ..config import Merge, validate
     from ..merging import recipes
 
     if recipe is not None:
@@ -53,12 +55,7 @@ def merge(
     elif base is None or not experts or weights is None:
         raise ValueError("expected BASE, at least one EXPERT and --weights, or --recipe")
     else:
-        given = {
-            "method": method or "linear",
-            "weights": _numbers("--weights", weights),
-            "blocks": dict(_block(b) for b in blocks or []),
-        }
-        settings = validate(Merge, given, "merge", overrides)
+        settings = _settings(method, weights, blocks or [], overrides)
         show_bytes(recipes.merge_models(base, experts, settings, out, dry_run))
     if not dry_run:
         console.print(f"merged model: {out}")
@@ -75,6 +72,17 @@ def info(
 
     for line in recipes.describe_model(model):
         console.print(line)
+
+
+def _settings(method: str | None, weights: str, blocks: list[str], overrides: list[str] | None) -> "Merge":
+    from ..config import Merge, validate
+
+    given = {
+        "method": method or "linear",
+        "weights": _numbers("--weights", weights),
+        "blocks": dict(_block(b) for b in blocks),
+    }
+    return validate(Merge, given, "merge", overrides)
 
 
 def _numbers(option: str, text: str) -> list[float]:

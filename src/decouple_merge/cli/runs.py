@@ -75,7 +75,7 @@ def fisher(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with finished experts")],
     num_batches: Annotated[int, typer.Option(min=1, help="For each expert, of finetune.batch_size images")] = 10,
 ) -> None:
-    """Write the diagonal Fisher information of a run's experts, for `deme merge --method fisher`.
+    """Write the diagonal Fisher information of a run's experts, which a merge with `--method fisher` takes.
 
     Example: `deme fisher runs/fashion-quick`
     """
