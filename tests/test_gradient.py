@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from conftest import make_unet
 from decouple_merge.cli import main as cli
 from decouple_merge.config import Config
-from decouple_merge.data.batches import to_model, training_batches
+from decouple_merge.data.batches import training_batches
+from decouple_merge.data.images import to_model
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.executors.devices import default_device
 from decouple_merge.experiment.fisher import write_fishers
