@@ -1,6 +1,6 @@
 """Time one candidate of the search: python benchmarks/candidate.py --millions 36 --experts 4.
 
-``weights.Stacked.merge`` against the loop over state dicts that one would write (a dict of scaled differences for each
+``stacked.Stacked.merge`` against the loop over state dicts that one would write (a dict of scaled differences for each
 expert, summed, added, loaded), and against the memory's bandwidth: a copy of as many bytes as a candidate reads and
 writes. Contenders run in turn; ratios to the copy are medians of the repeats.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from decouple_merge.merging.arithmetic import Stacked
+from decouple_merge.merging.stacked import Stacked
 from interleaved import interleaved, ratios
 
 WEIGHTS = [0.3, 0.9, -0.2, 1.4]
@@ -26,8 +26,8 @@ def compare(num_millions: int, num_experts: int, num_repeats: int, dtype: torch.
     stacked = Stacked(base, [base] * num_experts, torch.device("cpu"), dtype)
     del base
     # The loop's dicts are the matrix's own rows, or two copies of everything would not fit.
-    versions = [stacked._views(row) for row in stacked.matrix]
-    network = stacked._views(stacked.merged)
+    versions = [stacked.views(row) for row in stacked.matrix]
+    network = stacked.views(stacked.merged)
     # Half of the bytes are read, half written; in parts, or large networks would leave no memory for it.
     num_copied = (num_experts + 2) * stacked.merged.numel() // 2
     source = torch.zeros(min(num_copied, 1 << 26), dtype=dtype)

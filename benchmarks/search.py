@@ -16,12 +16,13 @@ import torch
 
 from decouple_merge.config import Config, load_config
 from decouple_merge.experiment.plan import check, load_experts
-from decouple_merge.experiment.selection import learn_start
+from decouple_merge.experiment.selection import open_merger, open_scorer
+from decouple_merge.experiment.start import learn_start
 from decouple_merge.models.base import tensors_sha256
 from decouple_merge.searching.levels import ranked, search
-from decouple_merge.searching.objective import Objective
 from decouple_merge.searching.strategies import Weights
-from decouple_merge.searching.study import Level, Score, open_study
+from decouple_merge.searching.study import open_study
+from decouple_merge.searching.trial import Level, Score
 from decouple_merge.storage.provenance import git_commit
 
 STRATEGIES = ["grid", "gp", "tpe", "cmaes", "evolution", "coordinate", "random", "gradient"]
@@ -57,7 +58,8 @@ def main() -> None:
     }
     plan = check(load_config(arguments.run / "config.yaml"), arguments.run)
     experts = load_experts(plan)
-    objective, known = Objective(plan, experts), dict[tuple[str, Weights], Score]()
+    merger = open_merger(plan, experts)
+    objective, known = open_scorer(plan, merger), dict[tuple[str, Weights], Score]()
 
     def scored(weights: Weights, level: Level) -> Score:
         # Strategies meet at some candidates; each counts it, nobody need draw it again.
@@ -66,7 +68,7 @@ def main() -> None:
         return known[level.name, weights]
 
     rows: dict[tuple[str, int], list[float]] = {}
-    learned = learn_start(plan, objective, [tensors_sha256(e) for e in experts])
+    learned = learn_start(plan, merger, [tensors_sha256(e) for e in experts])
     for repeat in range(arguments.repeats):
         first_seed = 2_000_000 + 100_000 * repeat
         seeds = range(first_seed + 50_000, first_seed + 50_000 + arguments.held_out)

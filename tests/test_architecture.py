@@ -22,6 +22,7 @@ MATHS = [
     "merging.rules",
     "merging.keys",
     "merging.arithmetic",
+    "merging.stacked",
     "evaluation.distances",
     "evaluation.neighbours",
     "seeds",

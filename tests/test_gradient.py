@@ -24,8 +24,9 @@ from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.executors.devices import default_device
 from decouple_merge.experiment.fisher import write_fishers
 from decouple_merge.experiment.plan import Plan, prepare
-from decouple_merge.merging.arithmetic import Stacked, Tensors, merge
+from decouple_merge.merging.arithmetic import Tensors, merge
 from decouple_merge.merging.keys import group_keys
+from decouple_merge.merging.stacked import Stacked
 from decouple_merge.models.base import Base
 from decouple_merge.models.projection import attach_projections
 from decouple_merge.searching.learned import DenoisingLoss, layer_patterns, learn_weights

@@ -18,9 +18,9 @@ from decouple_merge.experiment import workflow
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.memory import estimate
 from decouple_merge.experiment.plan import prepare
+from decouple_merge.experiment.selection import open_merger, open_scorer
 from decouple_merge.models.base import load_base
 from decouple_merge.models.parts import load_text_encoders, load_vae
-from decouple_merge.searching.objective import Objective
 from decouple_merge.seeds import generator
 from decouple_merge.training.trainer import Trainer
 
@@ -95,13 +95,15 @@ def test_both_text_encoders_count(text_config: MakeConfig, tiny_sdxl_base: Path)
     assert 0 < parts["text_encoder"] < parts["text_encoder_2"]
 
 
+@pytest.mark.parametrize("method", ["linear", "ties"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_search_takes_what_is_said(text_config: MakeConfig, tmp_path: Path, precision: str) -> None:
-    opened = prepare(text_config(sample={"precision": precision}), tmp_path / "run")
-    objective = Objective(opened, [opened.base.network.state_dict()] * 2)
-    (stacked,), prompts = objective.stacked, objective.prompts
+def test_a_search_takes_what_is_said(text_config: MakeConfig, tmp_path: Path, precision: str, method: str) -> None:
+    opened = prepare(text_config(sample={"precision": precision}, search={"method": method}), tmp_path / "run")
+    scorer = open_scorer(opened, open_merger(opened, [opened.base.network.state_dict()] * 2))
+    scorer.merger.write([0.5, 1.0])
+    (stacked,), prompts = scorer.merger.stacks, scorer.prompts
     assert prompts is not None
-    found = num_bytes([stacked.matrix, stacked.merged, *objective.network.parameters(), *prompts.vae.parameters()])
+    found = num_bytes([stacked.matrix, stacked.merged, *scorer.network.parameters(), *prompts.vae.parameters()])
     parts = parts_of(opened.config, "searching, each worker")
     assert sum(parts.values()) == found
     assert parts[f"network in {precision}"] == (0 if precision == "fp32" else 52_004 * 2)

@@ -21,17 +21,17 @@ from decouple_merge.data.sources import load_images
 from decouple_merge.evaluation import scoring
 from decouple_merge.evaluation.features import load_extractor
 from decouple_merge.experiment import workflow
+from decouple_merge.experiment.export import export_record
 from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.experiment.results import Row
-from decouple_merge.experiment.selection import merge_record
+from decouple_merge.experiment.selection import open_merger, open_scorer
 from decouple_merge.merging import recipes
 from decouple_merge.merging.arithmetic import merge
 from decouple_merge.merging.card import model_card
 from decouple_merge.models.base import load_base, tensors_sha256
 from decouple_merge.sampling import standalone
 from decouple_merge.searching.levels import levels
-from decouple_merge.searching.objective import Objective
-from decouple_merge.searching.study import Trial
+from decouple_merge.searching.trial import Trial
 from decouple_merge.storage.files import read_records
 from decouple_merge.training import trainer as finetune
 from decouple_merge.training.trainer import StepRecord
@@ -504,9 +504,9 @@ def test_blocks_are_merged_by_weights_of_their_own(method: str, done: Finished, 
         keys = [k for k in base if k.startswith("up_blocks.") == is_up]
         parts = [{k: t[k] for k in keys} for t in (base, *experts)]
         expected |= merge(parts[0], parts[1:], list(weights), method)
-    score = Objective(plan, experts)(sum(rows, ()), levels(plan.config, 3)[0])
+    score = open_scorer(plan, open_merger(plan, experts))(sum(rows, ()), levels(plan.config, 3)[0])
     assert score.merged_sha256 == tensors_sha256(expected)
     winner = Trial("final", 0, sum(rows, ()), score.value, score.merged_sha256, 1.0, "main")
-    record = merge_record(plan, [], levels(plan.config, 3)[-1], winner)
+    record = export_record(plan, [], levels(plan.config, 3)[-1], winner)
     assert (record["settings"]["blocks"], record["weights"]) == ({"up_blocks.*": list(rows[0])}, list(rows[1]))
     assert "Tensors that match `up_blocks.*` have the weights 0.2000, 0.9000, 0.4000." in model_card(record)

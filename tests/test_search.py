@@ -10,7 +10,8 @@ import pytest
 from decouple_merge.config import Config, Search
 from decouple_merge.searching.levels import first_candidates, fixed_candidates, levels, num_candidates, ranked, search
 from decouple_merge.searching.strategies import Weights
-from decouple_merge.searching.study import Level, Score, Study, Trial, open_storage, open_study, trials
+from decouple_merge.searching.study import Study, open_storage, open_study, trials
+from decouple_merge.searching.trial import Level, Score, Trial
 
 TARGET = (1.7, 0.4)
 STRATEGIES = [

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from decouple_merge.merging import rules
-from decouple_merge.merging.arithmetic import Stacked, Tensors, merge, task_vector_norms
+from decouple_merge.merging.arithmetic import Tensors, merge, task_vector_norms
 from decouple_merge.merging.keys import check_same_keys
+from decouple_merge.merging.stacked import Stacked, Trimmed
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -85,6 +86,33 @@ def test_a_stacked_merge_is_the_merge_bit_for_bit(tensors: list[Tensors], w: lis
     assert same_bits(stacked.merge(w), merge(base, experts, w))
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    state_dicts(4),
+    st.lists(st.sampled_from([0.0, 1.0, -0.2, 0.3, 1.7]), min_size=3, max_size=3),
+    st.sampled_from([0.2, 0.5, 1.0]),
+)
+def test_a_trimmed_stack_merges_by_ties_bit_for_bit(tensors: list[Tensors], w: list[float], density: float) -> None:
+    base, *experts = tensors
+    experts[0] = experts[0] | {"mid_block.projection.weight": torch.tensor([[3.0, 0.5], [0.0, 1.0]])}
+    trimmed = Trimmed(Stacked(base, experts, torch.device("cpu")), density)
+    trimmed.merge([0.5, 0.5, 0.5])
+    assert same_bits(trimmed.merge(w), merge(base, experts, w, "ties", density))
+
+
+def test_a_trimmed_stack_trims_once_and_holds_no_more_than_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [random_tensors(i) for i in range(3)]
+    stacked = Stacked(tensors[0], tensors[1:], torch.device("cpu"))
+    trimmed, held = Trimmed(stacked, 0.5), {t.untyped_storage().data_ptr() for t in (stacked.matrix, stacked.merged)}
+    monkeypatch.setattr(torch.Tensor, "kthvalue", None)
+    for weights in ([1.0, 0.0], [0.0, 1.0]):
+        assert {t.untyped_storage().data_ptr() for t in trimmed.merge(weights).values()} <= held
+    assert {t.untyped_storage().data_ptr() for row in trimmed.rows for t in row.values()} <= held
+    assert all(type(floor) is float for floors in trimmed.floors.values() for floor in floors)
+    with pytest.raises(ValueError, match="1 weights for 2 experts"):
+        trimmed.merge([1.0])
+
+
 def test_the_chunks_of_a_stacked_merge_dont_show(monkeypatch: pytest.MonkeyPatch) -> None:
     base, *experts = [{"w": torch.randn(1009, generator=torch.Generator().manual_seed(i))} for i in range(5)]
     weights = [0.3, -0.7, 1.9, 0.011]
@@ -93,6 +121,7 @@ def test_the_chunks_of_a_stacked_merge_dont_show(monkeypatch: pytest.MonkeyPatch
     for size in (1, 7, 64, 1009, 4096):
         monkeypatch.setattr(rules, "CHUNK", size)
         assert same_bits(stacked.merge(weights), whole["linear"])
+        assert same_bits(Trimmed(stacked, 0.5).merge(weights), whole["ties"])
         for method, expected in whole.items():
             assert same_bits(merge(base, experts, weights, method, 0.5), expected)
 

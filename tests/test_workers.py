@@ -21,7 +21,8 @@ from decouple_merge.config import Config
 from decouple_merge.searching import study as study_module
 from decouple_merge.searching.levels import levels, search, work
 from decouple_merge.searching.strategies import Weights
-from decouple_merge.searching.study import Level, Score, Study, Trial, open_storage, open_study, trials
+from decouple_merge.searching.study import Study, open_storage, open_study, trials
+from decouple_merge.searching.trial import Level, Score, Trial
 
 SETTINGS = {
     "strategy": "evolution",

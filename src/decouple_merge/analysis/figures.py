@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from ..diffusion.timesteps import TimestepRange
-from ..searching.study import Level, Trial
+from ..searching.trial import Level, Trial
 from ..storage.files import atomic_path
 
 

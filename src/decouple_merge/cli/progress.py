@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 from ..experiment.results import Row
-from ..searching.study import Trial
+from ..searching.trial import Trial
 from ..training.trainer import StepRecord
 
 

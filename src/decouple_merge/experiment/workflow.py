@@ -19,7 +19,7 @@ from ..merging.arithmetic import task_vector_norms
 from ..models.base import Base, create_base, export_pipeline, load_base, save_pipeline
 from ..models.parts import create_vae, vae_downscale
 from ..models.text_encoders import create_text_encoder, create_tokenizer
-from ..searching.study import Trial
+from ..searching.trial import Trial
 from ..storage.files import read_records, read_tensors, write_records
 from ..storage.run_folder import Run
 from ..training.checks import check_training

@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import __version__
 from ..config import Merge, validate
 from ..storage.hub import pipeline_folder
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
 from .files import NUM_AHEAD, Lora, Progress, Sources, merge_files, open_expert, widened_sha256
+from .record import merge_record
 from .rules import check_method
 
 
@@ -52,15 +52,7 @@ def merge_models(
             )
     if dry_run:
         return
-    record = {
-        "method": settings.method,
-        "weights": settings.weights,
-        "base": {"name": base},
-        "experts": [str(e) for e in experts],
-        "experts_sha256": [],
-        "settings": settings.model_dump(mode="json"),
-        "decouple_merge": __version__,
-    }
+    record = merge_record(settings, {"name": base}, [str(e) for e in experts], [])
     yield from merge_files(folder, out, sources, record, model_card)
 
 

@@ -93,7 +93,22 @@ def ties(base: Tensor, experts: list[Tensor], weights: list[float], context: Con
     A = {i : sgn(w_i·τ̂_i) = γ}, entry by entry; equal weights λ are the paper's. The paper trims over the whole task
     vector, this over each tensor, since no more than a tensor is ever in memory.
     """
-    kept = [_trimmed(e.to(_wide(base)) - base.to(_wide(base)), context.density) for e in experts]
+    floors = [trim_floor(vector, context.density) for vector in _task_vectors(base, experts)]
+    return ties_above(base, experts, weights, floors)
+
+
+def trim_floor(task_vector: Tensor, density: float) -> float:
+    """Find how large an entry must be to stay: as the last of the ``density`` largest; others as large stay, too."""
+    num_kept = math.ceil(density * task_vector.numel())
+    if num_kept >= task_vector.numel():
+        return 0.0
+    return task_vector.abs().flatten().kthvalue(task_vector.numel() - num_kept + 1).values.item()
+
+
+def ties_above(base: Tensor, experts: list[Tensor], weights: list[float], floors: list[float]) -> Coefficients:
+    """Do TIES' election on tensors, or on any part of them, whose floors are known."""
+    vectors = zip(_task_vectors(base, experts), floors, strict=True)
+    kept = [torch.where(vector.abs() >= floor, vector, 0.0) for vector, floor in vectors]
     return _elected(kept, weights, [float(w) for w in weights])
 
 
@@ -106,9 +121,8 @@ def dare(base: Tensor, experts: list[Tensor], weights: list[float], context: Con
 
 def dare_ties(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:
     """DARE's drop and rescale in the place of TIES' trimming (Yu et al. 2024, section 3.2)."""
-    wide = _wide(base)
     masks = [_mask(base, seed, context) for seed in context.seeds]
-    kept = [m * (e.to(wide) - base.to(wide)) for m, e in zip(masks, experts, strict=True)]
+    kept = [m * vector for m, vector in zip(masks, _task_vectors(base, experts), strict=True)]
     return _elected(kept, weights, [w / context.density for w in weights])
 
 
@@ -173,14 +187,8 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _trimmed(task_vector: Tensor, density: float) -> Tensor:
-    """Set all but the largest entries to 0; entries as large as the last one that stays all stay."""
-    num_kept = math.ceil(density * task_vector.numel())
-    if num_kept >= task_vector.numel():
-        return task_vector
-    sizes = task_vector.abs()
-    threshold = sizes.flatten().kthvalue(task_vector.numel() - num_kept + 1).values
-    return torch.where(sizes >= threshold, task_vector, 0.0)
+def _task_vectors(base: Tensor, experts: list[Tensor]) -> list[Tensor]:
+    return [e.to(_wide(base)) - base.to(_wide(base)) for e in experts]
 
 
 def _mask(base: Tensor, seed: int, context: Context) -> Tensor:

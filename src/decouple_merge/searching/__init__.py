@@ -1,4 +1,4 @@
-"""The search for merging weights: strategies, levels, the workers' queue, the objective.
+"""The search for merging weights: strategies, levels, the workers' queue, the scorer, learned weights.
 
-Imports config, data, diffusion, evaluation, executors, merging, models, sampling, storage, training, seeds.
+Imports config, data, diffusion, evaluation, merging, models, sampling, training, seeds.
 """

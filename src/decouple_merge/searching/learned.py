@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..diffusion.timesteps import TimestepRange
-from ..merging.arithmetic import Stacked, Tensors, cut_blocks
+from ..merging.arithmetic import Tensors, cut_blocks
 from ..merging.keys import check_same_keys
+from ..merging.stacked import Stacked
 from ..models.base import Base
 from ..seeds import generator
 from ..training.gradient import NoisyBatch, dtype_of, frozen_copy, loss_and_gradients, noisy_batch, with_leaves

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from ..config import Config, Search
 from ..seeds import stream_seed
 from .strategies import Space, Strategy, Weights, axis, cma_es, coordinate, evolution, greedy_soup, grid, uniform_random
-from .study import Level, Objective, Study, Trial, evaluate_all, evaluate_next, give_up_own, sampled, trials
+from .study import Study, evaluate_all, evaluate_next, give_up_own, sampled, trials
+from .trial import Level, Objective, Trial
 
 # Candidates that wait in the storage at once: enough for any number of workers, few enough to stop soon.
 NUM_QUEUED = 64

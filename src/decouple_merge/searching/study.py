@@ -10,9 +10,8 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -25,63 +24,14 @@ from sqlalchemy import event
 
 from ..seeds import stream_seed
 from .strategies import Known, Space, Strategy, Weights
+from .trial import Level, Objective, Trial
 
 # A worker that was silent for so long is dead, and its candidate is evaluated again.
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30
 MAIN = "main"
 
 
-@dataclass(frozen=True)
-class Score:
-    """What an objective says of a candidate: the value (smaller is better) and the hash of the tensors it ran."""
-
-    value: float
-    merged_sha256: str
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One evaluated candidate.
-
-    Attributes:
-        level: of fidelity, by name.
-        number: its place in the order in which the level's candidates were proposed.
-        worker: who evaluated it.
-        started: when, ISO 8601 by that worker's clock; with ``seconds`` it shows idle devices.
-    """
-
-    level: str
-    number: int
-    weights: Weights
-    value: float
-    merged_sha256: str
-    seconds: float
-    worker: str
-    started: str = ""
-
-
-@dataclass(frozen=True)
-class Level:
-    """A fidelity at which candidates are compared, all from the same initial noise.
-
-    Attributes:
-        num_candidates: that are compared; those of the first level are proposed by the strategy, those of the next
-            are the best of the one before.
-        num_steps: of the sampler; None as the config's ``sample`` says.
-    """
-
-    name: str
-    num_candidates: int
-    seeds: range
-    num_steps: int | None
-
-    @property
-    def num_images(self) -> int:
-        return self.num_candidates * len(self.seeds)
-
-
 Study = optuna.Study
-Objective = Callable[[Weights, Level], Score]
 
 
 def open_storage(url: str) -> RDBStorage:

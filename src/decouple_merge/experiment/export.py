@@ -1,0 +1,61 @@
+"""A run's merged model on disk: a pipeline with the record of how it was made, and a LoRA where it is one."""
+
+import json
+from typing import Any
+
+from ..config import Merge
+from ..merging.card import model_card
+from ..merging.merger import Merger
+from ..merging.record import merge_record
+from ..models.base import export_pipeline
+from ..models.lora import FILE, merge_factors
+from ..searching.trial import Level, Trial
+from ..storage.files import read_tensors, remove_leftovers, write_tensors
+from .plan import Plan
+
+
+def export_merge(plan: Plan, merger: Merger, experts_sha256: list[str], level: Level, winner: Trial) -> None:
+    """Write the merged model with its record, unless it is there."""
+    remove_leftovers(plan.run.merged)
+    record = export_record(plan, experts_sha256, level, winner)
+    written = plan.run.merged / "merge.json"
+    if written.exists() and json.loads(written.read_text()) == record:
+        return
+    if _is_one_lora(plan):
+        factors = [read_tensors(plan.run.expert(i) / "lora" / FILE)[0] for i in range(len(plan.ranges))]
+        write_tensors(plan.run.merged_lora / FILE, merge_factors(factors, winner.weights))
+    export_pipeline(plan.base, merger.merge(winner.weights), plan.run.merged, model_card(record), record)
+
+
+def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:
+    """Say how a run's merged model was made. Nothing in it depends on when: equal runs write equal bytes."""
+    search = plan.config.search
+    num = len(winner.weights) // len(search.blocks)
+    rows = [list(winner.weights[i : i + num]) for i in range(0, len(winner.weights), num)]
+    blocks = dict(zip(search.blocks[:-1], rows[:-1], strict=True))
+    return merge_record(
+        Merge(method=search.method, density=search.density, weights=rows[-1], blocks=blocks),
+        {"name": plan.config.base, "sha256": plan.base.sha256},
+        # From where the record lies, so that a run may be moved.
+        search.checkpoints or [f"../experts/{i}" for i in range(num)],
+        experts_sha256,
+        None if search.checkpoints else [[r.low, r.high] for r in plan.ranges],
+        merged_sha256=winner.merged_sha256,
+        search={
+            "strategy": search.strategy,
+            "metric": search.metric,
+            "value": winner.value,
+            "num_images": len(level.seeds),
+            "seeds": [level.seeds.start, level.seeds.stop - 1],
+        },
+        **({"text": plan.config.text.model_dump(mode="json")} if plan.prompts else {}),
+        pipeline=type(plan.base.pipeline).__name__,
+        projection=plan.config.finetune.projection.placement,
+    )
+
+
+def _is_one_lora(plan: Plan) -> bool:
+    """Say whether the merge is a sum of adapters, each with one weight: an adapter itself."""
+    search = plan.config.search
+    sums = search.method == "linear" and len(search.blocks) == 1 and not search.checkpoints
+    return sums and plan.config.finetune.lora is not None

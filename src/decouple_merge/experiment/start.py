@@ -1,0 +1,51 @@
+"""Weights that a run's search starts with, learned by the gradient of the denoising loss."""
+
+import copy
+import json
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..data.batches import held_out_images, training_batches
+from ..executors.devices import default_device
+from ..merging.merger import Merger
+from ..searching.learned import DenoisingLoss, learn_weights
+from ..searching.strategies import Weights
+from ..seeds import stream_seed
+from ..storage.files import write_json
+from ..training.trainer import validation_losses
+from .plan import Plan
+
+
+def learn_start(plan: Plan, merger: Merger, experts_sha256: list[str]) -> Weights:
+    """Learn weights to start with on ``gradient_batches`` batches, once in a run.
+
+    The loss is divided by the square root of the base's own on each range. By the plain loss the cleanest timesteps
+    decide alone, and the merges it likes best draw worse images than the base (docs/lab-notes.md).
+    """
+    path, config, experts = plan.run.learned, plan.config, merger.experts
+    num, blocks = config.search.gradient_batches, config.search.blocks
+    record = {"num_batches": num, "experts_sha256": experts_sha256, "blocks": blocks}
+    if path.exists() and (found := json.loads(path.read_text())) | record == found:
+        return tuple(found["weights"])
+    seed = stream_seed(config.seed, "merging weights")
+    batches = training_batches(plan.images, config.data, config.finetune.batch_size, seed, 0, num)
+    low, high = config.search.low, config.search.high
+    start = torch.full((len(blocks), len(experts)), min(max(1 / len(experts), low), high))
+    loss_of = DenoisingLoss(plan.base, experts, merger.device, blocks, _loss_scale(plan), merger.stacks)
+    *_, last = learn_weights(loss_of, batches, start, num, seed, (low, high))
+    weights = [w for row in last.weights for w in row]
+    write_json(path, record | {"weights": weights})
+    return tuple(weights)
+
+
+def _loss_scale(plan: Plan) -> Float[Tensor, " T"]:
+    """Compute one over the square root of the base's loss on the range of each timestep."""
+    base, device = plan.base, default_device()
+    network = copy.deepcopy(base.network).to(device).eval()
+    losses = validation_losses(network, held_out_images(plan.images, plan.config.data), base, plan.ranges, device)
+    scale = torch.zeros(base.num_train_timesteps)
+    for own, loss in zip(plan.ranges, losses, strict=True):
+        scale[own.low : own.high] = loss**-0.5
+    return scale

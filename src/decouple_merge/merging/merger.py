@@ -1,0 +1,105 @@
+"""A merge that a network holds, made anew for every candidate."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from ..storage.tensors import hash_tensors
+from .arithmetic import Tensors, cast, cut_blocks
+from .stacked import Stacked, Trimmed
+
+
+class Merger:
+    """Merge the same base and experts again and again, and write each merge into one network.
+
+    Args:
+        method: linear or ties.
+        density: share of a task vector that TIES keeps.
+        patterns: of keys, as of ``group_keys``; each has weights of its own.
+        dtype: of the merged model's files. What a network is given was rounded to it.
+        device: where base and experts are held, in float32.
+    """
+
+    def __init__(
+        self,
+        base: Tensors,
+        experts: list[Tensors],
+        *,
+        method: str = "linear",
+        density: float = 1.0,
+        patterns: Sequence[str] = ("*",),
+        dtype: torch.dtype = torch.float32,
+        device: torch.device,
+    ) -> None:
+        assert method in ("linear", "ties")
+        self.base, self.experts, self.patterns = base, experts, list(patterns)
+        self.method, self.density, self.dtype, self.device = method, density, dtype, device
+        self._copied: Tensors = {}
+
+    # Made for the first merge: a search that is finished needs none.
+    @cached_property
+    def stacks(self) -> list[Stacked]:
+        """Base and experts, once for each pattern."""
+        cut = cut_blocks(self.base, self.experts, self.patterns)
+        return [Stacked(start, experts, self.device) for start, experts in cut]
+
+    @cached_property
+    def _blocks(self) -> Sequence[Stacked | Trimmed]:
+        return [Trimmed(s, self.density) for s in self.stacks] if self.method == "ties" else self.stacks
+
+    @property
+    def zeros(self) -> list[float]:
+        """The weights that give the base."""
+        return [0.0] * (len(self.experts) * len(self.patterns))
+
+    def merge(self, weights: Sequence[float]) -> Tensors:
+        """Merge the experts; the next call may overwrite the tensors.
+
+        Args:
+            weights: one for each expert, pattern after pattern.
+
+        Returns:
+            Floating tensors in ``dtype``.
+
+        Raises:
+            ValueError: there are more or fewer weights.
+        """
+        num = len(self.experts)
+        rows = [weights[i : i + num] for i in range(0, len(weights), num)]
+        if len(weights) != len(self.zeros):
+            raise ValueError(f"{len(weights)} weights for {num} experts and {len(self.patterns)} patterns")
+        merged: Tensors = {}
+        for block, row in zip(self._blocks, rows, strict=True):
+            merged |= block.merge(row)
+        return cast(merged, self.dtype)
+
+    def attach(self, network: nn.Module) -> None:
+        """Choose the network that ``write`` writes into; it then holds the base.
+
+        Its parameters become the memory that merges are summed into where both are float32 to the end; the others,
+        and buffers, keep their own.
+        """
+        merged, shared = self.merge(self.zeros), set[str]()
+        for name, parameter in network.named_parameters():
+            if parameter.dtype == self.dtype == torch.float32:
+                parameter.data = merged[name]
+                shared.add(name)
+        self._copied = {k: v for k, v in network.state_dict().items() if k not in shared}
+        self._copy(merged)
+
+    def write(self, weights: Sequence[float]) -> str:
+        """Merge the experts into the network's own storage; returns the hash of the merged tensors.
+
+        Raises:
+            ValueError: as ``merge``.
+        """
+        merged = self.merge(weights)
+        self._copy(merged)
+        return hash_tensors(sorted(merged.items()))
+
+    @torch.no_grad()
+    def _copy(self, merged: Tensors) -> None:
+        for key, value in self._copied.items():
+            value.copy_(merged[key])

@@ -1,0 +1,64 @@
+"""From weights to a distance: what a search minimises."""
+
+import time
+
+import torch
+from torch import nn
+
+from ..config import Sample
+from ..evaluation.features import Extractor
+from ..evaluation.references import Reference
+from ..evaluation.scores import score
+from ..merging.merger import Merger
+from ..models.base import Base, build_network
+from ..sampling.sampler import Denoiser, Prompts, denoiser, sample_images, sampling_copy
+from .strategies import Weights
+from .trial import Level, Score
+
+
+class Scorer:
+    """Score merges by the distance between their images and the reference, always from the same initial noise.
+
+    Args:
+        merger: of this base; from now on it writes into the scorer's network.
+        metric: a distance on the features of ``compared``.
+        prompts: of a text-to-image or class-conditional base.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        merger: Merger,
+        metric: str,
+        compared: tuple[Extractor, Reference],
+        sample: Sample,
+        prompts: Prompts | None = None,
+    ) -> None:
+        self.base, self.merger, self.metric, self.compared = base, merger, metric, compared
+        self.sample, self.prompts, self.device = sample, prompts, merger.device
+        untouched = build_network(base, merger.merge(merger.zeros))
+        self.network: nn.Module = sampling_copy(untouched, sample, self.device)
+        merger.attach(self.network)
+
+    def __call__(self, weights: Weights, level: Level) -> Score:
+        """Merge by the weights and score the images of the level's seeds."""
+        sha256 = self.merger.write(weights)
+        return Score(self.distance(denoiser(self.network), level), sha256)
+
+    def distance(self, model: Denoiser, level: Level) -> float:
+        """Score any model as if it were a candidate."""
+        images = sample_images(model, self.base, level.seeds, self.sample, self.device, level.num_steps, self.prompts)
+        return score(images, [self.metric], [self.compared])[self.metric]
+
+    @torch.no_grad()
+    def seconds_per_step(self, seeds: range) -> float:
+        """Estimate what a step of the sampler takes for one image, from one batch of two steps after one to warm up."""
+        size = min(self.sample.batch_size, len(seeds))
+        x, model = torch.zeros(size, *self.base.shape, device=self.device), denoiser(self.network)
+        if self.prompts is not None:
+            model = self.prompts.guide(model, seeds[:size])
+        model(x, 0)
+        started = time.monotonic()
+        for _ in range(2):
+            model(x, 0)
+        return (time.monotonic() - started) / 2 / size

@@ -1,0 +1,58 @@
+"""What is known of candidates: levels, scores and trials, as plain data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .strategies import Weights
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an objective says of a candidate: the value (smaller is better) and the hash of the tensors it ran."""
+
+    value: float
+    merged_sha256: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluated candidate.
+
+    Attributes:
+        level: of fidelity, by name.
+        number: its place in the order in which the level's candidates were proposed.
+        worker: who evaluated it.
+        started: when, ISO 8601 by that worker's clock; with ``seconds`` it shows idle devices.
+    """
+
+    level: str
+    number: int
+    weights: Weights
+    value: float
+    merged_sha256: str
+    seconds: float
+    worker: str
+    started: str = ""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A fidelity at which candidates are compared, all from the same initial noise.
+
+    Attributes:
+        num_candidates: that are compared; those of the first level are proposed by the strategy, those of the next
+            are the best of the one before.
+        num_steps: of the sampler; None as the config's ``sample`` says.
+    """
+
+    name: str
+    num_candidates: int
+    seeds: range
+    num_steps: int | None
+
+    @property
+    def num_images(self) -> int:
+        return self.num_candidates * len(self.seeds)
+
+
+Objective = Callable[[Weights, Level], Score]
