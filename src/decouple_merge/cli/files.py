@@ -30,7 +30,7 @@ def merge(
         list[str] | None,
         typer.Option(
             "--set",
-            metavar="key=value",
+            metavar="KEY=VALUE",
             help="density, seed, fishers, dtype, max_shard_bytes or allow_non_finite, as docs/merging.md has them",
         ),
     ] = None,

@@ -9,7 +9,7 @@ from .console import console, show
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, see configs/")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/<config name> where not given")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a value of the config")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config")]
 
 
 def run(
