@@ -18,9 +18,10 @@ from decouple_merge.cli import main as cli
 from decouple_merge.config import Merge
 from decouple_merge.merging import files as merging
 from decouple_merge.merging.arithmetic import merge
-from decouple_merge.merging.files import Sources, open_expert
+from decouple_merge.merging.experts import open_expert
 from decouple_merge.merging.recipes import describe_model, merge_models, repeat_merge
 from decouple_merge.merging.rules import RULES, Coefficients, Context
+from decouple_merge.merging.sources import Sources
 from decouple_merge.storage.tensors import TensorFiles, shards, weight_files
 
 Tensors = dict[str, Tensor]
@@ -178,6 +179,17 @@ def test_fisher_files_weight_each_entry(tmp_path: Path) -> None:
     saved(files[0], {"head.weight": a})
     with pytest.raises(ValueError, match=r"2 Fisher files for 2 experts, without blocks\.0\.attn\.weight"):
         run(origin, paths, out, weights=[1.0, 1.0], method="fisher", fishers=files)
+
+
+def test_a_projection_that_is_none_of_the_trunks_is_an_unknown_key(tmp_path: Path) -> None:
+    base, eye = network(0), torch.eye(2)
+    origin, out = saved(tmp_path / "b.safetensors", base), tmp_path / "m"
+    strange = saved(tmp_path / "e.safetensors", base | {"text_projection.weight": eye})
+    with pytest.raises(ValueError, match=r"doesn't fit the base: unknown: text_projection\.weight; expected"):
+        run(origin, [strange], tmp_path / "m.safetensors", weights=[1.0])
+    trunk = saved(tmp_path / "t.safetensors", base | {"up_blocks.12.projection.weight": 3 * eye})
+    run(sharded(tmp_path / "folder", base), [trunk], out, weights=[0.5])
+    assert equal(load_file(out / "projections.safetensors"), {"up_blocks.12.projection.weight": 2 * eye})
 
 
 def test_a_rule_of_the_users_own_merges_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,9 @@ def write_fishers(plan: Plan, num_batches: int = 10) -> Iterator[str]:
     """
     if num_batches < 1:
         raise ValueError(f"num_batches is {num_batches}, expected at least 1")
-    config, experts = plan.config, load_experts(plan)
+    config, experts, size = plan.config, load_experts(plan), plan.config.finetune.batch_size
     for index, (expert, own) in enumerate(zip(experts, plan.ranges, strict=True)):
-        path, size = plan.run.fisher(index), config.finetune.batch_size
+        path = plan.run.fisher(index)
         record = {
             "expert_sha256": tensors_sha256(expert),
             "timesteps": [own.low, own.high],
@@ -35,4 +35,4 @@ def write_fishers(plan: Plan, num_batches: int = 10) -> Iterator[str]:
             batches = training_batches(plan.images, config.data, size, seed, 0, num_batches)
             fisher = fisher_information(plan.base, expert, own, batches, seed, default_device())
             write_tensors(path, fisher, {"fisher": json.dumps(record)})
-        yield f"{path}: {num_batches * size} images at timesteps {own}"
+        yield f"{path}: {record['num_images']} images at timesteps {own}"

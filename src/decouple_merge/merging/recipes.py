@@ -9,9 +9,11 @@ from ..config import Merge, validate
 from ..storage.hub import pipeline_folder
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
-from .files import NUM_AHEAD, Lora, Progress, Sources, merge_files, open_expert, widened_sha256
+from .experts import Lora, open_expert
+from .files import NUM_AHEAD, Progress, merge_files
 from .record import merge_record
 from .rules import check_method
+from .sources import Sources, widened_sha256
 
 
 def merge_models(

@@ -1,0 +1,115 @@
+"""What files are merged from: a base and experts, opened and checked."""
+
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import Merge
+from ..seeds import stream_seed
+from ..storage.tensors import DTYPES, Layout, TensorFiles, hash_tensors, network_folder, weight_files
+from .experts import open_expert
+from .keys import is_trunk_projection
+from .rules import RULES, Context, Rule, combine
+
+
+class Sources:
+    """The opened and checked inputs of a merge.
+
+    Attributes:
+        output: key to dtype and shape of what will be written, without projections.
+        projections: the same of the projections that experts of the trunk placement carry and the base doesn't.
+    """
+
+    def __init__(self, base: Path, experts: list[Path], settings: Merge) -> None:
+        self.settings = settings
+        self.base = TensorFiles(weight_files(network_folder(base)))
+        self.experts = [open_expert(path) for path in experts]
+        self.rule: Rule = RULES[settings.method]
+        if len(settings.weights) != len(experts):
+            raise ValueError(f"{len(settings.weights)} weights for {len(experts)} experts, expected one each")
+        for pattern, weights in settings.blocks.items():
+            if len(weights) != len(experts):
+                raise ValueError(f"blocks: {pattern!r} has {len(weights)} weights for {len(experts)} experts")
+            if not any(fnmatchcase(key, pattern) for key in self.base.entries):
+                raise ValueError(
+                    f"blocks: no tensor matches {pattern!r}; keys are like {next(iter(self.base.entries))}"
+                )
+        for expert, path in zip(self.experts, experts, strict=True):
+            expert.check_keys(self.base.entries, str(path))
+        self._check_origin(experts)
+        self.fishers = [TensorFiles(weight_files(path)) for path in settings.fishers]
+        lacking = [k for f in self.fishers for k in self.base.entries if k not in f.entries]
+        if lacking or (settings.method == "fisher" and len(self.fishers) != len(experts)):
+            raise ValueError(
+                f"{len(self.fishers)} Fisher files for {len(experts)} experts, "
+                f"without {', '.join(lacking[:3]) or 'gaps'}; expected one for each expert, "
+                "with every key of the network"
+            )
+        # Masks go with an expert's content, not with its place in the list.
+        self.identities = [e.files.sha256() for e in self.experts] if settings.method.startswith("dare") else []
+        asked = None if settings.dtype is None else DTYPES[settings.dtype]
+        self.output: Layout = {
+            key: (asked if asked and e.dtype.is_floating_point else e.dtype, e.shape)
+            for key, e in self.base.entries.items()
+        }
+        extra = {k: e for x in self.experts for k, e in x.files.entries.items() if is_trunk_projection(k)}
+        self.projections: Layout = {
+            k: (e.dtype, e.shape) for k, e in sorted(extra.items()) if k not in self.base.entries
+        }
+
+    def _check_origin(self, experts: list[Path]) -> None:
+        records = [(p, p / "expert.json" if p.is_dir() else p.parent / "expert.json") for p in experts]
+        origins = [(p, json.loads(r.read_text())["base_sha256"]) for p, r in records if r.is_file()]
+        if not origins:
+            return
+        found = widened_sha256(self.base)
+        for path, expected in origins:
+            if found != expected:
+                raise ValueError(
+                    f"{path} was finetuned from another base: found {expected[:16]}, expected {found[:16]}; "
+                    "merge it into the base that it came from"
+                )
+
+    def weights_of(self, key: str) -> list[float]:
+        """Say the weights of a tensor: those of the first pattern that matches its key, else the model's."""
+        for pattern, weights in self.settings.blocks.items():
+            if fnmatchcase(key, pattern):
+                return weights
+        return self.settings.weights
+
+    def merged(self, key: str, dtype: torch.dtype) -> Tensor:
+        """Merge one tensor.
+
+        Raises:
+            ValueError: an input has NaN or infinity, and the settings don't allow it.
+        """
+        base = torch.eye(self.projections[key][1][0]) if key in self.projections else self.base[key]
+        if not base.is_floating_point():
+            return base
+        versions = [e.tensor(key, base) for e in self.experts]
+        if not self.settings.allow_non_finite:
+            for version in [base, *versions]:
+                _check_finite(key, version)
+        weights = self.weights_of(key)
+        seeds = [stream_seed(self.settings.seed, sha256, key) for sha256 in self.identities]
+        fishers = [f[key] for f in self.fishers if key in f.entries]
+        context = Context(key, self.settings.density, seeds, fishers)
+        return combine([base, *versions], self.rule(base, versions, weights, context), dtype)
+
+
+def widened_sha256(files: TensorFiles) -> str:
+    """Hash a model as it trains, in float32, which is how runs record their bases."""
+    return hash_tensors((k, _widened(files[k])) for k in files.entries)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _check_finite(key: str, tensor: Tensor) -> None:
+    # One pass, and no mask of the tensor's size: a NaN goes through both ends, an infinity is one of them.
+    if tensor.numel() and not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
+        raise ValueError(f"{key} has NaN or infinity; expected finite weights: mend the model, or allow it")
