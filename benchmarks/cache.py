@@ -1,6 +1,6 @@
 """Time a finetuning update from cached latents and embeddings against one that encodes its images and captions.
 
-Both are ``training.trainer.train`` with the same network, batch and settings, interleaved in one process. What
+Both are ``training.loop.train`` with the same network, batch and settings, interleaved in one process. What
 encodes does what trainers without a cache do: VAE and text encoders stay in memory, and see every batch. Images are
 random, of the base's size. Only ratios are meant to be quoted:
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from decouple_merge.config import Data, Finetune
+from decouple_merge.config import Data, Finetune, Projection
 from decouple_merge.data.batches import Examples, LatentBatch
 from decouple_merge.data.images import ArrayImages, Images, to_model
 from decouple_merge.data.latents import Latents
@@ -26,7 +26,7 @@ from decouple_merge.executors.devices import default_device
 from decouple_merge.models.base import load_base
 from decouple_merge.models.parts import Encoders, encode_images, encode_texts, load_text_encoders, load_vae
 from decouple_merge.storage.provenance import git_commit
-from decouple_merge.training import trainer as finetune
+from decouple_merge.training import loop, trainer
 from interleaved import interleaved, ratios
 
 NUM_IMAGES = 2048
@@ -63,10 +63,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     # A record after every update: the time between two records is then that of one update, its logging included.
-    finetune.SECONDS_BETWEEN_RECORDS = 0.0
+    loop.SECONDS_BETWEEN_RECORDS = 0.0
     never = 10**9
     settings = Finetune(
-        num_updates=never, batch_size=args.batch_size, validate_every=never, checkpoint_every=never, tracker="none"
+        num_updates=never,
+        batch_size=args.batch_size,
+        projection=Projection(placement="none"),
+        validate_every=never,
+        checkpoint_every=never,
+        tracker="none",
     )
     base, device = load_base(args.base), default_device()
     assert base.encoders is not None, "the base is no latent model"
@@ -84,9 +89,10 @@ def main() -> None:
         contenders: dict[tuple[str, float], Callable[[], object]] = {}
         for name, examples in (("cached", cached), ("encoded", Encoded(encoders, images, captions, device))):
             for weight in (0.0, 1.0):
-                task = finetune.Task("expert-0", ranges[0], ranges, settings.global_prob, weight)
+                task = trainer.Task("expert-0", ranges[0], ranges)
+                changed = settings.model_copy(update={"consistency_weight": weight})
                 where = Path(folder, f"{name}-{weight}")
-                updates = finetune.train(base, examples, DATA, task, settings, 0, where)
+                updates = loop.train(base, examples, DATA, task, changed, 0, where)
                 # Both sides yield after each update; the first ones warm them up.
                 contenders[name, weight] = lambda u=updates: list(islice(u, args.num_updates))
                 contenders[name, weight]()

@@ -23,9 +23,10 @@ from decouple_merge.config import Data, PartTraining
 from decouple_merge.data.emoji import Emoji, read_emoji
 from decouple_merge.data.sources import load_images
 from decouple_merge.data.split import split
-from decouple_merge.evaluation.alignment import ImageTextModel, describe, load_image_text, save_image_text
+from decouple_merge.evaluation.alignment import NUM_FEATURES, describe
 from decouple_merge.evaluation.distances import clip_score, r_precision
 from decouple_merge.evaluation.features import load_extractor
+from decouple_merge.models.image_text import ImageTextModel, load_image_text, save_image_text
 from decouple_merge.models.text_encoders import create_text_encoder, create_tokenizer
 from decouple_merge.training.parts import train_image_text
 
@@ -126,7 +127,7 @@ def main() -> None:
         described = torch.stack([describe(v, effnet.extract) for v in views])
         tokenizer = create_tokenizer(captions, 2048)
         torch.manual_seed(arguments.seed)
-        model = ImageTextModel(tokenizer, create_text_encoder(tokenizer, TEXT, arguments.seed))
+        model = ImageTextModel(tokenizer, create_text_encoder(tokenizer, TEXT, arguments.seed), NUM_FEATURES)
         settings = PartTraining(
             num_updates=arguments.num_updates, batch_size=256, weight_decay=0.1, checkpoint_every=100
         )

@@ -1,7 +1,7 @@
 """Time our finetuning update against a bare PyTorch loop of the same model and batch, interleaved in one process.
 
 The bare loop does what nobody can leave out: draw a batch, student forward and backward, teacher forward, clipping,
-AdamW, EMA. Ours is ``decouple_merge.training.trainer.train`` as users run it. The network is the architecture of
+AdamW, EMA. Ours is ``decouple_merge.training.loop.train`` as users run it. The network is the architecture of
 configs/fashion-base.yaml, untrained; the images are random. Only ratios are meant to be quoted:
 
     python benchmarks/finetune.py
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decouple_merge.config import Data, Finetune, load_config
+from decouple_merge.config import Data, Finetune, Projection, load_config
 from decouple_merge.data.images import ArrayImages
 from decouple_merge.diffusion.timesteps import TimestepRange, split_timesteps
 from decouple_merge.executors.devices import default_device
 from decouple_merge.models.base import Base, create_base, new_network
 from decouple_merge.storage.provenance import git_commit
-from decouple_merge.training import trainer as finetune
+from decouple_merge.training import loop, records, trainer
 from interleaved import interleaved, ratios
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fashion-base.yaml"
@@ -35,12 +35,10 @@ NUM_IMAGES = 4096
 
 def our_updates(
     base: Base, images: ArrayImages, settings: Finetune, projection: str, folder: Path
-) -> Iterator[finetune.StepRecord]:
+) -> Iterator[records.StepRecord]:
     ranges = tuple(split_timesteps(base.num_train_timesteps, settings.num_ranges))
-    task = finetune.Task(
-        "expert-0", ranges[0], ranges, settings.global_prob, settings.consistency_weight, projection, 0.1
-    )
-    return finetune.train(base, images, Data(), task, settings, 0, folder)
+    changed = settings.model_copy(update={"projection": Projection(placement=projection)})
+    return loop.train(base, images, Data(), trainer.Task("expert-0", ranges[0], ranges), changed, 0, folder)
 
 
 def bare_updates(base: Base, pixels: Tensor, settings: Finetune, own: TimestepRange) -> Iterator[None]:
@@ -89,7 +87,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     # A record after every update: the time between two records is then that of one update, its logging included.
-    finetune.SECONDS_BETWEEN_RECORDS = 0.0
+    loop.SECONDS_BETWEEN_RECORDS = 0.0
     never = 10**9
     settings = Finetune(
         num_updates=never,

@@ -27,7 +27,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from decouple_merge.config import Config
-from decouple_merge.training import trainer as finetune
+from decouple_merge.training import loop
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def fresh_accelerator() -> Iterator[None]:
 @pytest.fixture
 def every_record(fresh_accelerator: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have trainings yield every record, not one in a while."""
-    monkeypatch.setattr(finetune, "SECONDS_BETWEEN_RECORDS", 0.0)
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_RECORDS", 0.0)
 
 
 def make_unet(**changes: Any) -> UNet2DModel:

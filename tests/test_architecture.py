@@ -40,7 +40,8 @@ ADAPTERS = {
     "transformers": ["models"],
     "tokenizers": ["models"],
     "peft": ["models.lora"],
-    "bitsandbytes": ["training"],
+    "bitsandbytes": ["training.optimizers"],
+    "accelerate": ["training.acceleration"],
 }
 
 

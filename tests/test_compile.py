@@ -13,7 +13,8 @@ from decouple_merge.data.sources import load_images
 from decouple_merge.diffusion.timesteps import split_timesteps
 from decouple_merge.models.base import load_base
 from decouple_merge.storage.files import read_tensors
-from decouple_merge.training.trainer import Task, train
+from decouple_merge.training.loop import train
+from decouple_merge.training.trainer import Task
 
 
 @pytest.mark.filterwarnings("default")
@@ -26,7 +27,8 @@ def test_compiled_training_agrees_with_eager_or_is_refused(tiny_config: Callable
     ranges = tuple(split_timesteps(base.num_train_timesteps, 2))
 
     def trained(compiled: bool) -> dict[str, torch.Tensor]:
-        config = tiny_config(finetune={"compile": compiled, "num_updates": 2})
+        alone = {"global_prob": 0.0, "consistency_weight": 0.0, "projection": {"placement": "none"}}
+        config = tiny_config(finetune={"compile": compiled, "num_updates": 2, **alone})
         images = load_images(config.data, base.channels, base.image_size)
         folder = tmp_path / f"compiled-{compiled}"
         list(train(base, images, config.data, Task("expert", ranges[0], ranges), config.finetune, 0, folder))

@@ -20,7 +20,7 @@ from decouple_merge.config import Config, Data, Lora, Sample, Text, load_config
 from decouple_merge.data.captions import load_captions
 from decouple_merge.data.sources import load_images
 from decouple_merge.diffusion.timesteps import TimestepRange
-from decouple_merge.experiment import workflow
+from decouple_merge.experiment import finetuning, workflow
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.memory import estimate
 from decouple_merge.experiment.plan import Plan, check, prepare
@@ -31,7 +31,7 @@ from decouple_merge.models.projection import attach_projections, folded_state_di
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
 from decouple_merge.searching.learned import DenoisingLoss
 from decouple_merge.storage.files import read_records
-from decouple_merge.training import trainer as finetune
+from decouple_merge.training import trainer
 from decouple_merge.training.gradient import noisy_batch
 
 CPU = torch.device("cpu")
@@ -220,7 +220,7 @@ def test_the_shipped_config_plans_and_trains_a_tiny_pipeline(dit_config: MakeCon
     lines = list(describe(config, tmp_path / "run"))
     assert "prompts: 18, guidance 1.5" in lines
     assert any(line.startswith("experts: 4 x 1 updates of 32 images on [0, ") for line in lines)
-    list(workflow.finetune_experts(prepare(config, tmp_path / "run"), 1))
+    list(finetuning.finetune_experts(prepare(config, tmp_path / "run"), 1))
     expert = load_file(tmp_path / "run/experts/1/model.safetensors")
     start = load_base(base).network.state_dict()
     assert {k: v.shape for k, v in expert.items()} == {k: v.shape for k, v in start.items()}
@@ -248,14 +248,14 @@ def test_training_gives_each_image_its_class_or_the_null_class_and_the_teacher_t
     dit_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
 ) -> None:
     plan, seen = opened(dit_config(data={"caption_dropout": dropout}), tmp_path / "run"), []
-    original = finetune.predict
+    original = trainer.predict
 
     def spy(network: nn.Module, x: Tensor, t: Any, **condition: Tensor) -> Tensor:
         seen.append(condition["class_labels"])
         return original(network, x, t, **condition)
 
-    monkeypatch.setattr(finetune, "predict", spy)
-    list(workflow.finetune_experts(plan, 0))
+    monkeypatch.setattr(trainer, "predict", spy)
+    list(finetuning.finetune_experts(plan, 0))
     # Of two updates, teacher and student each; what follows is validation.
     for teachers, students in (seen[:2], seen[2:4]):
         assert torch.equal(teachers, students)

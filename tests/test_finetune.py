@@ -16,14 +16,21 @@ from torch import Tensor, nn
 
 from conftest import make_unet
 from decouple_merge.config import Config, Training
+from decouple_merge.data.batches import held_out_images
 from decouple_merge.data.sources import load_images
 from decouple_merge.diffusion.timesteps import split_timesteps
 from decouple_merge.models.base import load_base, tensors_sha256
 from decouple_merge.models.projection import folded_state_dict
 from decouple_merge.seeds import generator
 from decouple_merge.storage.files import read_records, read_tensors
-from decouple_merge.training import trainer as finetune
-from decouple_merge.training.trainer import StepRecord, Task, differing_gradients, ema_decay, learning_rate_at, train
+from decouple_merge.training import ema, loop, parametrisation, trainer
+from decouple_merge.training.compilation import differing_gradients
+from decouple_merge.training.ema import ema_decay
+from decouple_merge.training.loop import train
+from decouple_merge.training.records import StepRecord
+from decouple_merge.training.schedule import learning_rate_at
+from decouple_merge.training.trainer import Task
+from decouple_merge.training.validation import validation_losses
 
 
 @dataclass
@@ -43,7 +50,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Ends:
         found.ema.append({k: v.clone() for k, v in parameters.items()})
         return folded_state_dict(network, parameters)
 
-    monkeypatch.setattr(finetune, "folded_state_dict", capture)
+    monkeypatch.setattr(parametrisation, "folded_state_dict", capture)
     return found
 
 
@@ -54,15 +61,7 @@ def start(config: Config, folder: Path, **changes: Any) -> Iterator[StepRecord]:
     base = load_base(config.base)
     settings = config.finetune
     ranges = tuple(split_timesteps(base.num_train_timesteps, settings.num_ranges))
-    task = Task(
-        "expert-0",
-        ranges[0],
-        ranges,
-        settings.global_prob,
-        settings.consistency_weight,
-        settings.projection.placement,
-        settings.projection.learning_rate_scale,
-    )
+    task = Task("expert-0", ranges[0], ranges)
     images = load_images(config.data, base.channels, base.image_size)
     return train(base, images, config.data, replace(task, **changes), settings, config.seed, folder)
 
@@ -198,15 +197,15 @@ def test_accumulation_counts_optimiser_updates(
         decays.append((update, ema_decay(update, max_decay, power)))
         return decays[-1][1]
 
-    predict = finetune.predict
+    predict = trainer.predict
 
     def spy_predict(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         if network.training:
             passes.append(len(x))
         return predict(network, x, t)
 
-    monkeypatch.setattr(finetune, "ema_decay", spy_decay)
-    monkeypatch.setattr(finetune, "predict", spy_predict)
+    monkeypatch.setattr(ema, "ema_decay", spy_decay)
+    monkeypatch.setattr(trainer, "predict", spy_predict)
     records = finish(tiny_config(finetune={"num_updates": 3, "accumulation": 4}), tmp_path / "out")
     assert [r.update for r in records] == [1, 2, 3]
     assert {r.num_updates for r in records} == {3}
@@ -218,8 +217,8 @@ def test_equal_micro_batches_accumulate_to_the_gradient_of_one(
     tmp_path: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(finetune, "training_batches", lambda *_: itertools.repeat(batch))
-    monkeypatch.setattr(finetune, "generator", lambda *_: generator("same"))
+    monkeypatch.setattr(loop, "training_batches", lambda *_: itertools.repeat(batch))
+    monkeypatch.setattr(trainer, "generator", lambda *_: generator("same"))
     for accumulation in (1, 2, 4):
         finish(tiny_config(finetune={"accumulation": accumulation}), tmp_path / str(accumulation))
     weights = [(tmp_path / a / "model.safetensors").read_bytes() for a in "124"]
@@ -230,14 +229,14 @@ def test_each_update_sees_new_images_and_new_noise(
     tmp_path: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    predict = finetune.predict
+    predict = trainer.predict
 
     def spy(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         if network.training:
             seen.append(x.clone())
         return predict(network, x, t)
 
-    monkeypatch.setattr(finetune, "predict", spy)
+    monkeypatch.setattr(trainer, "predict", spy)
     finish(tiny_config(finetune={"accumulation": 2}), tmp_path / "a")
     finish(tiny_config(finetune={"accumulation": 2}), tmp_path / "b", name="expert-1")
     assert len({tuple(x.flatten().tolist()) for x in seen}) == len(seen) == 24
@@ -247,16 +246,16 @@ def test_training_draws_from_its_own_range_only_without_global_prob(
     tmp_path: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    predict = finetune.predict
+    predict = trainer.predict
 
     def spy(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         if network.training:
             seen.extend(t.tolist())
         return predict(network, x, t)
 
-    monkeypatch.setattr(finetune, "predict", spy)
+    monkeypatch.setattr(trainer, "predict", spy)
     ranges = tuple(split_timesteps(40, 4))
-    finish(tiny_config(), tmp_path / "a", own=ranges[2], ranges=ranges, global_prob=0.0)
+    finish(tiny_config(finetune={"global_prob": 0.0}), tmp_path / "a", own=ranges[2], ranges=ranges)
     assert set(seen) <= set(range(20, 30))
     assert len(set(seen)) > 3
 
@@ -278,7 +277,7 @@ def test_base_is_unchanged_by_training(tmp_path: Path, tiny_config: Callable[...
     before = tensors_sha256(base.network.state_dict())
     images = load_images(config.data, base.channels, base.image_size)
     ranges = tuple(split_timesteps(40, 2))
-    task = Task("expert-0", ranges[0], ranges, 0.4, 1.0, "folded", 0.1)
+    task = Task("expert-0", ranges[0], ranges)
     list(train(base, images, config.data, task, config.finetune, 0, tmp_path / "out"))
     trained, _ = read_tensors(tmp_path / "out/model.safetensors")
     assert tensors_sha256(base.network.state_dict()) == before == base.sha256 != tensors_sha256(trained)
@@ -291,7 +290,7 @@ def test_teacher_is_the_original_at_every_update(
     config = tiny_config(finetune={"learning_rate": 0.01})
     original = load_base(config.base)
     hashes: list[str] = []
-    predict = finetune.predict
+    predict = trainer.predict
     inside = [False]
 
     def spy(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -305,13 +304,13 @@ def test_teacher_is_the_original_at_every_update(
         inside[0] = False
         return losses
 
-    monkeypatch.setattr(finetune, "predict", spy)
-    monkeypatch.setattr(finetune, "validation_losses", validation)
+    monkeypatch.setattr(trainer, "predict", spy)
+    monkeypatch.setattr(trainer, "validation_losses", validation)
     finish(config, tmp_path / "out")
     assert hashes == [original.sha256] * 6
 
 
-VALIDATION = finetune.validation_losses
+VALIDATION = validation_losses
 
 
 def test_validation_touches_no_weights(tmp_path: Path, tiny_config: Callable[..., Config], ends: Ends) -> None:
@@ -334,7 +333,7 @@ def test_validation_covers_every_range_and_uses_the_averaged_weights(
     images = load_images(config.data, base.channels, base.image_size)
     base.network.load_state_dict(read_tensors(tmp_path / "out/model.safetensors")[0])
     ranges = tuple(split_timesteps(40, 4))
-    held_out = finetune.held_out_images(images, config.data)
+    held_out = held_out_images(images, config.data)
     again = VALIDATION(base.network, held_out, base, ranges, torch.device("cpu"))
     assert records[-1].validation == pytest.approx(again, rel=1e-5)
     assert len(again) == 4
@@ -403,8 +402,8 @@ def test_consistency_weight_zero_builds_no_teacher(
     tmp_path: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[Any] = []
-    new_network = finetune.new_network
-    monkeypatch.setattr(finetune, "new_network", lambda *a: built.append(a) or new_network(*a))
+    new_network = parametrisation.new_network
+    monkeypatch.setattr(parametrisation, "new_network", lambda *a: built.append(a) or new_network(*a))
     records = finish(tiny_config(finetune={"consistency_weight": 0}), tmp_path / "out")
     assert len(built) == 1
     assert {r.consistency_loss for r in records} == {0.0}
@@ -440,8 +439,9 @@ def test_expert_record_holds_the_bases_hash_and_the_task(tmp_path: Path, tiny_co
     record = json.loads((tmp_path / "out/expert.json").read_text())
     assert record["base_sha256"] == load_base(config.base).sha256
     assert record["own"] == {"low": 0, "high": 20}
-    assert record["consistency_weight"] == 1.0
+    assert record["training"]["consistency_weight"] == 1.0
     assert record["training"]["num_updates"] == 6
+    assert sorted(record) == ["base_sha256", "name", "own", "ranges", "seed", "training"]
 
 
 def test_finished_training_has_no_state_and_is_not_done_again(
@@ -513,14 +513,14 @@ def test_a_compiled_training_whose_gradients_are_wrong_is_refused(
     def cut(gradient: Tensor) -> Tensor:
         return gradient * 0 if stances[-1] == "default" else gradient
 
-    attach = finetune.new_network
+    attach = parametrisation.new_network
 
     def with_a_cut(*args: Any) -> nn.Module:
         network = attach(*args)
         network.get_submodule("down_blocks.1.resnets.0.conv1").weight.register_hook(cut)
         return network
 
-    monkeypatch.setattr(finetune, "new_network", with_a_cut)
+    monkeypatch.setattr(parametrisation, "new_network", with_a_cut)
     with pytest.raises(
         ValueError, match=r"torch.compile changes the gradients of 1 parameters, down_blocks.1.resnets.0"
     ):

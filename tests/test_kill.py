@@ -21,7 +21,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 from conftest import make_unet
 from decouple_merge.config import Config, dump_config
-from decouple_merge.experiment import workflow
+from decouple_merge.experiment import selection, workflow
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.storage.files import read_records
 
@@ -180,7 +180,7 @@ def test_two_processes_killed_in_finetuning_then_in_the_search_write_the_bytes_o
     kill_when(deme_run(config, folder), lambda: num_trials(folder) >= num, 0.2)
     # The best so far is always there, and whole.
     assert (folder / "merged/merge.json").exists()
-    list(workflow.search_weights(prepare(config, folder)))
+    list(selection.search_weights(prepare(config, folder)))
     assert_equal_runs(folder, unkilled)
 
 
@@ -225,7 +225,7 @@ def search_in_a_child(config: Config, folder: Path, prepare_death: Callable[[], 
         try:
             plan = prepare(config, folder)
             prepare_death()
-            list(workflow.search_weights(plan))
+            list(selection.search_weights(plan))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == KILLED
@@ -258,7 +258,7 @@ def test_killed_while_exporting_ends_in_the_same_bytes(
     search_in_a_child(unkilled.config, searched, death)
     # A half-written model never has the name of a whole one.
     assert (searched / "merged").exists() == is_exported
-    list(workflow.search_weights(prepare(unkilled.config, searched)))
+    list(selection.search_weights(prepare(unkilled.config, searched)))
     assert_equal_runs(searched, unkilled)
     assert (searched / "search/candidates.json").read_bytes() == (
         unkilled.folder / "search/candidates.json"
@@ -273,5 +273,5 @@ def test_killed_while_replacing_a_merged_model_ends_in_the_same_bytes(
     record = searched / "merged/merge.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "weights": [0.0, 0.0]}))
     search_in_a_child(unkilled.config, searched, death)
-    list(workflow.search_weights(prepare(unkilled.config, searched)))
+    list(selection.search_weights(prepare(unkilled.config, searched)))
     assert_equal_runs(searched, unkilled)

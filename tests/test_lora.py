@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conftest import make_text_unet, make_unet, stock_images
 from decouple_merge.config import Config, Finetune, Lora, Merge
-from decouple_merge.experiment import workflow
+from decouple_merge.experiment import finetuning, workflow
 from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.merging.recipes import merge_models
 from decouple_merge.models import lora
@@ -27,7 +27,7 @@ from decouple_merge.models.lora import (
     unadapted_state_dict,
     without_lora,
 )
-from decouple_merge.training import trainer as finetune
+from decouple_merge.training import trainer
 
 MakeConfig = Callable[..., Config]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -159,7 +159,7 @@ def test_the_teacher_of_an_adapter_is_the_base(
     text_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, outputs = prepare(config_of(text_config, validate_every=9), tmp_path / "run"), []
-    predict = finetune.predict
+    predict = trainer.predict
 
     def spy(network: nn.Module, x: Tensor, t: Any, **condition: Tensor) -> Tensor:
         found = predict(network, x, t, **condition)
@@ -167,8 +167,8 @@ def test_the_teacher_of_an_adapter_is_the_base(
             outputs.append((found, predict(plan.base.network, x, t, **condition)))
         return found
 
-    monkeypatch.setattr(finetune, "predict", spy)
-    list(workflow.finetune_experts(plan, 0))
+    monkeypatch.setattr(trainer, "predict", spy)
+    list(finetuning.finetune_experts(plan, 0))
     teacher = outputs[:4]
     assert all(torch.equal(found, expected) for found, expected in teacher)
 
@@ -177,18 +177,18 @@ def test_training_an_adapter_goes_on_bitwise_after_an_interruption(text_config: 
     config, results = config_of(text_config), []
     for name, stop in (("whole", False), ("interrupted", True)):
         plan = prepare(config, tmp_path / name)
-        events = workflow.finetune_experts(plan, 1)
+        events = finetuning.finetune_experts(plan, 1)
         while stop and getattr(next(events), "update", 0) < 3:
             pass
         events.close()
-        list(workflow.finetune_experts(plan, 1))
+        list(finetuning.finetune_experts(plan, 1))
         results.append(load_file(tmp_path / name / "experts/1/lora" / FILE))
     assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
 
 
 def test_a_pixel_model_trains_adapters_too(tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = config_of(tiny_config)
-    list(workflow.finetune_experts(prepare(config, tmp_path / "run")))
+    list(finetuning.finetune_experts(prepare(config, tmp_path / "run")))
     start, expert = load_base(config.base).network.state_dict(), load_file(tmp_path / "run/experts/0/model.safetensors")
     assert start.keys() == expert.keys()
     assert {k for k, v in start.items() if not torch.equal(v, expert[k])} == {

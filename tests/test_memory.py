@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import save_stable_diffusion
 from decouple_merge.config import Config, Distance
 from decouple_merge.data.batches import training_batches
+from decouple_merge.experiment import finetuning
 from decouple_merge.experiment import plan as plan_module
-from decouple_merge.experiment import workflow
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.memory import estimate
 from decouple_merge.experiment.plan import prepare
@@ -22,6 +22,7 @@ from decouple_merge.experiment.selection import open_merger, open_scorer
 from decouple_merge.models.base import load_base
 from decouple_merge.models.parts import load_text_encoders, load_vae
 from decouple_merge.seeds import generator
+from decouple_merge.training.state import optimizer_states
 from decouple_merge.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -60,18 +61,19 @@ def test_a_training_takes_what_is_said(
         pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
     config = {"pixels": tiny_config, "text": text_config}[kind](finetune=settings)
     opened = prepare(config, tmp_path / "run")
-    trainer = Trainer(opened.base, workflow._expert_task(opened, 0), config.finetune, 0, tmp_path)
+    trainer = Trainer(opened.base, finetuning.expert_task(opened, 0), config.finetune, 0, tmp_path)
     batch = next(training_batches(opened.images, config.data, 4, 0, 0, 1))
-    loss, _, _ = trainer._losses(batch, generator("memory"))
+    loss, _, _ = trainer.losses(batch, generator("memory"))
     loss.backward()
     gradients = num_bytes(p.grad for p in trainer.parameters if p.grad is not None)
     trainer.optimizer.step()
+    moments = optimizer_states(trainer.optimizer)
     found = {
         "network": num_bytes([*trainer.network.parameters(), *trainer.network.buffers()]),
-        "teacher": num_bytes(trainer.teacher.parameters()) if trainer.teacher else 0,
+        "teacher": num_bytes(trainer.teacher.parameters()) if isinstance(trainer.teacher, nn.Module) else 0,
         "gradients": gradients,
-        "EMA": num_bytes(trainer.ema),
-        "moments": num_bytes(v for s in trainer._optimizer_states() for v in s.values() if isinstance(v, Tensor)),
+        "EMA": num_bytes(trainer.ema.values),
+        "moments": num_bytes(v for s in moments for v in s.values() if isinstance(v, Tensor)),
     }
     assert parts_of(config, "finetuning an expert") == found
     assert (found["teacher"] == 0) == (settings.get("consistency_weight") == 0 or "lora" in settings)

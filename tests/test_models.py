@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from conftest import make_unet
 from decouple_merge.config import Sample, load_config
-from decouple_merge.experiment import workflow
+from decouple_merge.experiment import finetuning
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.models.base import Base, export_pipeline, load_base, load_network, new_network, tensors_sha256
 from decouple_merge.sampling.sampler import denoiser, sample_images
@@ -285,7 +285,7 @@ def test_shipped_paper_configs_finetune_a_tiny_model_of_their_structure(name: st
         f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in tiny.items()
     ]
     config = load_config(CONFIGS / f"{name}.yaml", overrides)
-    records = list(workflow.finetune_experts(prepare(config, tmp_path / "run"), 2))
+    records = list(finetuning.finetune_experts(prepare(config, tmp_path / "run"), 2))
     assert [r.update for r in records] == [1]
     expert = load_file(tmp_path / "run/experts/2/model.safetensors")
     start = load_file(base / WEIGHTS)

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from decouple_merge.config import Config
-from decouple_merge.experiment import workflow
+from decouple_merge.experiment import finetuning
 from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.training import checks
-from decouple_merge.training import trainer as finetune
+from decouple_merge.training.trainer import Trainer
 
 MakeConfig = Callable[..., Config]
 
@@ -97,12 +97,12 @@ def eight_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def train(make: MakeConfig, folder: Path, stop: int | None, **settings: Any) -> dict[str, Tensor]:
     opened = prepare(make(finetune={"baseline": False, **settings}), folder)
     if stop is not None:
-        events = workflow.finetune_experts(opened, 0)
+        events = finetuning.finetune_experts(opened, 0)
         while next(events).update < stop:  # type: ignore[union-attr]
             pass
         events.close()
         assert (folder / "experts/0/state/state.safetensors").exists()
-    list(workflow.finetune_experts(opened, 0))
+    list(finetuning.finetune_experts(opened, 0))
     return load_file(folder / "experts/0/model.safetensors")
 
 
@@ -121,7 +121,7 @@ def test_what_an_8_bit_optimiser_remembers_is_stored_as_it_is(
     tiny_config: MakeConfig, tmp_path: Path, eight_bits: str
 ) -> None:
     opened = prepare(tiny_config(finetune={"baseline": False, "optimizer": "adamw8bit"}), tmp_path / "run")
-    events = workflow.finetune_experts(opened, 0)
+    events = finetuning.finetune_experts(opened, 0)
     while next(events).update < 5:  # type: ignore[union-attr]
         pass
     events.close()
@@ -141,8 +141,8 @@ def test_the_settings_reach_the_8_bit_optimiser(tiny_config: MakeConfig, tmp_pat
 
 def test_the_default_is_torchs_fused_adamw(tiny_config: MakeConfig, tmp_path: Path) -> None:
     opened = prepare(tiny_config(), tmp_path / "run")
-    task = workflow._expert_task(opened, 0)
-    trainer = finetune.Trainer(opened.base, task, opened.config.finetune, 0, tmp_path)
+    task = finetuning.expert_task(opened, 0)
+    trainer = Trainer(opened.base, task, opened.config.finetune, 0, tmp_path)
     inner: Any = trainer.optimizer.optimizer  # type: ignore[attr-defined]
     assert type(inner) is torch.optim.AdamW
     assert inner.defaults["fused"]

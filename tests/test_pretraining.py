@@ -13,18 +13,21 @@ from PIL import Image
 
 from conftest import WORDS, stock_images
 from decouple_merge.config import Config, Data, Evaluate, PartTraining, Text
+from decouple_merge.data.latents import Latents
+from decouple_merge.data.sources import load_images
 from decouple_merge.data.split import split
-from decouple_merge.evaluation.alignment import NUM_FEATURES, ImageTextModel, describe, load_image_text, save_image_text
+from decouple_merge.evaluation.alignment import NUM_FEATURES, describe
 from decouple_merge.evaluation.distances import clip_score, r_precision
 from decouple_merge.evaluation.features import load_extractor
 from decouple_merge.evaluation.scoring import evaluate_model
-from decouple_merge.experiment import workflow
+from decouple_merge.experiment import pretraining
 from decouple_merge.experiment.plan import check_extractors
 from decouple_merge.models.base import load_base
+from decouple_merge.models.image_text import ImageTextModel, load_image_text, save_image_text
 from decouple_merge.models.text_encoders import create_text_encoder, create_tokenizer, learn_byte_pairs
 from decouple_merge.storage.files import read_records
-from decouple_merge.training import parts as pretraining
-from decouple_merge.training.trainer import StepRecord
+from decouple_merge.training import parts
+from decouple_merge.training.records import StepRecord
 
 MakeConfig = Callable[..., Config]
 TEXT = {
@@ -86,7 +89,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_base_from_nothing_loads_and_draws_in_stock_diffusers(pretrain_config: MakeConfig, tmp_path: Path) -> None:
-    events = list(workflow.pretrain(pretrain_config(), tmp_path / "out"))
+    events = list(pretraining.pretrain(pretrain_config(), tmp_path / "out"))
     lines = [e.split(":")[0] for e in events if isinstance(e, str)]
     assert lines[:4] == ["vae 2/4", "vae 4/4", "text_encoder 2/4", "text_encoder 4/4"]
     folder = tmp_path / "out/pipeline"
@@ -109,12 +112,12 @@ def test_pretraining_goes_on_bitwise_after_an_interruption(
 ) -> None:
     config = pretrain_config()
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    list(workflow.pretrain(config, whole))
-    for event in (events := workflow.pretrain(config, cut)):
+    list(pretraining.pretrain(config, whole))
+    for event in (events := pretraining.pretrain(config, cut)):
         if (event.name if isinstance(event, StepRecord) else str(event)).startswith(stop):
             break
     events.close()
-    again = [str(e) for e in workflow.pretrain(config, cut)]
+    again = [str(e) for e in pretraining.pretrain(config, cut)]
     assert not any(e.startswith("vae 2/4") for e in again)
     assert files_of(cut / "pipeline") == files_of(whole / "pipeline")
 
@@ -125,15 +128,15 @@ def test_latents_of_a_trained_vae_have_unit_scale(
     for i, path in enumerate(sorted(tiny_captioned.glob("*.png"))):
         Image.new("RGB", (16, 16), (10 * i, 255 - 10 * i, 40 * (i % 6))).save(path)
     config = pretrain_config(vae={"num_updates": 40, "checkpoint_every": 10, "learning_rate": 2e-3})
-    events = workflow.pretrain(config, tmp_path / "out")
+    events = pretraining.pretrain(config, tmp_path / "out")
     errors = [float(e.split("validation ")[1]) for e in events if isinstance(e, str) and e.startswith("vae")]
     assert errors[-1] < 0.97 * errors[0]
     vae = json.loads((tmp_path / "out/pipeline/vae/config.json").read_text())
     base = load_base(str(tmp_path / "out/pipeline"))
     assert base.encoders is not None
-    latents = workflow.Latents(
+    latents = Latents(
         base.encoders,
-        images := workflow.load_images(config.data, 3, 16),
+        images := load_images(config.data, 3, 16),
         ["a"] * len(images),
         16,
         config.data,
@@ -147,7 +150,7 @@ def test_latents_of_a_trained_vae_have_unit_scale(
 def new_image_text() -> ImageTextModel:
     tokenizer = create_tokenizer(WORDS, 520)
     torch.manual_seed(0)
-    return ImageTextModel(tokenizer, create_text_encoder(tokenizer, TEXT, 0), 8)
+    return ImageTextModel(tokenizer, create_text_encoder(tokenizer, TEXT, 0), NUM_FEATURES, 8)
 
 
 def test_byte_pairs_are_the_most_frequent_neighbours() -> None:
@@ -173,7 +176,7 @@ def test_a_text_encoder_learns_which_image_is_which(tmp_path: Path) -> None:
     settings = PartTraining(num_updates=60, batch_size=5, learning_rate=5e-3, checkpoint_every=60)
     before = model.eval().embed_images(described[0, :5]) @ model.embed_texts(WORDS[:5]).T
     pairs = split(WORDS, Data(num_held_out=len(WORDS) - 5))
-    list(pretraining.train_image_text(model, described, WORDS, pairs, settings, 0, tmp_path))
+    list(parts.train_image_text(model, described, WORDS, pairs, settings, 0, tmp_path))
     model.eval()
     after = model.embed_images(described[1, :5]) @ model.embed_texts(WORDS[:5]).T
     assert (before.argmax(1) == torch.arange(5)).sum() < 5
@@ -236,7 +239,7 @@ def test_what_cannot_be_built_is_refused_before_anything_is_trained(
     pretrain_config: MakeConfig, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        list(workflow.pretrain(pretrain_config(**changes), tmp_path / "out"))
+        list(pretraining.pretrain(pretrain_config(**changes), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -248,4 +251,4 @@ def test_a_text_to_image_base_has_both_parts(pretrain_config: MakeConfig) -> Non
 def test_a_loss_that_is_not_finite_ends_the_training(pretrain_config: MakeConfig, tmp_path: Path) -> None:
     config = pretrain_config(vae={"learning_rate": 1e30})
     with pytest.raises(ValueError, match=r"vae: the loss is .* at update .*; lower pretrain.vae.learning_rate"):
-        list(workflow.pretrain(config, tmp_path / "out"))
+        list(pretraining.pretrain(config, tmp_path / "out"))

@@ -22,7 +22,7 @@ from decouple_merge.models.projection import (
     output_layer,
     projection_parameters,
 )
-from decouple_merge.training import trainer as finetune
+from decouple_merge.training import loop, parametrisation, trainer
 
 # The architecture of google/ddpm-ema-church-256.
 CHURCH: dict[str, Any] = {
@@ -316,7 +316,7 @@ def test_kernel_and_bias_share_one_matrix() -> None:
 def test_learning_rate_scale_moves_only_the_matrices(
     placement: str, tmp_path: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(finetune={"num_updates": 1, "learning_rate": 0.01, "weight_decay": 0})
+    config = tiny_config()
     base = load_base(config.base)
     images = load_images(config.data, base.channels, base.image_size)
     whole = TimestepRange(0, 40)
@@ -326,10 +326,13 @@ def test_learning_rate_scale_moves_only_the_matrices(
         after.append({k: v.detach().clone() for k, v in network.named_parameters()})
         return folded_state_dict(network, parameters)
 
-    monkeypatch.setattr(finetune, "folded_state_dict", capture)
+    monkeypatch.setattr(parametrisation, "folded_state_dict", capture)
     for scale in (1.0, 0.25):
-        task = finetune.Task("t", whole, (whole,), 0.0, 1.0, placement, scale)
-        for _ in finetune.train(base, images, config.data, task, config.finetune, 0, tmp_path / str(scale)):
+        projection = {"placement": placement, "learning_rate_scale": scale}
+        changes = {"num_updates": 1, "learning_rate": 0.01, "weight_decay": 0, "global_prob": 0}
+        config = tiny_config(finetune=changes | {"projection": projection})
+        task = trainer.Task("t", whole, (whole,))
+        for _ in loop.train(base, images, config.data, task, config.finetune, 0, tmp_path / str(scale)):
             pass
     full, scaled = after
     matrices = [name for name in full if name.endswith("projection.weight")]

@@ -20,7 +20,7 @@ from decouple_merge.config import Config, Merge, dump_config, load_config
 from decouple_merge.data.sources import load_images
 from decouple_merge.evaluation import scoring
 from decouple_merge.evaluation.features import load_extractor
-from decouple_merge.experiment import workflow
+from decouple_merge.experiment import finetuning, selection, workflow
 from decouple_merge.experiment.export import export_record
 from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.experiment.results import Row
@@ -33,8 +33,8 @@ from decouple_merge.sampling import standalone
 from decouple_merge.searching.levels import levels
 from decouple_merge.searching.trial import Trial
 from decouple_merge.storage.files import read_records
-from decouple_merge.training import trainer as finetune
-from decouple_merge.training.trainer import StepRecord
+from decouple_merge.training import loop
+from decouple_merge.training.records import StepRecord
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MODELS = ["pretrained", "baseline-finetuned", "ensemble", "merged"]
@@ -146,7 +146,7 @@ def test_the_baseline_gets_the_updates_of_all_experts_together(done: Finished) -
     record = json.loads((done.folder / "baselines/baseline-finetuned/expert.json").read_text())
     assert record["training"]["num_updates"] == 18
     assert record["own"] == {"low": 0, "high": 60}
-    assert record["consistency_weight"] == 0
+    assert record["training"]["consistency_weight"] == 0
     expert = json.loads((done.folder / "experts/1/expert.json").read_text())
     assert expert["own"] == {"low": 10, "high": 25}
     same = ["batch_size", "learning_rate", "schedule", "betas", "weight_decay", "ema", "max_grad_norm"]
@@ -281,17 +281,17 @@ def test_state_left_by_a_kill_after_the_last_write_is_removed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.shutil, "rmtree", die)
+        patch.setattr(loop.shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt):
-            list(workflow.finetune_experts(plan, 0))
+            list(finetuning.finetune_experts(plan, 0))
     assert (tmp_path / "run/experts/0/model.safetensors").exists()
     assert (tmp_path / "run/experts/0/state").exists()
-    list(workflow.finetune_experts(plan))
+    list(finetuning.finetune_experts(plan))
     assert [p.name for p in (tmp_path / "run").rglob("state")] == []
 
 
 def test_one_range_alone_is_finetuned_as_in_the_whole_run(done: Finished, tmp_path: Path) -> None:
-    records = list(workflow.finetune_experts(prepare(done.config, tmp_path / "run"), 1))
+    records = list(finetuning.finetune_experts(prepare(done.config, tmp_path / "run"), 1))
     assert {r.name for r in records} == {"expert-1"}
     assert [p.name for p in (tmp_path / "run/experts").iterdir()] == ["1"]
     name = "experts/1/model.safetensors"
@@ -300,12 +300,12 @@ def test_one_range_alone_is_finetuned_as_in_the_whole_run(done: Finished, tmp_pa
 
 def test_a_range_that_does_not_exist_is_refused(done: Finished) -> None:
     with pytest.raises(ValueError, match="range 3 doesn't exist, expected 0 to 2"):
-        list(workflow.finetune_experts(check(done.config, done.folder), 3))
+        list(finetuning.finetune_experts(check(done.config, done.folder), 3))
 
 
 def test_another_seed_makes_another_run(done: Finished, tmp_path: Path) -> None:
     plan = prepare(done.config.model_copy(update={"seed": 1}), tmp_path / "run")
-    list(workflow.finetune_experts(plan, 0))
+    list(finetuning.finetune_experts(plan, 0))
     name = "experts/0/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() != (done.folder / name).read_bytes()
 
@@ -445,7 +445,7 @@ def test_a_search_of_ties_merges_exports_what_it_scored(done: Finished, tmp_path
     config = Config.model_validate(values)
     shutil.copytree(done.folder / "experts", tmp_path / "run/experts")
     (tmp_path / "run/config.yaml").write_text(dump_config(config))
-    list(workflow.search_weights(prepare(config, tmp_path / "run")))
+    list(selection.search_weights(prepare(config, tmp_path / "run")))
     record = json.loads((tmp_path / "run/merged/merge.json").read_text())
     assert (record["method"], record["settings"]["density"]) == ("ties", 0.5)
     merged = load_file(tmp_path / "run/merged" / WEIGHTS)
@@ -474,7 +474,7 @@ def test_a_search_combines_listed_checkpoints_in_place_of_the_experts(done: Fini
     values = load_config(done.folder / "config.yaml").model_dump(mode="json")
     values["search"] |= {"checkpoints": [str(c) for c in checkpoints], "strategy": "evolution", "num_trials": 6}
     config = Config.model_validate(values)
-    list(workflow.search_weights(prepare(config, tmp_path / "run")))
+    list(selection.search_weights(prepare(config, tmp_path / "run")))
     record = json.loads((tmp_path / "run/merged/merge.json").read_text())
     sources = [load_file(checkpoints[0] / WEIGHTS), load_file(checkpoints[1])]
     assert record["experts_sha256"] == [tensors_sha256(s) for s in sources]

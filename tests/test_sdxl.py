@@ -19,7 +19,7 @@ from decouple_merge.data.captions import load_captions
 from decouple_merge.data.latents import Latents
 from decouple_merge.data.sources import load_images
 from decouple_merge.diffusion.timesteps import TimestepRange
-from decouple_merge.experiment import selection, workflow
+from decouple_merge.experiment import finetuning, selection, workflow
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.models.base import load_base
@@ -28,7 +28,7 @@ from decouple_merge.models.parts import decode_latents, encode_images, encode_te
 from decouple_merge.models.projection import attach_projections, folded_state_dict, projection_parameters
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
 from decouple_merge.searching.learned import DenoisingLoss
-from decouple_merge.training import trainer as finetune
+from decouple_merge.training import trainer
 from decouple_merge.training.gradient import noisy_batch
 
 CPU = torch.device("cpu")
@@ -302,7 +302,7 @@ def test_the_shipped_config_plans_and_trains_a_tiny_pipeline(
     lines = list(describe(config, tmp_path / "run"))
     assert "prompts: 24, guidance 5" in lines
     assert any(line.startswith("experts: 4 x 1 updates of 16 images on [0, 10)") for line in lines)
-    list(workflow.finetune_experts(prepare(config, tmp_path / "run"), 3))
+    list(finetuning.finetune_experts(prepare(config, tmp_path / "run"), 3))
     factors = load_file(tmp_path / "run/experts/3/lora" / FILE)
     assert {v.shape[0] for k, v in factors.items() if k.endswith("lora_A.weight")} == {32}
 
@@ -313,14 +313,14 @@ def test_a_dropped_caption_is_the_pipelines_empty_prompt_and_keeps_the_sizes(
 ) -> None:
     config = sdxl_config(finetune={"baseline": False, "num_updates": 1}, data={"caption_dropout": share})
     plan, seen = prepare(config, tmp_path / "run"), []
-    predict = finetune.predict
+    predict = trainer.predict
 
     def spy(network: nn.Module, x: Tensor, t: Any, **inputs: Tensor) -> Tensor:
         seen.append(inputs)
         return predict(network, x, t, **inputs)
 
-    monkeypatch.setattr(finetune, "predict", spy)
-    list(workflow.finetune_experts(plan, 0))
+    monkeypatch.setattr(trainer, "predict", spy)
+    list(finetuning.finetune_experts(plan, 0))
     inputs = seen[0]
     known = plan.images.texts.embed(WORDS)  # type: ignore[attr-defined]
     dropped = [

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from decouple_merge.config import Config, Data
 from decouple_merge.data.captions import load_captions
 from decouple_merge.data.sources import load_images, open_images
-from decouple_merge.experiment import workflow
+from decouple_merge.experiment import finetuning
 from decouple_merge.experiment.plan import check, prepare
 
 MakeConfig = Callable[..., Config]
@@ -95,11 +95,11 @@ def test_a_training_from_shards_is_that_from_the_folder_even_if_interrupted(
     weights = []
     for name, data in (("folder", {}), ("shards", {"source": shards, "num_workers": 1})):
         plan = prepare(text_config(finetune={"baseline": False}, data=data), tmp_path / "runs" / name)
-        events = workflow.finetune_experts(plan, 0)
+        events = finetuning.finetune_experts(plan, 0)
         while name == "shards" and getattr(next(events), "update", 0) < 3:
             pass
         events.close()
-        list(workflow.finetune_experts(plan, 0))
+        list(finetuning.finetune_experts(plan, 0))
         weights.append(load_file(tmp_path / "runs" / name / "experts/0/model.safetensors"))
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 

@@ -18,7 +18,7 @@ from decouple_merge.config import Config, Text, dump_config
 from decouple_merge.data import latents
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.evaluation.scoring import evaluate_model
-from decouple_merge.experiment import workflow
+from decouple_merge.experiment import finetuning, workflow
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.plan import Plan, check, prepare
 from decouple_merge.experiment.results import Row, denoiser_of
@@ -28,10 +28,10 @@ from decouple_merge.sampling.standalone import sample_model
 from decouple_merge.searching.learned import DenoisingLoss
 from decouple_merge.seeds import generator
 from decouple_merge.storage.files import read_records
-from decouple_merge.training import trainer as finetune
+from decouple_merge.training import trainer
 from decouple_merge.training.fisher import fisher_information
 from decouple_merge.training.gradient import noisy_batch
-from decouple_merge.training.trainer import StepRecord
+from decouple_merge.training.records import StepRecord
 
 CPU = torch.device("cpu")
 MODELS = ["pretrained", "baseline-finetuned", "ensemble", "merged"]
@@ -97,11 +97,11 @@ def test_training_goes_on_bitwise_after_an_interruption(text_config: MakeConfig,
     weights = []
     for name, stop in (("whole", False), ("interrupted", True)):
         plan = opened(config, tmp_path / name)
-        events = workflow.finetune_experts(plan, 1)
+        events = finetuning.finetune_experts(plan, 1)
         while stop and next(events).update < 3:  # type: ignore[union-attr]
             pass
         events.close()
-        list(workflow.finetune_experts(plan, 1))
+        list(finetuning.finetune_experts(plan, 1))
         weights.append(load_file(tmp_path / name / "experts/1/model.safetensors"))
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
 
@@ -112,7 +112,7 @@ def test_the_experts_need_the_encoders_only_once(
     plan = opened(text_config(finetune={"baseline": False}), tmp_path / "run")
     monkeypatch.setattr(latents, "load_vae", None)
     monkeypatch.setattr(latents, "load_text_encoders", None)
-    list(workflow.finetune_experts(plan))
+    list(finetuning.finetune_experts(plan))
     assert (tmp_path / "run/experts/1/model.safetensors").exists()
 
 
@@ -124,14 +124,14 @@ def test_training_gives_each_image_its_caption_and_the_teacher_too(
         finetune={"baseline": False, "num_updates": 1, "global_prob": 0.0}, data={"caption_dropout": dropout}
     )
     plan, seen = opened(config, tmp_path / "run"), []
-    predict = finetune.predict
+    predict = trainer.predict
 
     def spy(network: nn.Module, x: Tensor, t: Any, **condition: Tensor) -> Tensor:
         seen.append((x, condition["encoder_hidden_states"]))
         return predict(network, x, t, **condition)
 
-    monkeypatch.setattr(finetune, "predict", spy)
-    list(workflow.finetune_experts(plan, 0))
+    monkeypatch.setattr(trainer, "predict", spy)
+    list(finetuning.finetune_experts(plan, 0))
     (x, text), (same_x, same_text) = seen[:2]
     assert torch.equal(x, same_x)
     assert torch.equal(text, same_text)
@@ -191,7 +191,7 @@ def test_gradient_checkpointing_changes_no_bit(
     weights, num_calls = [], []
     for value in (False, True):
         config = text_config(finetune={"baseline": False, "num_updates": 2, "gradient_checkpointing": value})
-        list(workflow.finetune_experts(prepare(config, tmp_path / str(value)), 0))
+        list(finetuning.finetune_experts(prepare(config, tmp_path / str(value)), 0))
         weights.append(load_file(tmp_path / str(value) / "experts/0/model.safetensors"))
         num_calls.append(len(calls))
     assert num_calls[0] == 0 < num_calls[1]
@@ -236,7 +236,7 @@ def test_the_command_draws_from_a_runs_ensemble_with_its_prompts_or_others(
 ) -> None:
     config, folder = text_config(finetune={"baseline": False}), tmp_path / "run"
     plan = prepare(config, folder)
-    list(workflow.finetune_experts(plan))
+    list(finetuning.finetune_experts(plan))
     assert (folder / "config.yaml").read_text() == dump_config(config)
     sample_model(str(folder), tmp_path / "out", 3, 5, 3, "PNDM")
     prompts = plan.open_prompts(CPU)

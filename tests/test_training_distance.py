@@ -15,13 +15,14 @@ from conftest import make_unet
 from decouple_merge.cli import progress
 from decouple_merge.config import Config, Evaluate, Finetune, Search
 from decouple_merge.evaluation.scores import score
-from decouple_merge.experiment import workflow
+from decouple_merge.experiment import finetuning, pretraining
 from decouple_merge.experiment.plan import Plan, prepare
-from decouple_merge.experiment.watch import compared_of, training_distance
+from decouple_merge.experiment.watch import compared_of, train_watched, training_distance
 from decouple_merge.models.ensemble import TimestepEnsemble
 from decouple_merge.sampling.sampler import denoiser, sample_images
 from decouple_merge.storage.files import read_records, read_tensors
-from decouple_merge.training.trainer import StepRecord, Trainer
+from decouple_merge.training.records import StepRecord
+from decouple_merge.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 MakeConfig = Callable[..., Config]
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("every_record")
 
 def expert(plan: Plan) -> Iterator[StepRecord]:
     """Train the first expert as a run does."""
-    yield from workflow._train(plan, workflow._expert_task(plan, 0), plan.config.finetune, plan.run.expert(0))
+    yield from train_watched(plan, finetuning.expert_task(plan, 0), plan.config.finetune, plan.run.expert(0))
 
 
 @pytest.mark.parametrize(
@@ -63,8 +64,8 @@ def test_watched_trainings_have_the_weights_average_and_log_of_others_also_when_
     list(expert(plans["cut"]))
     off, on, _, cut = trainers
     for other in (on, cut):
-        for name in ("parameters", "ema"):
-            assert all(torch.equal(a, b) for a, b in zip(getattr(off, name), getattr(other, name), strict=True))
+        for ours, theirs in ((off.parameters, other.parameters), (off.ema.values, other.ema.values)):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     folders = {name: plan.run.expert(0) for name, plan in plans.items()}
     logs = {name: read_records(folder / "log.jsonl") for name, folder in folders.items()}
     assert logs["on"] == logs["cut"]
@@ -109,7 +110,7 @@ def test_a_pretraining_is_watched_too_and_shows_it(tiny_config: MakeConfig, tmp_
     scheduler = {"num_train_timesteps": 40}
     pretrain = settings | {"model": model, "scheduler": scheduler, "distance": WATCHED["distance"] | {"every": 2}}
     config = Config.model_validate(tiny_config().model_dump() | {"pretrain": pretrain})
-    events = list(workflow.pretrain(config, tmp_path / "run"))
+    events = list(pretraining.pretrain(config, tmp_path / "run"))
     assert [e.update for e in events if isinstance(e, StepRecord) and e.distance is not None] == [2, 4]
     assert all("distance" in r for r in read_records(tmp_path / "run/training/log.jsonl"))
     shown = io.StringIO()

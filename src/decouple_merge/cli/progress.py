@@ -16,7 +16,7 @@ from rich.progress import (
 
 from ..experiment.results import Row
 from ..searching.trial import Trial
-from ..training.trainer import StepRecord
+from ..training.records import StepRecord
 
 
 def show(events: Iterable[Any], console: Console) -> list[Row]:

@@ -45,9 +45,9 @@ def finetune(
 
     Example: `deme finetune configs/fashion-quick.yaml --range 2`
     """
-    from ..experiment import plan, workflow
+    from ..experiment import finetuning, plan
 
-    show(workflow.finetune_experts(plan.prepare(*_load(config, out, overrides)), only))
+    show(finetuning.finetune_experts(plan.prepare(*_load(config, out, overrides)), only))
 
 
 def search(
@@ -91,9 +91,9 @@ def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None) -> None
 
     Example: `deme pretrain configs/fashion-base.yaml`
     """
-    from ..experiment import workflow
+    from ..experiment import pretraining
 
-    show(workflow.pretrain(*_load(config, out, overrides)))
+    show(pretraining.pretrain(*_load(config, out, overrides)))
 
 
 def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Path]:

@@ -19,7 +19,7 @@ class Evaluate(Section):
         num_sample_images: written as PNG for each model.
         inception_weights: the file ``pt_inception-2015-12-05-6726825d.pth``.
         dinov2, clip: folder or hub name of such a model; for ``clip_score`` and ``r_precision`` clip may also be a
-            folder of ``alignment.save_image_text``.
+            folder of ``image_text.save_image_text``.
     """
 
     metrics: list[str] = ["fd_effnetlite0", "kd_effnetlite0"]

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.encoders import ENCODERS, Encoder, TextEncoder, load_encoder, load_text_encoder
+from ..models.image_text import holds_image_text, load_image_text
 from ..storage.tensors import hash_tensors
-from .alignment import describe, holds_image_text, load_image_text
+from .alignment import describe
 from .inception import OUTPUTS, InceptionFeatures
 
 

@@ -14,13 +14,13 @@ from ..data.prompts import load_prompts
 from ..data.sources import load_images
 from ..data.split import split
 from ..diffusion.timesteps import TimestepRange, choose_ranges
-from ..evaluation.alignment import holds_image_text, load_image_text
 from ..evaluation.features import METRICS, check_metrics, weights_of
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..models.base import Base, load_base
 from ..models.encoders import load_encoder, load_text_encoder
 from ..models.ensemble import load_expert
+from ..models.image_text import holds_image_text, load_image_text
 from ..models.parts import check_classes
 from ..sampling.checks import check_sample
 from ..sampling.sampler import Denoiser, Prompts, ensemble_denoiser, open_prompts

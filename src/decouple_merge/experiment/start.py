@@ -14,7 +14,7 @@ from ..searching.learned import DenoisingLoss, learn_weights
 from ..searching.strategies import Weights
 from ..seeds import stream_seed
 from ..storage.files import write_json
-from ..training.trainer import validation_losses
+from ..training.validation import validation_losses
 from .plan import Plan
 
 

@@ -1,9 +1,10 @@
-"""The distance that a training is watched by: of images drawn with the weights as they are trained."""
+"""A training watched by a distance: of images drawn with the weights as they are trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 
-from ..config import Distance
+from ..config import Distance, Training
 from ..diffusion.timesteps import TimestepRange
 from ..evaluation.comparison import open_compared
 from ..evaluation.features import METRICS, Extractor
@@ -14,6 +15,10 @@ from ..merging.arithmetic import Tensors
 from ..models.base import build_network
 from ..models.ensemble import TimestepEnsemble
 from ..sampling.sampler import denoiser, sample_images, sampling_copy
+from ..training.acceleration import main_process_first
+from ..training.loop import train
+from ..training.records import StepRecord
+from ..training.trainer import Task
 from .plan import Plan
 
 
@@ -50,3 +55,10 @@ def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Cal
         return score(batches, [settings.metric], [compared])[settings.metric]
 
     return distance
+
+
+def train_watched(plan: Plan, task: Task, settings: Training, folder: Path) -> Iterator[StepRecord]:
+    """Train the base of a run on a task, and measure the distance where the settings ask for it."""
+    with main_process_first():
+        distance = training_distance(plan, task.own, settings.distance) if settings.distance else None
+    yield from train(plan.base, plan.images, plan.config.data, task, settings, plan.config.seed, folder, distance)

@@ -1,4 +1,4 @@
-"""One training of one network, and gradients of its loss.
+"""One training of one network: its parametrisation, its loop, its state; and gradients of its loss.
 
-Imports config, data, diffusion, merging, models, storage, seeds.
+Imports config, data, diffusion, merging, models, seeds, storage.
 """

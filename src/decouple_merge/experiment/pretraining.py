@@ -1,0 +1,148 @@
+"""A base from nothing: of a text-to-image base first the parts around the denoiser."""
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..analysis.figures import training_curve
+from ..config import Config, Pretrain
+from ..data.captions import load_captions
+from ..data.images import Images
+from ..data.latents import Latents
+from ..data.sources import load_images
+from ..data.split import split
+from ..diffusion.timesteps import TimestepRange, split_timesteps
+from ..evaluation.alignment import NUM_FEATURES, describe
+from ..evaluation.features import load_extractor
+from ..executors.devices import default_device
+from ..models.base import Base, create_base, export_pipeline, load_base, save_pipeline
+from ..models.image_text import ImageTextModel
+from ..models.parts import create_vae, vae_downscale
+from ..models.text_encoders import create_text_encoder, create_tokenizer
+from ..seeds import stream_seed
+from ..storage.files import read_records, read_tensors, write_records
+from ..storage.run_folder import Run
+from ..training.acceleration import is_main_process, main_process_first
+from ..training.checks import check_training
+from ..training.parts import train_image_text, train_vae
+from ..training.records import StepRecord
+from ..training.trainer import Task
+from .manifest import check_owner, claim, manifest
+from .plan import Plan, captioned_plan, check_distance
+from .watch import train_watched
+
+
+def convergence(log: list[dict[str, Any]]) -> str:
+    """Say by how much the mean validation loss fell in the last fifth of a training's updates."""
+    mean = {r["update"]: sum(r["validation"]) / len(r["validation"]) for r in log}
+    last = max(mean)
+    start = max(u for u in mean if u <= last * 0.8 or u == min(mean))
+    change = 100 * (mean[last] / mean[start] - 1)
+    return f"validation loss {mean[start]:.6f} at update {start}, {mean[last]:.6f} at {last}: {change:+.2f} %"
+
+
+def _from_nothing(config: Config, settings: Pretrain, out: Path) -> Plan:
+    """Make an untrained base and open its data."""
+    base = create_base(settings.model, settings.scheduler, config.seed)
+    _check(config, settings, base)
+    images = load_images(config.data, base.channels, base.image_size)
+    split(images, config.data)
+    claim(Run(out), config, manifest(config, base, images))
+    return Plan(config, Run(out), base, images, _ranges(settings, base), images, [])
+
+
+def _text_from_nothing(config: Config, settings: Pretrain, out: Path) -> Generator[str, None, Plan]:
+    """Make a text-to-image base whose denoiser is untrained: train the parts around it."""
+    assert settings.vae is not None
+    assert settings.text_encoder is not None
+    data, seed, size = config.data, config.seed, settings.model.get("sample_size")
+    vae = create_vae(settings.vae.model, seed)
+    if not isinstance(size, int):
+        raise ValueError(f"pretrain.model.sample_size is {size!r}, expected the side of the latents, one integer")
+    images = load_images(data, vae.config["in_channels"], size * vae_downscale(vae.config))
+    split(images, data)
+    captions = load_captions(images, data)
+    tokenizer = create_tokenizer(captions, settings.text_encoder.vocab_size)
+    text_encoder = create_text_encoder(tokenizer, settings.text_encoder.model, seed)
+    parts = {"vae": vae, "tokenizer": tokenizer, "text_encoder": text_encoder}
+    base = create_base(settings.model, settings.scheduler, seed, parts)
+    _check(config, settings, base)
+    claim(Run(out), config, manifest(config, base, images))
+    with main_process_first():
+        yield from train_vae(vae, images, data, settings.vae, seed, out / "parts", default_device())
+        yield from _train_text_encoder(config, settings, parts, images, captions, out / "parts")
+        if is_main_process():
+            save_pipeline(base, out / "parts" / "pipeline")
+        base = load_base(str(out / "parts" / "pipeline"))
+        plan = captioned_plan(config, out, base, _ranges(settings, base), images, captions)
+        assert isinstance(plan.images, Latents)
+        yield from plan.images.fill()
+    return plan
+
+
+def _train_text_encoder(
+    config: Config, settings: Pretrain, parts: dict[str, Any], images: Images, captions: list[str], folder: Path
+) -> Iterator[str]:
+    """Train a CLIPTextModel as one side of an image–text model, before and without the denoiser.
+
+    So the embeddings are fixed when the denoiser's training starts, and are cached as for any base.
+    """
+    assert settings.text_encoder is not None
+    device = default_device()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(config.seed, "text_encoder"))
+        model = ImageTextModel(parts["tokenizer"], parts["text_encoder"], NUM_FEATURES).to(device)
+    # It is read, not trained again, where its file is there; then nothing is described.
+    is_trained = (folder / "text_encoder.safetensors").exists()
+    described = torch.empty(1, 0, NUM_FEATURES) if is_trained else _describe_all(images, device)[None]
+    pairs = split(images, config.data)
+    yield from train_image_text(model, described, captions, pairs, settings.text_encoder, config.seed, folder)
+    parts["text_encoder"].eval()
+
+
+def _describe_all(images: Images, device: torch.device) -> Tensor:
+    extract = load_extractor("effnetlite0", device).extract
+    batches = torch.arange(len(images)).split(256)
+    return torch.cat([describe(images.stack(b.tolist()), extract) for b in batches]).to(device)
+
+
+def _check(config: Config, settings: Pretrain, base: Base) -> None:
+    check_training(settings, default_device())
+    check_distance(config, settings, base)
+
+
+def _ranges(settings: Pretrain, base: Base) -> tuple[TimestepRange, ...]:
+    return tuple(split_timesteps(base.num_train_timesteps, settings.num_ranges))
+
+
+def pretrain(config: Config, out: Path) -> Iterator[str | StepRecord]:
+    """Train a base from nothing; leaves a stock pipeline and its training curve in ``out/pipeline``.
+
+    Of a text-to-image base the VAE is trained first, then the text encoder, and on their latents and embeddings, which
+    are cached, the denoiser.
+    """
+    settings = config.pretrain
+    if settings is None:
+        raise ValueError("the config has no section pretrain, which holds the model's and the training's settings")
+    check_owner(Run(out), config)
+    if settings.vae is None:
+        plan = _from_nothing(config, settings, out)
+    else:
+        plan = yield from _text_from_nothing(config, settings, out)
+    task = Task("pretrain", TimestepRange(0, plan.base.num_train_timesteps), plan.ranges)
+    yield from train_watched(plan, task, settings, out / "training")
+    if is_main_process():
+        yield from _export(plan, out)
+
+
+def _export(plan: Plan, out: Path) -> Iterator[str]:
+    weights, _ = read_tensors(out / "training" / "model.safetensors")
+    pipeline, log = out / "pipeline", read_records(out / "training" / "log.jsonl")
+    export_pipeline(plan.base, weights, pipeline, None, None)
+    write_records(pipeline / "training-curve.jsonl", log)
+    training_curve(log, plan.ranges, pipeline / "training-curve.png")
+    yield convergence(log)
+    yield f"pipeline: {pipeline}"

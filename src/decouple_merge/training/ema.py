@@ -1,0 +1,41 @@
+"""The exponential moving average of the trained parameters."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Ema
+
+
+def ema_decay(update: int, max_decay: float, power: float) -> float:
+    """Compute the EMA decay min(max_decay, 1 - (1 + s)^-power) of update s (0-based)."""
+    return min(max_decay, 1 - (1 + update) ** -power)
+
+
+class AveragedParameters:
+    """Follow parameters with their exponential moving average, which starts at their values.
+
+    Attributes:
+        values: one for each parameter, in their order.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], settings: Ema) -> None:
+        self.parameters, self.settings = [p.data for p in parameters], settings
+        self.values = [p.clone() for p in self.parameters]
+
+    def follow(self, update: int) -> None:
+        """Move the average towards the parameters after an update (0-based)."""
+        decay = ema_decay(update, self.settings.max_decay, self.settings.power)
+        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Run the network with the average; the parameters get their own values back, bit for bit."""
+        kept: list[Tensor] = [p.clone() for p in self.parameters]
+        torch._foreach_copy_(self.parameters, self.values)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.parameters, kept)

@@ -1,0 +1,113 @@
+"""The loop of a training: updates, validations, checkpoints, and at last the model."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..config import Data, Training
+from ..data.batches import Batch, Examples, held_out_images, training_batches
+from ..models.base import Base
+from ..models.lora import FILE
+from ..seeds import stream_seed
+from ..storage.files import write_json, write_tensors
+from .records import Log, StepRecord, step_record
+from .trainer import Task, Trainer
+
+# A record is yielded at most this often, so that a live view costs nothing.
+SECONDS_BETWEEN_RECORDS = 1.0
+
+Distance = Callable[[dict[str, Tensor]], float]
+
+
+def train(
+    base: Base,
+    images: Examples,
+    data: Data,
+    task: Task,
+    settings: Training,
+    seed: int,
+    folder: Path,
+    distance: Distance | None = None,
+) -> Iterator[StepRecord]:
+    """Train a copy of the base on one task; yields progress, leaves the folded EMA weights in ``folder``.
+
+    Update s depends only on (seed, task.name, rank, s): a run that was killed goes on bitwise as if it had not
+    been. Records go to ``folder/log.jsonl``, the state to ``folder/state/`` until the training is finished. The
+    result is ``folder/model.safetensors`` (EMA weights, stock keys) with ``expert.json``; of an adapter also its
+    factors, ``folder/lora/``, which diffusers loads.
+
+    Args:
+        distance: scores the averaged weights, given under the base's keys, every ``settings.distance.every`` updates.
+            It must leave them as they are; then the training is bitwise the same with it and without.
+
+    Raises:
+        ValueError: the loss is no longer finite, or a saved state is damaged or of another network.
+    """
+    if not (folder / "model.safetensors").exists():
+        trainer = Trainer(base, task, settings, seed, folder)
+        state = folder / "state" / "state.safetensors"
+        if state.exists():
+            trainer.load(state)
+        log = Log(folder / "log.jsonl", trainer)
+        yield from _steps(trainer, _batches(trainer, images, data), held_out_images(images, data), distance, log, state)
+        if trainer.accelerator.is_main_process:
+            _write_result(trainer, folder)
+        trainer.accelerator.end_training()
+    shutil.rmtree(folder / "state", ignore_errors=True)
+
+
+def _batches(trainer: Trainer, images: Examples, data: Data) -> Iterator[Batch]:
+    settings, accelerator = trainer.settings, trainer.accelerator
+    return training_batches(
+        images,
+        data,
+        settings.batch_size,
+        stream_seed(trainer.seed, trainer.task.name),
+        trainer.num_done * settings.accumulation,
+        settings.num_updates * settings.accumulation,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+
+
+def _steps(
+    trainer: Trainer, batches: Iterator[Batch], held_out: Batch, distance: Distance | None, log: Log, state: Path
+) -> Iterator[StepRecord]:
+    settings = trainer.settings
+    shown = started = time.monotonic()
+    first = trainer.num_done
+    while trainer.num_done < settings.num_updates:
+        trainer.update(batches)
+        finished = trainer.num_done == settings.num_updates
+        validates = trainer.num_done % settings.validate_every == 0 or finished
+        if validates or time.monotonic() - shown >= SECONDS_BETWEEN_RECORDS:
+            shown = time.monotonic()
+            record = step_record(trainer, (shown - started) / (trainer.num_done - first))
+            if validates:
+                record = replace(record, validation=trainer.validate(held_out))
+                if distance and settings.distance and (trainer.num_done % settings.distance.every == 0 or finished):
+                    record = replace(record, distance=distance(trainer.weights()))
+                log.write(record)
+                trainer.forget_losses()
+                first, started = trainer.num_done, time.monotonic()
+            yield record
+        if trainer.num_done % settings.checkpoint_every == 0 and not finished and trainer.accelerator.is_main_process:
+            trainer.save(state)
+
+
+def _write_result(trainer: Trainer, folder: Path) -> None:
+    """Write the record of the expert, its adapter, and at last its weights: with them the training is finished."""
+    record = {
+        "base_sha256": trainer.base.sha256,
+        "seed": trainer.seed,
+        **asdict(trainer.task),
+        "training": trainer.settings.model_dump(mode="json"),
+    }
+    write_json(folder / "expert.json", record)
+    if adapter := trainer.adapter():
+        write_tensors(folder / "lora" / FILE, adapter)
+    write_tensors(folder / "model.safetensors", trainer.weights())

@@ -1,0 +1,43 @@
+"""The validation loss, by range."""
+
+import torch
+from torch import nn
+
+from ..data.batches import Batch, model_input
+from ..diffusion.losses import add_noise, per_sample_mse, prediction_target
+from ..diffusion.timesteps import TimestepRange
+from ..models.base import Base, predict
+from ..seeds import generator
+
+
+@torch.no_grad()
+def validation_losses(
+    network: nn.Module,
+    images: Batch,
+    base: Base,
+    ranges: tuple[TimestepRange, ...],
+    device: torch.device,
+    batch_size: int = 128,
+) -> list[float]:
+    """Compute the denoising loss on each range, always on the same noise and on evenly spread timesteps.
+
+    Args:
+        images: held-out images, or their latents with captions.
+
+    Returns:
+        The mean squared error in the units of the network's output, one number for each range.
+    """
+    x0, condition = model_input(images, generator("validation latents"))
+    noise = torch.randn(x0.shape, generator=generator("validation noise"))
+    losses = []
+    for own in ranges:
+        t = (own.low + (torch.arange(len(x0)) + 0.5) / len(x0) * (own.high - own.low)).long()
+        x_t = add_noise(x0, noise, t, base.alphas_cumprod)
+        target = prediction_target(x0, noise, t, base.alphas_cumprod, base.prediction_type)
+        total = 0.0
+        for batch in torch.arange(len(x0)).split(batch_size):
+            other = {name: value[batch].to(device) for name, value in condition.items()}
+            output = predict(network, x_t[batch].to(device), t[batch].to(device), **other)
+            total += float(per_sample_mse(output, target[batch].to(device)).double().sum())
+        losses.append(total / len(x0))
+    return losses
