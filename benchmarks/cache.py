@@ -24,7 +24,8 @@ from decouple_merge.data.latents import Latents
 from decouple_merge.diffusion.timesteps import split_timesteps
 from decouple_merge.executors.devices import default_device
 from decouple_merge.models.base import load_base
-from decouple_merge.models.parts import Encoders, encode_images, encode_texts, load_text_encoders, load_vae
+from decouple_merge.models.family import Encoders
+from decouple_merge.models.parts import load_text_encoders, load_vae
 from decouple_merge.storage.provenance import git_commit
 from decouple_merge.training import loop, trainer
 from interleaved import interleaved, ratios
@@ -38,6 +39,7 @@ class Encoded(Examples):
 
     def __init__(self, encoders: Encoders, images: Images, captions: list[str], device: torch.device) -> None:
         self.images, self.captions, self.device, self.sha256 = images, captions, device, images.sha256
+        self.family = encoders.family
         self.vae, self.texts = load_vae(encoders, device), load_text_encoders(encoders, device)
         self.vae.disable_slicing()
 
@@ -46,10 +48,10 @@ class Encoded(Examples):
 
     def stack(self, indices: Sequence[int]) -> LatentBatch:
         pixels = to_model(self.images.stack(indices)).to(self.device)
-        condition = encode_texts(self.texts, [*(self.captions[i] for i in indices), ""])
+        condition = self.family.encode_texts(self.texts, [*(self.captions[i] for i in indices), ""])
         empty = {name: value[-1] for name, value in condition.items()}
         condition = {name: value[:-1] for name, value in condition.items()}
-        return LatentBatch(encode_images(self.vae, pixels)[:, None], condition, empty)
+        return LatentBatch(self.family.encode_images(self.vae, pixels)[:, None], condition, empty)
 
 
 def main() -> None:

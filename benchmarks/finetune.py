@@ -24,7 +24,8 @@ from decouple_merge.config import Data, Finetune, Projection, load_config
 from decouple_merge.data.images import ArrayImages
 from decouple_merge.diffusion.timesteps import TimestepRange, split_timesteps
 from decouple_merge.executors.devices import default_device
-from decouple_merge.models.base import Base, create_base, new_network
+from decouple_merge.models.base import Base, create_base
+from decouple_merge.models.network import new_network
 from decouple_merge.storage.provenance import git_commit
 from decouple_merge.training import loop, records, trainer
 from interleaved import interleaved, ratios

@@ -33,7 +33,7 @@ NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def our_draw(base: Base, settings: Sample) -> Draw:
     """Make a function of (number of images, steps) that returns uint8 [n, C, H, W]."""
     device = default_device()
-    network = denoiser(sampling_copy(base.network, settings, device))
+    network = denoiser(base, sampling_copy(base.network, settings, device))
     return lambda num, steps: torch.cat(list(sample_images(network, base, range(num), settings, device, steps)))
 
 

@@ -1,7 +1,6 @@
 """Tiny models, data and configs: everything is built here, nothing is fetched."""
 
 import json
-import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
     DiffusionPipeline,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    UNet2DConditionModel,
-    UNet2DModel,
 )
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from decouple_merge.config import Config
+from decouple_merge.models.families import dit, sdxl, stable_diffusion, unet
 from decouple_merge.training import loop
+
+make_unet, make_text_unet = unet.tiny_unet, stable_diffusion.tiny_text_unet
+make_sdxl_unet, make_dit = sdxl.tiny_sdxl_unet, dit.tiny_dit
+save_stable_diffusion, save_sdxl, save_dit = stable_diffusion.save_stable_diffusion, sdxl.save_sdxl, dit.save_dit
 
 
 @pytest.fixture(autouse=True)
@@ -51,197 +45,16 @@ def every_record(fresh_accelerator: None, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_RECORDS", 0.0)
 
 
-def make_unet(**changes: Any) -> UNet2DModel:
-    """Build a UNet2DModel of a few thousand parameters, 8×8 grey unless told otherwise."""
-    torch.manual_seed(0)
-    arguments: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-    }
-    return UNet2DModel(**(arguments | changes))
-
-
 @pytest.fixture
 def tiny_base(tmp_path: Path) -> Path:
     """The folder of a tiny DDPM pipeline, T = 40."""
-    folder = tmp_path / "base"
-    DDPMPipeline(make_unet(), DDPMScheduler(num_train_timesteps=40)).save_pretrained(folder)
-    return folder
-
-
-def make_text_unet(**changes: Any) -> UNet2DConditionModel:
-    """Build a UNet2DConditionModel of some ten thousand parameters, for latents of 4 channels and 8×8."""
-    torch.manual_seed(0)
-    arguments: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 16),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-    }
-    return UNet2DConditionModel(**(arguments | changes))
-
-
-def save_stable_diffusion(
-    folder: Path,
-    unet: UNet2DConditionModel | None = None,
-    width: int = 16,
-    latent_channels: int = 4,
-    parts_dtype: torch.dtype = torch.float32,
-    vocabulary_size: int | None = None,
-    **scheduler: Any,
-) -> Path:
-    """Save a StableDiffusionPipeline of random parts: 16×16 images, letters as vocabulary, T = 40."""
-    # Imported here, since this takes seconds that most tests needn't pay.
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTextModel
-
-    torch.manual_seed(1)
-    tokenizer, text_config = make_text_parts(folder, width, vocabulary_size)
-    vae = make_vae(latent_channels)
-    arguments = {"num_train_timesteps": 40, "beta_schedule": "scaled_linear", "steps_offset": 1, "skip_prk_steps": True}
-    StableDiffusionPipeline(
-        vae.eval().to(parts_dtype),
-        CLIPTextModel(text_config).eval().to(parts_dtype),
-        tokenizer,
-        unet or make_text_unet(),
-        PNDMScheduler(**(arguments | scheduler)),
-        None,
-        None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
-
-
-def make_text_parts(folder: Path, width: int, vocabulary_size: int | None = None, **changes: Any) -> tuple[Any, Any]:
-    """Build CLIP's tokenizer with letters as vocabulary, and the config of a text encoder."""
-    from transformers import CLIPTextConfig, CLIPTokenizer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    letters = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase)]
-    vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
-    for name in ("vocab.json", "merges.txt"):
-        (folder / name).unlink()
-    arguments: dict[str, Any] = {
-        "vocab_size": vocabulary_size or len(vocabulary),
-        "hidden_size": width,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 12,
-        "bos_token_id": vocabulary["<|startoftext|>"],
-        "eos_token_id": vocabulary["<|endoftext|>"],
-        "pad_token_id": vocabulary["<|endoftext|>"],
-    }
-    return tokenizer, CLIPTextConfig(**(arguments | changes))
-
-
-def make_vae(latent_channels: int = 4, **changes: Any) -> AutoencoderKL:
-    """Build an AutoencoderKL for colour images of 16×16."""
-    arguments: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (8, 16),
-        "latent_channels": latent_channels,
-        "norm_num_groups": 4,
-        "sample_size": 16,
-    }
-    return AutoencoderKL(**(arguments | changes))
-
-
-def make_dit(**changes: Any) -> DiTTransformer2DModel:
-    """Build a DiTTransformer2DModel with a learned variance, for latents of 4 channels and 8×8 and 1,000 classes."""
-    torch.manual_seed(0)
-    arguments: dict[str, Any] = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_layers": 2,
-        "sample_size": 8,
-        "num_embeds_ada_norm": 1000,
-    }
-    return DiTTransformer2DModel(**(arguments | changes))
-
-
-def save_dit(folder: Path, transformer: DiTTransformer2DModel | None = None, names: Any = None) -> Path:
-    """Save a DiTPipeline of random parts: 16×16 images, T = 40."""
-    torch.manual_seed(1)
-    scheduler = DDIMScheduler(num_train_timesteps=40, clip_sample=False)
-    vae = make_vae().eval()
-    names = names or {0: "tench, Tinca tinca", 1: "goldfish", 2: "shark"}
-    DiTPipeline(transformer or make_dit(), vae, scheduler, names).save_pretrained(folder)  # type: ignore[arg-type]
-    # The constructor keeps the names for itself; in released pipelines they are in the index.
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": names}))
-    return folder
+    return unet.UNet().save_tiny(tmp_path / "base")
 
 
 @pytest.fixture
 def tiny_dit_base(tmp_path: Path) -> Path:
     """The folder of a tiny DiT pipeline."""
     return save_dit(tmp_path / "dit-base")
-
-
-def make_sdxl_unet(**changes: Any) -> UNet2DConditionModel:
-    """Build a UNet2DConditionModel with SDXL's inputs: two text encoders' states, pooled embeddings, sizes."""
-    arguments: dict[str, Any] = {
-        "cross_attention_dim": 16 + 24,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 20 + 6 * 8,
-    }
-    return make_text_unet(**(arguments | changes))
-
-
-def save_sdxl(
-    folder: Path,
-    unet: UNet2DConditionModel | None = None,
-    pooled_width: int = 20,
-    zeros: bool = True,
-    vae: dict[str, Any] | None = None,
-    **scheduler: Any,
-) -> Path:
-    """Save a StableDiffusionXLPipeline of random parts: 16×16 images, letters as vocabulary, T = 40."""
-    from diffusers import StableDiffusionXLPipeline
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(1)
-    tokenizer, first = make_text_parts(folder, 16, num_hidden_layers=2)
-    # As OpenCLIP's, it is padded with another token than CLIP's.
-    tokenizer_2, second = make_text_parts(folder, 24, num_hidden_layers=2, projection_dim=pooled_width)
-    tokenizer_2.pad_token = "a"
-    arguments = {"num_train_timesteps": 40, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    StableDiffusionXLPipeline(
-        make_vae(**(vae or {})).eval(),
-        CLIPTextModel(first).eval(),
-        CLIPTextModelWithProjection(second).eval(),
-        tokenizer,
-        tokenizer_2,
-        unet or make_sdxl_unet(),
-        EulerDiscreteScheduler(**(arguments | scheduler)),
-        force_zeros_for_empty_prompt=zeros,
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -24,7 +24,9 @@ from decouple_merge.evaluation.features import Extractor
 from decouple_merge.evaluation.references import read_statistics
 from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.models import base as models
-from decouple_merge.models.base import export_pipeline, load_base, load_network
+from decouple_merge.models.base import load_base
+from decouple_merge.models.export import export_pipeline
+from decouple_merge.models.network import load_network
 from decouple_merge.storage import files as runs
 from decouple_merge.storage.files import read_tensors, write_json, write_tensors
 

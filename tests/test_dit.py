@@ -25,8 +25,10 @@ from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.memory import estimate
 from decouple_merge.experiment.plan import Plan, check, prepare
 from decouple_merge.experiment.results import Row
-from decouple_merge.models.base import Base, load_base, new_network, num_parameters, predict
+from decouple_merge.models.base import Base, load_base
+from decouple_merge.models.families.dit import DiT
 from decouple_merge.models.lora import attach_lora, lora_factors, unadapted_state_dict
+from decouple_merge.models.network import new_network, num_parameters, predict
 from decouple_merge.models.projection import attach_projections, folded_state_dict, projection_parameters
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
 from decouple_merge.searching.learned import DenoisingLoss
@@ -107,11 +109,13 @@ def draw(base: Base, model: Any = None, classes: list[str] = CLASSES, sampler: s
     assert base.encoders is not None
     prompts = Prompts(base.encoders, classes, Text(**text), CPU, first_seed=5)
     settings = Sample(sampler=sampler, num_steps=4, batch_size=3)
-    return torch.cat(list(sample_images(model or denoiser(base.network), base, SEEDS, settings, CPU, prompts=prompts)))
+    return torch.cat(
+        list(sample_images(model or denoiser(base, base.network), base, SEEDS, settings, CPU, prompts=prompts))
+    )
 
 
 def test_the_denoiser_is_the_transformer(base: Base, tmp_path: Path) -> None:
-    assert base.component == "transformer"
+    assert base.family.component == "transformer"
     assert (base.shape, base.channels, base.image_size) == ((4, 8, 8), 3, 16)
     assert (base.pipeline.vae, base.prediction_type, base.num_train_timesteps) == (None, "epsilon", 40)
     half = load_base(str(save_dit(tmp_path / "half", make_dit().to(torch.float16))))  # type: ignore[arg-type]
@@ -133,7 +137,7 @@ def test_a_learned_variance_is_left_out_of_the_prediction(base: Base) -> None:
     expected = base.network(x, torch.full((3,), 12), labels).sample
     assert expected.shape == (3, 8, 8, 8)
     for t in (12, torch.tensor(12), torch.full((3,), 12)):
-        assert torch.equal(predict(base.network, x, t, class_labels=labels), expected[:, :4])
+        assert torch.equal(predict(base, base.network, x, t, class_labels=labels), expected[:, :4])
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,9 @@ def test_the_ensemble_takes_the_transformers_place_in_a_stock_pipeline(tiny_dit_
     pipeline.transformer = load_ensemble(tiny_dit_base, folders, one_resident=True)
     found = run_stock(pipeline, NUMBERS, SEEDS, guidance_scale=4.0, num_inference_steps=4)
     ensemble = load_ensemble(tiny_dit_base, folders)
-    expected = draw(load_base(str(tiny_dit_base)), denoiser(ensemble), guidance_scale=4.0)
+    expected = draw(
+        load_base(str(tiny_dit_base)), denoiser(load_base(str(tiny_dit_base)), ensemble), guidance_scale=4.0
+    )
     assert (found - expected).abs().max() <= 1
 
 
@@ -250,9 +256,9 @@ def test_training_gives_each_image_its_class_or_the_null_class_and_the_teacher_t
     plan, seen = opened(dit_config(data={"caption_dropout": dropout}), tmp_path / "run"), []
     original = trainer.predict
 
-    def spy(network: nn.Module, x: Tensor, t: Any, **condition: Tensor) -> Tensor:
+    def spy(base: Any, network: nn.Module, x: Tensor, t: Any, **condition: Tensor) -> Tensor:
         seen.append(condition["class_labels"])
-        return original(network, x, t, **condition)
+        return original(base, network, x, t, **condition)
 
     monkeypatch.setattr(trainer, "predict", spy)
     list(finetuning.finetune_experts(plan, 0))
@@ -268,7 +274,9 @@ def test_training_gives_each_image_its_class_or_the_null_class_and_the_teacher_t
 def test_blocks_drop_no_labels_of_their_own_in_training(base: Base) -> None:
     x, labels = torch.randn(64, *base.shape), torch.arange(64)
     network = new_network(base).train()
-    assert torch.equal(predict(network, x, 3, class_labels=labels), predict(base.network, x, 3, class_labels=labels))
+    assert torch.equal(
+        predict(base, network, x, 3, class_labels=labels), predict(base, base.network, x, 3, class_labels=labels)
+    )
 
 
 def test_gradient_checkpointing_changes_no_gradient(base: Base) -> None:
@@ -277,7 +285,7 @@ def test_gradient_checkpointing_changes_no_gradient(base: Base) -> None:
         network: Any = new_network(base).train()
         if is_checkpointed:
             network.enable_gradient_checkpointing()
-        predict(network, x, 3, class_labels=labels).square().sum().backward()
+        predict(base, network, x, 3, class_labels=labels).square().sum().backward()
         gradients.append(network.transformer_blocks[0].ff.net[2].weight.grad)
     assert torch.equal(*gradients)
 
@@ -294,7 +302,7 @@ def test_the_gradient_of_the_merging_weights_is_that_of_the_loss_without_varianc
     slope = (loss(at + 1e-2, batch)[0] - loss(at - 1e-2, batch)[0]) / 2e-2
     torch.testing.assert_close(gradient.item(), slope, rtol=2e-2, atol=1e-5)
     base.network.load_state_dict(loss.merge(at))
-    found = predict(base.network, batch.x_t, batch.t, **batch.condition)
+    found = predict(base, base.network, batch.x_t, batch.t, **batch.condition)
     assert value == pytest.approx((found - batch.target).square().mean().item(), rel=1e-5)
 
 
@@ -302,7 +310,9 @@ def test_folded_projections_change_nothing_at_first_and_fold_away_exactly(base: 
     x, labels = torch.randn(2, *base.shape), torch.tensor([1, 2])
     network: Any = new_network(base, "folded").eval()
     assert len(projection_parameters(network)) == 2
-    assert torch.equal(predict(network, x, 3, class_labels=labels), predict(base.network, x, 3, class_labels=labels))
+    assert torch.equal(
+        predict(base, network, x, 3, class_labels=labels), predict(base, base.network, x, 3, class_labels=labels)
+    )
     draws = torch.Generator().manual_seed(0)
     matrices = [torch.eye(16) + 0.3 * torch.randn(16, 16, generator=draws) for _ in range(2)]
     hooked = new_network(base).eval()
@@ -312,21 +322,21 @@ def test_folded_projections_change_nothing_at_first_and_fold_away_exactly(base: 
     # P(F) = W·F on what the feed-forward branch of each block writes, its bias included.
     for block, matrix in zip(hooked.transformer_blocks, matrices, strict=True):  # type: ignore[arg-type]
         block.ff.register_forward_hook(lambda m, args, out, w=matrix: out @ w.T)
-    found = predict(network, x, 3, class_labels=labels)
-    torch.testing.assert_close(found, predict(hooked, x, 3, class_labels=labels), rtol=1e-4, atol=1e-5)
-    assert (found - predict(base.network, x, 3, class_labels=labels)).abs().max() > 0.01
+    found = predict(base, network, x, 3, class_labels=labels)
+    torch.testing.assert_close(found, predict(base, hooked, x, 3, class_labels=labels), rtol=1e-4, atol=1e-5)
+    assert (found - predict(base, base.network, x, 3, class_labels=labels)).abs().max() > 0.01
     folded = folded_state_dict(network, dict(network.named_parameters()))
     assert folded.keys() == base.network.state_dict().keys()
     plain = new_network(base).eval()
     plain.load_state_dict(folded)
-    assert torch.equal(predict(plain, x, 3, class_labels=labels), found)
+    assert torch.equal(predict(base, plain, x, 3, class_labels=labels), found)
 
 
 def test_trunk_projections_are_refused_before_any_compute(dit_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"placement is trunk, the paper's layout .* DiTTransformer2DModel; expected"):
         check(dit_config(finetune={"projection": {"placement": "trunk"}}), tmp_path / "run")
     with pytest.raises(ValueError, match="placement is trunk"):
-        attach_projections(make_dit(), "trunk")
+        attach_projections(make_dit(), DiT(), "trunk")
 
 
 def test_adapters_are_of_the_transformer(base: Base) -> None:
@@ -337,7 +347,7 @@ def test_adapters_are_of_the_transformer(base: Base) -> None:
             if "lora_B" in name:
                 p += 0.1
     values = dict(network.named_parameters())
-    factors = lora_factors(network, values)
+    factors = lora_factors(network, base.family, values)
     assert {k.split(".")[0] for k in factors} == {"transformer"}
     name = "transformer_blocks.1.attn1.to_q"
     product = factors[f"transformer.{name}.lora_B.weight"] @ factors[f"transformer.{name}.lora_A.weight"]

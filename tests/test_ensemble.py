@@ -25,8 +25,9 @@ from decouple_merge import load_ensemble
 from decouple_merge.config import Config, Sample, Text
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.experiment.plan import prepare
-from decouple_merge.models.base import Base, load_base, load_network, num_parameters
+from decouple_merge.models.base import Base, load_base
 from decouple_merge.models.ensemble import TimestepEnsemble
+from decouple_merge.models.network import load_network, num_parameters
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
 from decouple_merge.storage.files import write_json, write_tensors
 
@@ -73,7 +74,7 @@ def run_stock(pipeline: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def ours(base: Base, ensemble: TimestepEnsemble, prompts: Prompts | None = None, **settings: Any) -> Tensor:
-    drawn = sample_images(denoiser(ensemble), base, SEEDS, Sample(batch_size=3, **settings), CPU, prompts=prompts)
+    drawn = sample_images(denoiser(base, ensemble), base, SEEDS, Sample(batch_size=3, **settings), CPU, prompts=prompts)
     return torch.cat(list(drawn))
 
 
@@ -207,7 +208,7 @@ def test_a_runs_ensemble_is_the_one_that_the_run_scores(
     plan = finished_run(tiny_config(finetune={"ranges": ranges}), tmp_path / "run", weights)
     found = ours(plan.base, load_ensemble(tmp_path / "run"), num_steps=8)
     scored = [
-        denoiser(load_ensemble(tmp_path / "run", one_resident=True)),
+        denoiser(plan.base, load_ensemble(tmp_path / "run", one_resident=True)),
         plan.ensemble(weights, CPU),
     ]
     plan.config = tiny_config(finetune={"ranges": ranges}, sample={"one_resident": True})

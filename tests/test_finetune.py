@@ -199,10 +199,10 @@ def test_accumulation_counts_optimiser_updates(
 
     predict = trainer.predict
 
-    def spy_predict(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    def spy_predict(base: Any, network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         if network.training:
             passes.append(len(x))
-        return predict(network, x, t)
+        return predict(base, network, x, t)
 
     monkeypatch.setattr(ema, "ema_decay", spy_decay)
     monkeypatch.setattr(trainer, "predict", spy_predict)
@@ -231,10 +231,10 @@ def test_each_update_sees_new_images_and_new_noise(
     seen: list[Tensor] = []
     predict = trainer.predict
 
-    def spy(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    def spy(base: Any, network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         if network.training:
             seen.append(x.clone())
-        return predict(network, x, t)
+        return predict(base, network, x, t)
 
     monkeypatch.setattr(trainer, "predict", spy)
     finish(tiny_config(finetune={"accumulation": 2}), tmp_path / "a")
@@ -248,10 +248,10 @@ def test_training_draws_from_its_own_range_only_without_global_prob(
     seen: list[int] = []
     predict = trainer.predict
 
-    def spy(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    def spy(base: Any, network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         if network.training:
             seen.extend(t.tolist())
-        return predict(network, x, t)
+        return predict(base, network, x, t)
 
     monkeypatch.setattr(trainer, "predict", spy)
     ranges = tuple(split_timesteps(40, 4))
@@ -293,10 +293,10 @@ def test_teacher_is_the_original_at_every_update(
     predict = trainer.predict
     inside = [False]
 
-    def spy(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    def spy(base: Any, network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         if not network.training and not inside[0]:
             hashes.append(tensors_sha256(network.state_dict()))
-        return predict(network, x, t)
+        return predict(base, network, x, t)
 
     def validation(*arguments: Any) -> list[float]:
         inside[0] = True

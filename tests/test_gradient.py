@@ -28,6 +28,7 @@ from decouple_merge.merging.arithmetic import Tensors, merge
 from decouple_merge.merging.keys import group_keys
 from decouple_merge.merging.stacked import Stacked
 from decouple_merge.models.base import Base
+from decouple_merge.models.families.unet import UNet
 from decouple_merge.models.projection import attach_projections
 from decouple_merge.searching.learned import DenoisingLoss, layer_patterns, learn_weights
 from decouple_merge.seeds import generator, stream_seed
@@ -56,7 +57,7 @@ class Linear(nn.Module):
 
 
 def base_of(network: nn.Module, prediction_type: str = "epsilon") -> Base:
-    return Base(None, network.eval(), torch.linspace(0.999, 0.01, NUM_TIMESTEPS), prediction_type, "")
+    return Base(UNet(), None, network.eval(), torch.linspace(0.999, 0.01, NUM_TIMESTEPS), prediction_type, "")
 
 
 def images(num: int, size: int = 8, seed: int = 0) -> Tensor:
@@ -164,7 +165,7 @@ def test_a_trunk_projection_has_a_gradient_too() -> None:
     experts = []
     for seed in range(2):
         network = make_unet()
-        attach_projections(network, "trunk")
+        attach_projections(network, base.family, "trunk")
         torch.manual_seed(seed)
         state = network.state_dict()
         experts.append(

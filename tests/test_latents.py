@@ -27,7 +27,7 @@ from decouple_merge.data.latents import Latents, TextEmbeddings
 from decouple_merge.data.sources import load_images
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.models.base import load_base
-from decouple_merge.models.parts import encode_images, encode_texts, load_text_encoders, load_vae
+from decouple_merge.models.parts import load_text_encoders, load_vae
 from decouple_merge.training.gradient import noisy_batch
 
 CPU = torch.device("cpu")
@@ -133,9 +133,9 @@ def test_cached_rows_are_what_the_encoders_say(tiny_text_base: Path, tiny_captio
     encoders, images = load_base(str(tiny_text_base)).encoders, to_model(pixels(tiny_captioned).stack([20, 3]))
     vae, text_encoder = load_vae(encoders, CPU), load_text_encoders(encoders, CPU)
     assert batch.moments.shape == (2, 2, 2, 4, 8, 8)
-    torch.testing.assert_close(batch.moments[:, 0], encode_images(vae, images))
-    torch.testing.assert_close(batch.moments[:, 1], encode_images(vae, images.flip(-1)))
-    text = encode_texts(text_encoder, [CAPTIONS[20], CAPTIONS[3], ""])["encoder_hidden_states"]
+    torch.testing.assert_close(batch.moments[:, 0], encoders.family.encode_images(vae, images))
+    torch.testing.assert_close(batch.moments[:, 1], encoders.family.encode_images(vae, images.flip(-1)))
+    text = encoders.family.encode_texts(text_encoder, [CAPTIONS[20], CAPTIONS[3], ""])["encoder_hidden_states"]
     torch.testing.assert_close(batch.condition, {"encoder_hidden_states": text[:2]})
     torch.testing.assert_close(batch.empty, {"encoder_hidden_states": text[2]})
     assert open_latents(tiny_text_base, tiny_captioned).stack([0]).moments.shape == (1, 1, 2, 4, 8, 8)

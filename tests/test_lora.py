@@ -18,6 +18,7 @@ from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.merging.recipes import merge_models
 from decouple_merge.models import lora
 from decouple_merge.models.base import load_base
+from decouple_merge.models.families.stable_diffusion import StableDiffusion
 from decouple_merge.models.lora import (
     FILE,
     attach_lora,
@@ -107,7 +108,7 @@ def test_the_product_is_pefts_own_and_of_the_given_parameters() -> None:
 
 
 def test_adapters_combine_to_one_whose_product_is_the_weighted_sum() -> None:
-    factors = [lora_factors(adapted(rank=r), {}) for r in (2, 3)]
+    factors = [lora_factors(adapted(rank=r), StableDiffusion(), {}) for r in (2, 3)]
     one = merge_factors(factors, [0.5, -1.5])
     for key, down in one.items():
         if key.endswith("lora_A.weight"):
@@ -161,10 +162,10 @@ def test_the_teacher_of_an_adapter_is_the_base(
     plan, outputs = prepare(config_of(text_config, validate_every=9), tmp_path / "run"), []
     predict = trainer.predict
 
-    def spy(network: nn.Module, x: Tensor, t: Any, **condition: Tensor) -> Tensor:
-        found = predict(network, x, t, **condition)
+    def spy(base: Any, network: nn.Module, x: Tensor, t: Any, **condition: Tensor) -> Tensor:
+        found = predict(base, network, x, t, **condition)
         if not torch.is_grad_enabled() and len(x) == 4 and t.dim():
-            outputs.append((found, predict(plan.base.network, x, t, **condition)))
+            outputs.append((found, predict(plan.base, plan.base.network, x, t, **condition)))
         return found
 
     monkeypatch.setattr(trainer, "predict", spy)

@@ -127,7 +127,7 @@ def test_the_network_is_counted_from_its_config_alone(text_config: MakeConfig, t
         "projection_class_embeddings_input_dim": 2816,
     }
     (tmp_path / "sdxl/unet").mkdir(parents=True)
-    (tmp_path / "sdxl/model_index.json").write_text("{}")
+    (tmp_path / "sdxl/model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     (tmp_path / "sdxl/unet/config.json").write_text(json.dumps(unet))
     config = text_config(base=str(tmp_path / "sdxl"), finetune={"num_ranges": 4, "projection": {"placement": "none"}})
     size = 2_567_463_684 * 4

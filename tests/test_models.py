@@ -18,7 +18,9 @@ from conftest import make_unet
 from decouple_merge.config import Sample, load_config
 from decouple_merge.experiment import finetuning
 from decouple_merge.experiment.plan import prepare
-from decouple_merge.models.base import Base, export_pipeline, load_base, load_network, new_network, tensors_sha256
+from decouple_merge.models.base import Base, load_base, tensors_sha256
+from decouple_merge.models.export import export_pipeline
+from decouple_merge.models.network import load_network, new_network
 from decouple_merge.sampling.sampler import denoiser, sample_images
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -139,7 +141,7 @@ print(type(pipeline).__name__)
     assert done.stdout.strip() == "DDPMPipeline"
     exported = load_base(str(tmp_path / "out"))
     settings = Sample(num_steps=4)
-    (ours,) = sample_images(denoiser(exported.network), exported, [0, 1, 2], settings, torch.device("cpu"))
+    (ours,) = sample_images(denoiser(exported, exported.network), exported, [0, 1, 2], settings, torch.device("cpu"))
     theirs = (np.load(tmp_path / "images.npy").transpose(0, 3, 1, 2) * 255).round()
     assert abs(theirs - ours.numpy()).max() <= 1
 
@@ -203,7 +205,7 @@ def test_the_hash_tells_names_shapes_dtypes_and_values_apart() -> None:
 @pytest.mark.parametrize("name", PAPER)
 def test_a_model_of_the_papers_block_structure_is_a_base_that_samples(name: str, tmp_path: Path) -> None:
     base = load_base(str(save_base(tmp_path / "base", PAPER[name] | {"norm_num_groups": 4})))
-    (images,) = sample_images(denoiser(base.network), base, [0, 1], Sample(num_steps=2), torch.device("cpu"))
+    (images,) = sample_images(denoiser(base, base.network), base, [0, 1], Sample(num_steps=2), torch.device("cpu"))
     assert images.shape == (2, 3, 32, 32)
 
 

@@ -15,13 +15,15 @@ from decouple_merge.config import Config
 from decouple_merge.data.sources import load_images
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.models.base import load_base
+from decouple_merge.models.families.stable_diffusion import StableDiffusion
+from decouple_merge.models.families.unet import UNet
 from decouple_merge.models.projection import (
     ChannelProjection,
     attach_projections,
     folded_state_dict,
-    output_layer,
     projection_parameters,
 )
+from decouple_merge.models.unet_blocks import output_layer
 from decouple_merge.training import loop, parametrisation, trainer
 
 # The architecture of google/ddpm-ema-church-256.
@@ -54,7 +56,7 @@ def output(network: nn.Module) -> Tensor:
 
 def projected(placement: str, **changes: Any) -> UNet2DModel:
     network = make_unet(**changes).eval()
-    attach_projections(network, placement)
+    attach_projections(network, UNet(), placement)
     return network
 
 
@@ -175,7 +177,7 @@ def test_church_gains_the_papers_number_of_parameters(placement: str) -> None:
     with torch.device("meta"):
         network = UNet2DModel(**CHURCH)
         assert count(network) == 113_673_219
-        attach_projections(network, placement)
+        attach_projections(network, UNet(), placement)
     assert count(network) == 113_673_219 + 1_638_400
 
 
@@ -216,7 +218,7 @@ def test_output_layer_is_the_last_convolution_of_a_resampling_resnet() -> None:
     x, t = noisy()
     network.eval()
     before = network(x, t, return_dict=False)[0]
-    attach_projections(network, "folded")
+    attach_projections(network, UNet(), "folded")
     assert torch.equal(network(x, t, return_dict=False)[0], before)
 
 
@@ -256,7 +258,7 @@ def test_folding_is_exact_for_every_block_of_a_text_conditional_network(kind: st
     changes = {"down_block_types": (down,) * 2, "up_block_types": (up,) * 2, "use_linear_projection": linear}
     stock, network = make_text_unet(**changes).eval(), make_text_unet(**changes).eval()
     before = text_output(stock)
-    attach_projections(network, "folded")
+    attach_projections(network, StableDiffusion(), "folded")
     assert torch.equal(text_output(network), before)
     randomise(network)
     projected_output = text_output(network)
@@ -280,7 +282,7 @@ def test_output_layer_of_a_block_that_ends_in_a_transformer_is_the_transformers_
 @pytest.mark.parametrize("placement", ["folded", "trunk"])
 def test_every_projection_of_a_text_conditional_network_reaches_the_output(placement: str) -> None:
     network = make_text_unet().eval()
-    attach_projections(network, placement)
+    attach_projections(network, StableDiffusion(), placement)
     before = text_output(network)
     matrices = projection_parameters(network)
     assert len(matrices) == 5
@@ -297,13 +299,13 @@ def test_stable_diffusion_gains_the_papers_number_of_parameters(placement: str) 
     with torch.device("meta"):
         network = UNet2DConditionModel(**STABLE_DIFFUSION)
         assert count(network) == 859_520_964
-        attach_projections(network, placement)
+        attach_projections(network, StableDiffusion(), placement)
     assert count(network) == 859_520_964 + 9_216_000
 
 
 def test_unknown_placement_is_refused() -> None:
     with pytest.raises(ValueError, match="'skip', expected folded, trunk or none"):
-        attach_projections(make_unet(), "skip")
+        attach_projections(make_unet(), UNet(), "skip")
 
 
 def test_kernel_and_bias_share_one_matrix() -> None:

@@ -15,8 +15,9 @@ from decouple_merge.cli import main as cli
 from decouple_merge.config import Sample, Text
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.evaluation.scoring import evaluate_model
-from decouple_merge.models.base import Base, load_base, new_network
+from decouple_merge.models.base import Base, load_base
 from decouple_merge.models.ensemble import TimestepEnsemble
+from decouple_merge.models.network import new_network
 from decouple_merge.sampling.sampler import Denoiser, Prompts, denoiser, sample_images
 
 CPU = torch.device("cpu")
@@ -35,7 +36,9 @@ def ask(base: Base, first_seed: int = 0, prompts: list[str] = PROMPTS, **text: A
 
 def draw(base: Base, seeds: list[int], prompts: Prompts, model: Denoiser | None = None, **settings: Any) -> Tensor:
     sample = Sample(**{"num_steps": 4, "batch_size": 4, **settings})
-    return torch.cat(list(sample_images(model or denoiser(base.network), base, seeds, sample, CPU, prompts=prompts)))
+    return torch.cat(
+        list(sample_images(model or denoiser(base, base.network), base, seeds, sample, CPU, prompts=prompts))
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +76,7 @@ def test_guidance_is_one_call_of_twice_the_batch_a_step(base: Base) -> None:
 
     def model(x: Tensor, t: Any, **condition: Tensor) -> Tensor:
         shapes.append((len(x), len(condition["encoder_hidden_states"])))
-        return denoiser(base.network)(x, t, **condition)
+        return denoiser(base, base.network)(x, t, **condition)
 
     draw(base, [0, 1, 2, 3, 4], ask(base), model, sampler="DDIM")
     assert shapes == [(8, 8)] * 8
@@ -136,7 +139,7 @@ def test_the_ensemble_gives_the_texts_to_the_expert_of_each_step(base: Base) -> 
         expert.register_forward_pre_hook(
             lambda m, args, kwargs, i=index: calls.append((i, len(kwargs["encoder_hidden_states"]))), with_kwargs=True
         )
-    both = denoiser(TimestepEnsemble(experts, [TimestepRange(0, 20), TimestepRange(20, 40)], 40))
+    both = denoiser(base, TimestepEnsemble(experts, [TimestepRange(0, 20), TimestepRange(20, 40)], 40))
     found = draw(base, [0, 1], ask(base), both, sampler="DDIM")
     # Steps at 31, 21, 11 and 1.
     assert calls == [(1, 4), (1, 4), (0, 4), (0, 4)]
@@ -145,13 +148,13 @@ def test_the_ensemble_gives_the_texts_to_the_expert_of_each_step(base: Base) -> 
 
 def test_a_text_to_image_base_without_prompts_is_refused(base: Base) -> None:
     with pytest.raises(ValueError, match="found no prompts for a StableDiffusionPipeline, which draws what"):
-        next(sample_images(denoiser(base.network), base, [0], Sample(num_steps=2), CPU))
+        next(sample_images(denoiser(base, base.network), base, [0], Sample(num_steps=2), CPU))
 
 
 def test_prompts_for_an_unconditional_base_are_refused(tiny_base: Path, base: Base) -> None:
     other = load_base(str(tiny_base))
     with pytest.raises(ValueError, match="found prompts for a DDPMPipeline, which takes no text: leave them out"):
-        next(sample_images(denoiser(other.network), other, [0], Sample(num_steps=2), CPU, prompts=ask(base)))
+        next(sample_images(denoiser(other, other.network), other, [0], Sample(num_steps=2), CPU, prompts=ask(base)))
 
 
 def test_a_model_is_scored_on_the_images_of_its_prompts(

@@ -30,7 +30,7 @@ def base(tiny_base: Path) -> Base:
 
 def draw(base: Base, seeds: list[int], model: Denoiser | None = None, **settings: Any) -> Tensor:
     settings = {"num_steps": 4, "batch_size": 4, **settings}
-    batches = sample_images(model or denoiser(base.network), base, seeds, Sample(**settings), CPU)
+    batches = sample_images(model or denoiser(base, base.network), base, seeds, Sample(**settings), CPU)
     return torch.cat(list(batches))
 
 
@@ -89,7 +89,7 @@ def test_the_network_is_called_once_a_step_and_batch(base: Base, sampler: str) -
 
     def model(x: Tensor, t: Any) -> Tensor:
         shapes.append(tuple(x.shape))
-        return denoiser(base.network)(x, t)
+        return denoiser(base, base.network)(x, t)
 
     draw(base, SEEDS, model, sampler=sampler, num_steps=6, batch_size=4)
     # Seven images are two batches, the second of them filled up.
@@ -101,7 +101,7 @@ def test_few_images_make_no_larger_batch_than_needed(base: Base) -> None:
 
     def model(x: Tensor, t: Any) -> Tensor:
         sizes.append(len(x))
-        return denoiser(base.network)(x, t)
+        return denoiser(base, base.network)(x, t)
 
     draw(base, SEEDS[:3], model, batch_size=256)
     assert set(sizes) == {3}
@@ -142,7 +142,7 @@ def test_timestep_spacing_of_the_settings_overrides_the_bases(base: Base) -> Non
 
         def model(x: Tensor, t: Any, seen: list[int] = visited[spacing]) -> Tensor:
             seen.append(int(t))
-            return denoiser(base.network)(x, t)
+            return denoiser(base, base.network)(x, t)
 
         draw(base, [0], model, timestep_spacing=spacing)
     assert visited[None] == visited["leading"] == [30, 20, 10, 0]
@@ -170,9 +170,9 @@ RANGES = [TimestepRange(0, 3), TimestepRange(3, 25), TimestepRange(25, 40)]
 @pytest.mark.parametrize("num_steps", [4, 7])
 def test_the_ensemble_runs_the_expert_whose_range_holds_t(base: Base, sampler: str, num_steps: int) -> None:
     single = Recorder(base.network)
-    draw(base, [0], denoiser(single), sampler=sampler, num_steps=num_steps)
+    draw(base, [0], denoiser(base, single), sampler=sampler, num_steps=num_steps)
     experts = [Recorder(base.network) for _ in RANGES]
-    draw(base, [0], denoiser(TimestepEnsemble(experts, RANGES, 40)), sampler=sampler, num_steps=num_steps)
+    draw(base, [0], denoiser(base, TimestepEnsemble(experts, RANGES, 40)), sampler=sampler, num_steps=num_steps)
     for index, expert in enumerate(experts):
         assert expert.seen == [t for t in single.seen if RANGES[index].low <= int(t) < RANGES[index].high]
     assert sum(len(e.seen) for e in experts) == len(single.seen) >= num_steps
@@ -181,7 +181,7 @@ def test_the_ensemble_runs_the_expert_whose_range_holds_t(base: Base, sampler: s
 def test_the_ensemble_does_not_dispatch_on_the_steps_index(base: Base) -> None:
     """Two steps visit t = 20 and 0: the middle and the first expert, and never the last."""
     experts = [Recorder(base.network) for _ in RANGES]
-    draw(base, [0], denoiser(TimestepEnsemble(experts, RANGES, 40)), num_steps=2)
+    draw(base, [0], denoiser(base, TimestepEnsemble(experts, RANGES, 40)), num_steps=2)
     assert [e.seen for e in experts] == [[0.0], [20.0], []]
 
 
@@ -192,15 +192,15 @@ def test_different_experts_make_a_different_image(base: Base) -> None:
         for p in other.parameters():
             p += 0.1 * torch.randn_like(p)
     both = TimestepEnsemble([base.network, other], [TimestepRange(0, 20), TimestepRange(20, 40)], 40)
-    mixed = draw(base, SEEDS, denoiser(both))
+    mixed = draw(base, SEEDS, denoiser(base, both))
     assert not torch.equal(mixed, draw(base, SEEDS))
-    assert not torch.equal(mixed, draw(base, SEEDS, denoiser(other)))
+    assert not torch.equal(mixed, draw(base, SEEDS, denoiser(base, other)))
 
 
 @pytest.mark.parametrize("sampler", ["DDIM", "DDPM", "HeunDiscrete"])
 def test_an_ensemble_of_equal_experts_is_the_single_model_bit_for_bit(base: Base, sampler: str) -> None:
     copies = [sampling_copy(base.network, Sample(), CPU) for _ in RANGES]
-    found = draw(base, SEEDS, denoiser(TimestepEnsemble(copies, RANGES, 40)), sampler=sampler)
+    found = draw(base, SEEDS, denoiser(base, TimestepEnsemble(copies, RANGES, 40)), sampler=sampler)
     assert torch.equal(found, draw(base, SEEDS, sampler=sampler))
 
 
@@ -239,7 +239,7 @@ def test_bf16_images_are_near_float32s_and_the_scheduler_stays_in_float32(base: 
     dtypes: set[torch.dtype] = set()
 
     def model(x: Tensor, t: Any) -> Tensor:
-        prediction = denoiser(copied)(x, t)
+        prediction = denoiser(base, copied)(x, t)
         dtypes.update((x.dtype, prediction.dtype))
         return prediction
 

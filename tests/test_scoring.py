@@ -128,7 +128,7 @@ def test_sampler_and_steps_are_as_asked_and_recorded(tiny_base: Path, tiny_image
 def test_a_model_samples_in_the_precision_that_its_record_names(tiny_base: Path, tiny_images: Path) -> None:
     settings, base = Sample(num_steps=4, precision="bf16"), load_base(str(tiny_base))
     (found,) = records(str(tiny_base), str(tiny_images), METRICS[:1], 6, settings=settings)
-    network = denoiser(sampling_copy(base.network, settings, torch.device("cpu")))
+    network = denoiser(base, sampling_copy(base.network, settings, torch.device("cpu")))
     drawn = sample_images(network, base, range(6), settings, torch.device("cpu"))
     (expected,) = records(list(drawn), str(tiny_images), METRICS[:1])
     (exact,) = records(str(tiny_base), str(tiny_images), METRICS[:1], 6, settings=FOUR)

@@ -23,8 +23,9 @@ from decouple_merge.experiment import finetuning, selection, workflow
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.models.base import load_base
+from decouple_merge.models.families.sdxl import StableDiffusionXL
 from decouple_merge.models.lora import FILE
-from decouple_merge.models.parts import decode_latents, encode_images, encode_texts, load_text_encoders, load_vae
+from decouple_merge.models.parts import load_text_encoders, load_vae
 from decouple_merge.models.projection import attach_projections, folded_state_dict, projection_parameters
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
 from decouple_merge.searching.learned import DenoisingLoss
@@ -54,7 +55,7 @@ def draw(folder: Path, seeds: list[int], sampler: str = "EulerDiscrete", **text:
     assert base.encoders is not None
     prompts = Prompts(base.encoders, PROMPTS, Text(**text), CPU, first_seed=seeds[0])
     settings = Sample(sampler=sampler, num_steps=4, batch_size=4)
-    return torch.cat(list(sample_images(denoiser(base.network), base, seeds, settings, CPU, prompts=prompts)))
+    return torch.cat(list(sample_images(denoiser(base, base.network), base, seeds, settings, CPU, prompts=prompts)))
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -92,7 +93,8 @@ def test_texts_are_encoded_as_the_stock_pipeline_does(tmp_path: Path, zeros: boo
     stock: Any = DiffusionPipeline.from_pretrained(folder)
     texts = ["red cat", "a text that is longer than the encoders can read"]
     states, empty, pooled, empty_pooled = stock.encode_prompt(texts)
-    found = encode_texts(load_text_encoders(load_base(str(folder)).encoders, CPU), [*texts, ""])
+    base = load_base(str(folder))
+    found = base.family.encode_texts(load_text_encoders(base.encoders, CPU), [*texts, ""])
     assert found.keys() == {"encoder_hidden_states", "text_embeds"}
     assert found["text_embeds"].shape == (3, 20)
     torch.testing.assert_close(found["encoder_hidden_states"], torch.cat([states, empty[:1]]), rtol=1e-5, atol=1e-6)
@@ -105,15 +107,16 @@ def test_latents_with_a_mean_and_deviation_of_their_own_are_the_stock_pipelines(
     folder = save_sdxl(tmp_path / "base", vae=own)
     vae: Any = AutoencoderKL.from_pretrained(folder / "vae")
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    loaded = load_vae(load_base(str(folder)).encoders, CPU)
+    base = load_base(str(folder))
+    loaded = load_vae(base.encoders, CPU)
     with torch.no_grad():
         expected = vae.encode(images).latent_dist
         mean, deviation = (torch.tensor(own[k])[:, None, None] for k in ("latents_mean", "latents_std"))
-        encoded = encode_images(loaded, images)
+        encoded = base.family.encode_images(loaded, images)
         torch.testing.assert_close(encoded[:, 0], (expected.mean - mean) / deviation * 0.5)
         torch.testing.assert_close((encoded[:, 1] / 2).exp(), expected.std / deviation * 0.5)
         decoded = vae.decode(expected.mean).sample
-    torch.testing.assert_close(decode_latents(loaded, encoded[:, 0]), decoded, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(base.family.decode_latents(loaded, encoded[:, 0]), decoded, rtol=1e-3, atol=1e-4)
     stock = stock_images(folder, PROMPTS, [5, 6, 7], num_inference_steps=4, guidance_scale=7.5)
     theirs = torch.from_numpy((stock * 255).round()).permute(0, 3, 1, 2)
     assert (theirs - draw(folder, [5, 6, 7])).abs().max() <= 1
@@ -183,7 +186,7 @@ def unet_output(network: nn.Module) -> Tensor:
 def test_folding_is_exact_for_its_blocks() -> None:
     stock, network = make_sdxl_unet().eval(), make_sdxl_unet().eval()
     before = unet_output(stock)
-    attach_projections(network, "folded")
+    attach_projections(network, StableDiffusionXL(), "folded")
     assert torch.equal(unet_output(network), before)
     draws = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -315,9 +318,9 @@ def test_a_dropped_caption_is_the_pipelines_empty_prompt_and_keeps_the_sizes(
     plan, seen = prepare(config, tmp_path / "run"), []
     predict = trainer.predict
 
-    def spy(network: nn.Module, x: Tensor, t: Any, **inputs: Tensor) -> Tensor:
+    def spy(base: Any, network: nn.Module, x: Tensor, t: Any, **inputs: Tensor) -> Tensor:
         seen.append(inputs)
-        return predict(network, x, t, **inputs)
+        return predict(base, network, x, t, **inputs)
 
     monkeypatch.setattr(trainer, "predict", spy)
     list(finetuning.finetune_experts(plan, 0))

@@ -10,15 +10,15 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 
 from conftest import make_text_unet, save_stable_diffusion, stock_images
-from decouple_merge.models.base import export_pipeline, load_base, make_scheduler, new_network, predict
+from decouple_merge.models.base import load_base
+from decouple_merge.models.export import export_pipeline
+from decouple_merge.models.network import new_network, predict
 from decouple_merge.models.parts import (
-    decode_latents,
-    encode_images,
-    encode_texts,
     encoder_sha256,
     load_text_encoders,
     load_vae,
 )
+from decouple_merge.models.schedulers import make_scheduler
 
 CPU = torch.device("cpu")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -45,8 +45,9 @@ def test_the_prediction_type_is_the_schedulers(tmp_path: Path, prediction_type: 
 def test_texts_are_encoded_as_the_stock_pipeline_does(tiny_text_base: Path) -> None:
     texts = ["red cat", "", "a text that is longer than the encoder can read"]
     expected, _ = DiffusionPipeline.from_pretrained(tiny_text_base).encode_prompt(texts, "cpu", 1, False)
-    pipeline = load_text_encoders(load_base(str(tiny_text_base)).encoders, CPU)
-    found = encode_texts(pipeline, texts)["encoder_hidden_states"]
+    base = load_base(str(tiny_text_base))
+    pipeline = load_text_encoders(base.encoders, CPU)
+    found = base.family.encode_texts(pipeline, texts)["encoder_hidden_states"]
     assert found.shape == (3, 12, 16)
     assert torch.equal(found, expected)
 
@@ -54,32 +55,34 @@ def test_texts_are_encoded_as_the_stock_pipeline_does(tiny_text_base: Path) -> N
 def test_latents_are_the_vaes_distribution_in_the_denoisers_scale(tiny_text_base: Path) -> None:
     vae: Any = AutoencoderKL.from_pretrained(tiny_text_base / "vae")
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    loaded = load_vae(load_base(str(tiny_text_base)).encoders, CPU)
-    mean, log_variance = encode_images(loaded, images).unbind(1)
+    base = load_base(str(tiny_text_base))
+    loaded = load_vae(base.encoders, CPU)
+    mean, log_variance = base.family.encode_images(loaded, images).unbind(1)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         drawn = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(5)) * vae.config.scaling_factor
         expected = vae.decode(drawn / vae.config.scaling_factor).sample
     latents = mean + (log_variance / 2).exp() * noise
     torch.testing.assert_close(latents, drawn, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(decode_latents(loaded, drawn), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(base.family.decode_latents(loaded, drawn), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_text_reaches_the_prediction(tiny_text_base: Path) -> None:
     base = load_base(str(tiny_text_base))
-    red, blue = encode_texts(load_text_encoders(base.encoders, CPU), ["red", "blue"])["encoder_hidden_states"][:, None]
+    texts = base.family.encode_texts(load_text_encoders(base.encoders, CPU), ["red", "blue"])
+    red, blue = texts["encoder_hidden_states"][:, None]
     x = torch.randn(1, *base.shape)
     expected = base.network(x, 3, encoder_hidden_states=red).sample
-    assert torch.equal(predict(base.network, x, 3, encoder_hidden_states=red), expected)
-    assert not torch.equal(predict(base.network, x, 3, encoder_hidden_states=blue), expected)
+    assert torch.equal(predict(base, base.network, x, 3, encoder_hidden_states=red), expected)
+    assert not torch.equal(predict(base, base.network, x, 3, encoder_hidden_states=blue), expected)
 
 
 @pytest.mark.parametrize("placement", ["folded", "trunk"])
 def test_a_copy_of_the_network_predicts_the_same(tiny_text_base: Path, placement: str) -> None:
     base = load_base(str(tiny_text_base))
     x, text = torch.randn(2, *base.shape), torch.randn(2, 12, 16)
-    found = predict(new_network(base, placement).eval(), x, 3, encoder_hidden_states=text)
-    assert torch.equal(found, predict(base.network, x, 3, encoder_hidden_states=text))
+    found = predict(base, new_network(base, placement).eval(), x, 3, encoder_hidden_states=text)
+    assert torch.equal(found, predict(base, base.network, x, 3, encoder_hidden_states=text))
 
 
 def test_a_sampler_that_clips_does_not_clip_latents(tiny_text_base: Path) -> None:

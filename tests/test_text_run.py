@@ -22,7 +22,8 @@ from decouple_merge.experiment import finetuning, workflow
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.plan import Plan, check, prepare
 from decouple_merge.experiment.results import Row, denoiser_of
-from decouple_merge.models.base import load_base, new_network
+from decouple_merge.models.base import load_base
+from decouple_merge.models.network import new_network
 from decouple_merge.sampling.sampler import sample_images
 from decouple_merge.sampling.standalone import sample_model
 from decouple_merge.searching.learned import DenoisingLoss
@@ -126,9 +127,9 @@ def test_training_gives_each_image_its_caption_and_the_teacher_too(
     plan, seen = opened(config, tmp_path / "run"), []
     predict = trainer.predict
 
-    def spy(network: nn.Module, x: Tensor, t: Any, **condition: Tensor) -> Tensor:
+    def spy(base: Any, network: nn.Module, x: Tensor, t: Any, **condition: Tensor) -> Tensor:
         seen.append((x, condition["encoder_hidden_states"]))
-        return predict(network, x, t, **condition)
+        return predict(base, network, x, t, **condition)
 
     monkeypatch.setattr(trainer, "predict", spy)
     list(finetuning.finetune_experts(plan, 0))

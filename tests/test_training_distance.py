@@ -92,7 +92,7 @@ def test_the_distance_is_that_of_the_saved_expert_on_its_range_and_the_base_on_t
     records = list(expert(plan))
     trained = type(plan.base.network).from_config(plan.base.network.config)
     trained.load_state_dict(read_tensors(plan.run.expert(0) / "model.safetensors")[0])
-    model = denoiser(TimestepEnsemble([trained.eval(), plan.base.network.eval()], plan.ranges, 40))
+    model = denoiser(plan.base, TimestepEnsemble([trained.eval(), plan.base.network.eval()], plan.ranges, 40))
     compared = compared_of(plan, "effnetlite0")
 
     def scored(model: Any) -> float:
@@ -100,8 +100,8 @@ def test_the_distance_is_that_of_the_saved_expert_on_its_range_and_the_base_on_t
         return score(batches, ["kd_effnetlite0"], [compared])["kd_effnetlite0"]
 
     assert records[-1].distance == pytest.approx(scored(model), rel=1e-6)
-    assert records[-1].distance != pytest.approx(scored(denoiser(trained)), rel=1e-3)
-    assert records[-1].distance != pytest.approx(scored(denoiser(plan.base.network)), rel=1e-3)
+    assert records[-1].distance != pytest.approx(scored(denoiser(plan.base, trained)), rel=1e-3)
+    assert records[-1].distance != pytest.approx(scored(denoiser(plan.base, plan.base.network)), rel=1e-3)
 
 
 def test_a_pretraining_is_watched_too_and_shows_it(tiny_config: MakeConfig, tmp_path: Path) -> None:

@@ -51,7 +51,31 @@ class LatentBatch:
         return replace(self, condition=self.condition | kept)
 
 
-Batch = UInt8[Tensor, "n c h w"] | LatentBatch
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Images with what the denoiser is told of them, under the names of its inputs, [n, ...]."""
+
+    images: UInt8[Tensor, "n c h w"]
+    condition: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> "LabelledBatch":
+        """Move all tensors."""
+        return LabelledBatch(self.images.to(device), {k: v.to(device) for k, v in self.condition.items()})
+
+    def mirror(self, is_mirrored: Bool[Tensor, " n"]) -> "LabelledBatch":
+        """Mirror some images."""
+        return replace(self, images=mirror_images(self.images, is_mirrored))
+
+
+Batch = UInt8[Tensor, "n c h w"] | LatentBatch | LabelledBatch
+
+
+def mirror_images(images: UInt8[Tensor, "n c h w"], is_mirrored: Bool[Tensor, " n"]) -> UInt8[Tensor, "n c h w"]:
+    """Mirror some images, left for right."""
+    return torch.where(is_mirrored[:, None, None, None], images.flip(-1), images)
 
 
 @runtime_checkable
@@ -76,6 +100,8 @@ def model_input(batch: Batch, draws: torch.Generator) -> tuple[Float[Tensor, "n 
     """
     if isinstance(batch, Tensor):
         return to_model(batch), {}
+    if isinstance(batch, LabelledBatch):
+        return to_model(batch.images), batch.condition
     mean, log_variance = batch.moments[:, 0].unbind(1)
     noise = torch.randn(mean.shape, generator=draws).to(mean)
     return mean + (log_variance / 2).exp() * noise, batch.condition
@@ -140,10 +166,7 @@ def training_batches(
     for step, batch in enumerate(loader, start=first):
         if data.flip:
             mirrored = torch.rand(len(batch), generator=generator(seed, "flip", rank, step)) < 0.5
-            if isinstance(batch, LatentBatch):
-                batch = batch.mirror(mirrored)
-            else:
-                batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
+            batch = mirror_images(batch, mirrored) if isinstance(batch, Tensor) else batch.mirror(mirrored)
         if isinstance(batch, LatentBatch) and data.caption_dropout:
             draws = generator(seed, "caption dropout", rank, step)
             batch = batch.drop_captions(torch.rand(len(batch), generator=draws) < data.caption_dropout)

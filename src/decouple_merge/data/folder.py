@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Data
+from ..models.parts import num_classes
 from .decoded import EncodedSource
 from .names import IMAGE_SUFFIXES, has_suffix, no_images
 from .prompts import read_lines
@@ -76,7 +77,7 @@ class Folder(EncodedSource):
 
     def _classes(self, classes: dict[str, int]) -> list[str]:
         parts = [file.relative_to(self.path).parts for file in self.files]
-        found, num = sorted({p[0] for p in parts if len(p) > 1}), len(set(classes.values())) - 1
+        found, num = sorted({p[0] for p in parts if len(p) > 1}), num_classes(classes)
         if loose := [p[0] for p in parts if len(p) == 1]:
             raise ValueError(
                 f"{self.path}: {len(loose)} images are in no class, {loose[0]} among them; expected sub-folders named "

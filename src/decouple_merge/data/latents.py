@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from ..config import Data
-from ..models.parts import (
-    Encoders,
-    check_classes,
-    encode_images,
-    encode_texts,
-    encoder_sha256,
-    load_text_encoders,
-    load_vae,
-)
+from ..models.family import Encoders
+from ..models.parts import check_classes, encoder_sha256, load_text_encoders, load_vae
 from ..storage.files import cache_folder, read_tensors, write_tensors
 from .batches import LatentBatch
 from .images import Images, to_model
@@ -107,7 +100,7 @@ class ImageLatents(CachedRows):
         def encode(indices: Sequence[int]) -> Rows:
             pixels = to_model(self.images.stack(indices)).to(self.device)
             views = [pixels, pixels.flip(-1)] if self.mirrored else [pixels]
-            return {"moments": torch.stack([encode_images(vae, view) for view in views], 1)}
+            return {"moments": torch.stack([self.encoders.family.encode_images(vae, view) for view in views], 1)}
 
         return encode
 
@@ -126,7 +119,7 @@ class TextEmbeddings(CachedRows):
 
     def open_encoder(self) -> Callable[[Sequence[int]], Rows]:
         pipeline, texts = load_text_encoders(self.encoders, self.device), list(self.index)
-        return lambda indices: encode_texts(pipeline, [texts[i] for i in indices])
+        return lambda indices: self.encoders.family.encode_texts(pipeline, [texts[i] for i in indices])
 
     def embed(self, texts: Sequence[str]) -> Rows:
         """Look up the embeddings of some of the texts, [n, ...], by the names of the denoiser's inputs."""
@@ -176,11 +169,11 @@ class Latents:
     def __init__(
         self, encoders: Encoders, images: Images, captions: list[str], size: int, data: Data, device: torch.device
     ) -> None:
-        self.captions, self.images, self.is_sized = captions, images, encoders.is_sized
+        self.captions, self.images, self.sizes_input = captions, images, encoders.family.sizes_input
         self.latents = ImageLatents(encoders, images, size, data, device)
         self.texts = open_texts(encoders, captions, data.cache_precision, device)
         identity = f"{self.latents.identity}, {self.texts.identity}, {captions}"
-        if self.is_sized:
+        if self.sizes_input:
             frames = images.frames(range(len(images)))
             identity += f", cut {hashlib.sha256(frames.numpy().data).hexdigest()}"
         self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
@@ -198,6 +191,6 @@ class Latents:
         """Read several examples as one batch."""
         condition = self.texts.embed([self.captions[i] for i in indices])
         empty = {name: value[0] for name, value in self.texts.embed([""]).items()}
-        if self.is_sized:
-            condition["time_ids"] = self.images.frames(indices)
+        if self.sizes_input:
+            condition[self.sizes_input] = self.images.frames(indices)
         return LatentBatch(self.latents.read(indices)["moments"], condition, empty)

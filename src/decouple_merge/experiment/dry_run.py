@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import Config
-from ..models.base import num_parameters
+from ..models.network import num_parameters
 from ..searching.levels import levels
 from .memory import describe_memory
 from .plan import check

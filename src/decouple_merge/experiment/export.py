@@ -7,7 +7,7 @@ from ..config import Merge
 from ..merging.card import model_card
 from ..merging.merger import Merger
 from ..merging.record import merge_record
-from ..models.base import export_pipeline
+from ..models.export import export_pipeline
 from ..models.lora import FILE, merge_factors
 from ..searching.trial import Level, Trial
 from ..storage.files import read_tensors, remove_leftovers, write_tensors

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from ..config import Config, Training
 from ..data.latents import DTYPES
-from ..models.base import empty_network, stored_dtype
+from ..models.base import stored_dtype
+from ..models.families import FAMILIES
+from ..models.family import read_index
 from ..models.lora import attach_lora, check_lora
+from ..models.network import empty_network
 from ..models.projection import attach_projections
 from ..storage.hub import pipeline_folder
 from ..storage.tensors import PICKLES, TensorFiles, num_bytes_of, weight_files
@@ -51,16 +54,16 @@ def estimate(config: Config) -> list[Stage]:
         OSError, SafetensorError, ValueError, KeyError: the base can't be read, or has no modules for the adapter.
     """
     folder = pipeline_folder(config.base)
-    network, settings = empty_network(folder), config.finetune
+    family, network, settings = FAMILIES[read_index(folder)["_class_name"]], empty_network(folder), config.finetune
     size = _num_bytes([*network.parameters(), *network.buffers()])
     num_elements = sum(p.numel() for p in network.parameters())
-    vae = {"VAE": _part_bytes(folder / "vae")}
-    texts = {path.name: _part_bytes(path) for path in sorted(folder.glob("text_encoder*"))}
+    vae = {"VAE": _part_bytes(folder / "vae") if family.is_latent else 0}
+    texts = {name: num for name in family.text_encoders if (num := _part_bytes(folder / name))}
     stages = [Stage("encoding texts", texts)] if texts else []
     stages += [Stage("encoding images", vae)] if vae["VAE"] else []
 
     with torch.device("meta"):
-        attach_projections(network, settings.projection.placement)
+        attach_projections(network, family, settings.projection.placement)
         if settings.lora is not None:
             check_lora(network, settings.lora)
             attach_lora(network, settings.lora, "memory")

@@ -9,6 +9,7 @@ from ..config import Config, Evaluate, Training
 from ..data.batches import Examples
 from ..data.captions import load_captions
 from ..data.images import Images
+from ..data.labels import LabelledImages
 from ..data.latents import Latents
 from ..data.prompts import load_prompts
 from ..data.sources import load_images
@@ -21,7 +22,7 @@ from ..models.base import Base, load_base
 from ..models.encoders import load_encoder, load_text_encoder
 from ..models.ensemble import load_expert
 from ..models.image_text import holds_image_text, load_image_text
-from ..models.parts import check_classes
+from ..models.parts import check_caption_dropout, texts_to_encode
 from ..sampling.checks import check_sample
 from ..sampling.sampler import Denoiser, Prompts, ensemble_denoiser, open_prompts
 from ..searching.checks import check_search
@@ -75,28 +76,38 @@ def check(config: Config, out: Path) -> Plan:
     if with_texts and (base.encoders is None or base.encoders.classes):
         raise ValueError(f"evaluate.metrics has {with_texts[0]}, but {config.base} reads no texts; take another metric")
     check_distance(config, config.finetune, base)
-    check_finetune(config.finetune, base.network, default_device())
+    check_finetune(config.finetune, base, default_device())
     check_search(config.search, base, len(ranges))
     check_owner(Run(out), config)
     images = load_images(config.data, base.channels, base.image_size)
     split(images, config.data)
+    return image_plan(config, out, base, tuple(ranges), images)
+
+
+def image_plan(config: Config, out: Path, base: Base, ranges: tuple[TimestepRange, ...], images: Images) -> Plan:
+    """Make a plan from what was opened, with the images' captions where the base is told something."""
     if base.encoders is None:
-        return Plan(config, Run(out), base, images, tuple(ranges), images, [])
+        return Plan(config, Run(out), base, images, ranges, images, [])
     captions = load_captions(images, config.data, base.encoders.classes)
-    return captioned_plan(config, out, base, tuple(ranges), images, captions)
+    return captioned_plan(config, out, base, ranges, images, captions)
 
 
 def captioned_plan(
     config: Config, out: Path, base: Base, ranges: tuple[TimestepRange, ...], images: Images, captions: list[str]
 ) -> Plan:
-    """Make the plan of a text-to-image base from what was opened."""
+    """Make the plan of a text-to-image or class-conditional base from what was opened."""
     assert base.encoders is not None
     # The data may be sorted, and a set of seeds asks for some of the captions only.
     order = torch.randperm(len(captions), generator=generator("prompts")).tolist()
     prompts = load_prompts(config.text) or [captions[i] for i in order]
-    check_classes(base.encoders, [*prompts, config.text.negative_prompt])
-    latents = Latents(base.encoders, images, captions, base.image_size, config.data, default_device())
-    return Plan(config, Run(out), base, latents, ranges, images, prompts)
+    texts_to_encode(base.encoders, prompts, config.text)
+    check_caption_dropout(base.encoders, config.data.caption_dropout)
+    examples: Examples = (
+        Latents(base.encoders, images, captions, base.image_size, config.data, default_device())
+        if base.family.is_latent
+        else LabelledImages(base.encoders, images, captions)
+    )
+    return Plan(config, Run(out), base, examples, ranges, images, prompts)
 
 
 def prepare(config: Config, out: Path) -> Plan:

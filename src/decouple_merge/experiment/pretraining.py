@@ -18,7 +18,8 @@ from ..diffusion.timesteps import TimestepRange, split_timesteps
 from ..evaluation.alignment import NUM_FEATURES, describe
 from ..evaluation.features import load_extractor
 from ..executors.devices import default_device
-from ..models.base import Base, create_base, export_pipeline, load_base, save_pipeline
+from ..models.base import Base, create_base, load_base
+from ..models.export import export_pipeline, save_pipeline
 from ..models.image_text import ImageTextModel
 from ..models.parts import create_vae, vae_downscale
 from ..models.text_encoders import create_text_encoder, create_tokenizer
@@ -31,7 +32,7 @@ from ..training.parts import train_image_text, train_vae
 from ..training.records import StepRecord
 from ..training.trainer import Task
 from .manifest import check_owner, claim, manifest
-from .plan import Plan, captioned_plan, check_distance
+from .plan import Plan, captioned_plan, check_distance, image_plan
 from .watch import train_watched
 
 
@@ -50,8 +51,9 @@ def _from_nothing(config: Config, settings: Pretrain, out: Path) -> Plan:
     _check(config, settings, base)
     images = load_images(config.data, base.channels, base.image_size)
     split(images, config.data)
-    claim(Run(out), config, manifest(config, base, images))
-    return Plan(config, Run(out), base, images, _ranges(settings, base), images, [])
+    plan = image_plan(config, out, base, _ranges(settings, base), images)
+    claim(plan.run, config, manifest(config, base, plan.images))
+    return plan
 
 
 def _text_from_nothing(config: Config, settings: Pretrain, out: Path) -> Generator[str, None, Plan]:

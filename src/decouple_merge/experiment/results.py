@@ -17,7 +17,7 @@ from ..evaluation.scores import metrics_record, score
 from ..executors.devices import default_device
 from ..executors.local import run_all
 from ..merging.arithmetic import Tensors
-from ..models.base import build_network, load_network, num_parameters
+from ..models.network import build_network, load_network, num_parameters
 from ..sampling.sampler import (
     Denoiser,
     denoiser,
@@ -65,7 +65,8 @@ def _weights_of(plan: Plan, model: str) -> Tensors:
 def denoiser_of(plan: Plan, model: str, device: torch.device) -> Denoiser:
     if model == "ensemble":
         return plan.ensemble(load_experts(plan), device)
-    return denoiser(sampling_copy(build_network(plan.base, _weights_of(plan, model)), plan.config.sample, device))
+    network = build_network(plan.base, _weights_of(plan, model))
+    return denoiser(plan.base, sampling_copy(network, plan.config.sample, device))
 
 
 def _seed_set(config: Config, index: int) -> range:

@@ -12,8 +12,8 @@ from ..evaluation.references import Reference
 from ..evaluation.scores import score
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
-from ..models.base import build_network
 from ..models.ensemble import TimestepEnsemble
+from ..models.network import build_network
 from ..sampling.sampler import denoiser, sample_images, sampling_copy
 from ..training.acceleration import main_process_first
 from ..training.loop import train
@@ -49,7 +49,7 @@ def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Cal
     def distance(weights: Tensors) -> float:
         trained = sampling_copy(build_network(base, weights), drawing, device)
         networks = [trained if r == own else others for r in ranges]
-        model = denoiser(TimestepEnsemble(networks, ranges, base.num_train_timesteps))
+        model = denoiser(base, TimestepEnsemble(networks, ranges, base.num_train_timesteps))
         seeds = config.distance_seeds[: settings.num_images]
         batches = sample_images(model, base, seeds, drawing, device, prompts=prompts)
         return score(batches, [settings.metric], [compared])[settings.metric]

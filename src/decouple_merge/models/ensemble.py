@@ -15,7 +15,8 @@ from ..merging.keys import check_same_keys, has_trunk
 from ..storage.files import read_tensors
 from ..storage.hub import pipeline_folder
 from ..storage.run_folder import Run
-from .base import Base, load_base, load_network, new_network
+from .base import Base, load_base
+from .network import load_network, new_network
 
 
 class TimestepEnsemble(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import Lora
 from ..seeds import stream_seed
+from .family import Family
 
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"
@@ -66,23 +67,24 @@ def without_lora(network: nn.Module) -> Iterator[None]:
             adapter.enable_adapters(True)
 
 
-def _prefix(network: nn.Module) -> str:
-    """Say what pipelines call the network."""
-    return "transformer" if hasattr(network, "transformer_blocks") else "unet"
+def _factors(network: nn.Module, parameters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield the name of each module with its factors A and B, of which B holds the scale."""
+    state = {**network.state_dict(), **parameters}
+    for name, adapter in _adapters(network).items():
+        down, up = (state[f"{name}.lora_{side}.{ADAPTER}.weight"] for side in "AB")
+        yield name, down, up * adapter.scaling[ADAPTER]
 
 
-def lora_factors(network: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def lora_factors(network: nn.Module, family: Family, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Name the factors as diffusers' ``load_lora_weights`` reads them; B holds the scale, so that there is no alpha.
 
     Args:
         parameters: values for its named parameters, for example their average.
     """
-    state, prefix = {**network.state_dict(), **parameters}, _prefix(network)
     factors = {}
-    for name, adapter in _adapters(network).items():
-        down, up = (state[f"{name}.lora_{side}.{ADAPTER}.weight"] for side in "AB")
-        factors[f"{prefix}.{name}.lora_A.weight"] = down.clone()
-        factors[f"{prefix}.{name}.lora_B.weight"] = up * adapter.scaling[ADAPTER]
+    for name, down, up in _factors(network, parameters):
+        factors[f"{family.component}.{name}.lora_A.weight"] = down.clone()
+        factors[f"{family.component}.{name}.lora_B.weight"] = up
     return factors
 
 
@@ -92,10 +94,8 @@ def unadapted_state_dict(network: nn.Module, parameters: dict[str, Tensor]) -> d
     Args:
         parameters: as of ``lora_factors``.
     """
-    factors = lora_factors(network, parameters)
     state = {k.replace(".base_layer.", "."): v for k, v in network.state_dict().items() if f".{ADAPTER}." not in k}
-    for name in _adapters(network):
-        down, up = (factors[f"{_prefix(network)}.{name}.lora_{side}.weight"] for side in "AB")
+    for name, down, up in _factors(network, parameters):
         weight = state[f"{name}.weight"]
         state[f"{name}.weight"] = weight + (up.flatten(1) @ down.flatten(1)).view_as(weight)
     return state

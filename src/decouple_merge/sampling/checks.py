@@ -1,7 +1,8 @@
 """What the section ``sample`` asks of a base, checked before anything is drawn."""
 
 from ..config import Sample
-from ..models.base import Base, make_scheduler
+from ..models.base import Base
+from ..models.schedulers import make_scheduler
 
 
 def check_sample(base: Base, settings: Sample, num_steps: int | None = None) -> None:

@@ -15,9 +15,12 @@ from ..data.images import to_pixels
 from ..data.latents import DTYPES, open_texts
 from ..diffusion.timesteps import TimestepRange
 from ..merging.arithmetic import Tensors
-from ..models.base import Base, build_network, cast_inputs, make_scheduler, predict
+from ..models.base import Base
 from ..models.ensemble import TimestepEnsemble
-from ..models.parts import Encoders, decode_latents, load_vae
+from ..models.family import Encoders
+from ..models.network import build_network, cast_inputs, predict
+from ..models.parts import load_vae, texts_to_encode
+from ..models.schedulers import make_scheduler
 
 # Maps noisy images, t and what the network takes besides to its prediction.
 Denoiser = Callable[..., Tensor]
@@ -31,10 +34,10 @@ def sampling_copy(network: nn.Module, settings: Sample, device: torch.device) ->
     return copied
 
 
-def denoiser(network: nn.Module) -> Denoiser:
-    """Wrap a network so that noisy images go in and its prediction comes out in float32."""
+def denoiser(base: Base, network: nn.Module) -> Denoiser:
+    """Wrap a network of the base's family so that noisy images go in and its prediction comes out in float32."""
     dtype = next(network.parameters()).dtype
-    return lambda x, t, **condition: predict(network, x.to(dtype), t, **cast_inputs(condition, dtype)).float()
+    return lambda x, t, **condition: predict(base, network, x.to(dtype), t, **cast_inputs(condition, dtype)).float()
 
 
 def ensemble_denoiser(
@@ -44,7 +47,7 @@ def ensemble_denoiser(
     held = experts[:1] if settings.one_resident else experts
     networks = [sampling_copy(build_network(base, e), settings, device) for e in held]
     kept = experts if settings.one_resident else None
-    return denoiser(TimestepEnsemble(networks, ranges, base.num_train_timesteps, kept))
+    return denoiser(base, TimestepEnsemble(networks, ranges, base.num_train_timesteps, kept))
 
 
 class Prompts:
@@ -72,8 +75,8 @@ class Prompts:
         self.prompts, self.settings, self.device, self.first_seed = list(prompts), settings, device, first_seed
         self.encoders = encoders
         wanted = self.prompts if seeds is None else self.choose(seeds)
-        self.texts = open_texts(encoders, [*wanted, settings.negative_prompt], precision, device)
-        self.vae = load_vae(encoders, device)
+        self.texts = open_texts(encoders, texts_to_encode(encoders, wanted, settings), precision, device)
+        self.vae = load_vae(encoders, device) if encoders.family.is_latent else None
         digest = hashlib.sha256(repr((self.prompts, settings.negative_prompt)).encode()).hexdigest()
         self.label = f"{len(prompts)} texts {digest[:16]}, guidance {settings.guidance_scale:g}"
 
@@ -91,10 +94,10 @@ class Prompts:
         scale = self.settings.guidance_scale
         negative = [self.settings.negative_prompt] * len(chosen) if scale > 1 else []
         condition = self.texts.embed([*negative, *chosen])
-        if self.encoders.is_sized:
+        if sizes := self.encoders.family.sizes_input:
             size = self.encoders.image_size
             # The stock pipeline's: an original of that size, not cut.
-            condition["time_ids"] = torch.tensor([[size, size, 0.0, 0.0, size, size]] * len(negative + chosen))
+            condition[sizes] = torch.tensor([[size, size, 0.0, 0.0, size, size]] * len(negative + chosen))
         condition = {name: value.to(self.device) for name, value in condition.items()}
         if not negative:
             return lambda x, t: model(x, t, **condition)
@@ -105,9 +108,9 @@ class Prompts:
 
         return guided
 
-    def decode(self, latents: Float[Tensor, "n z h w"]) -> Float[Tensor, "n c hi wi"]:
-        """Decode latents to images, about in [-1, 1]."""
-        return decode_latents(self.vae, latents)
+    def decode(self, x: Float[Tensor, "n z h w"]) -> Float[Tensor, "n c hi wi"]:
+        """Decode latents to images, about in [-1, 1]; images are left as they are."""
+        return x if self.vae is None else self.encoders.family.decode_latents(self.vae, x)
 
 
 def open_prompts(

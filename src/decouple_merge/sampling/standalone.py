@@ -12,7 +12,8 @@ from ..executors.devices import default_device
 from ..executors.local import run_all, shares
 from ..experiment.plan import check
 from ..experiment.results import denoiser_of, write_images
-from ..models.base import Base, load_base, load_network, new_network
+from ..models.base import Base, load_base
+from ..models.network import load_network, new_network
 from ..storage.tensors import PROJECTIONS_FILE
 from .sampler import Denoiser, Prompts, check_prompts, denoiser, sample_images, sampling_copy, seed_batches
 
@@ -46,7 +47,7 @@ def open_model(
         network.load_state_dict(load_network(Path(model)))
     else:
         network = base.network
-    return base, denoiser(sampling_copy(network, settings, device)), found
+    return base, denoiser(base, sampling_copy(network, settings, device)), found
 
 
 def _open_prompts(

@@ -5,7 +5,8 @@ from pathlib import Path
 from ..config import Search
 from ..merging.arithmetic import Tensors
 from ..merging.keys import check_same_keys
-from ..models.base import Base, load_network
+from ..models.base import Base
+from ..models.network import load_network
 
 
 def load_checkpoints(settings: Search, base: Base) -> list[Tensors]:

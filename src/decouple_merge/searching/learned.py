@@ -105,7 +105,7 @@ class DenoisingLoss:
         """Compute the loss on a batch, and its gradient in the weights, float64 on the CPU."""
         tensors, leaves = with_leaves(self.merge(weights))
         scale = self.timestep_weights[batch.t]
-        loss, found = loss_and_gradients(self.network, tensors, leaves, batch, scale, self.device)
+        loss, found = loss_and_gradients(self.base, self.network, tensors, leaves, batch, scale, self.device)
         gradients = dict(zip(leaves, found, strict=True))
         return loss, torch.stack([s.inner_products(gradients) for s in self.stacks])
 

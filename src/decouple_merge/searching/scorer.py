@@ -10,7 +10,8 @@ from ..evaluation.features import Extractor
 from ..evaluation.references import Reference
 from ..evaluation.scores import score
 from ..merging.merger import Merger
-from ..models.base import Base, build_network
+from ..models.base import Base
+from ..models.network import build_network
 from ..sampling.sampler import Denoiser, Prompts, denoiser, sample_images, sampling_copy
 from .strategies import Weights
 from .trial import Level, Score
@@ -43,7 +44,7 @@ class Scorer:
     def __call__(self, weights: Weights, level: Level) -> Score:
         """Merge by the weights and score the images of the level's seeds."""
         sha256 = self.merger.write(weights)
-        return Score(self.distance(denoiser(self.network), level), sha256)
+        return Score(self.distance(denoiser(self.base, self.network), level), sha256)
 
     def distance(self, model: Denoiser, level: Level) -> float:
         """Score any model as if it were a candidate."""
@@ -54,7 +55,7 @@ class Scorer:
     def seconds_per_step(self, seeds: range) -> float:
         """Estimate what a step of the sampler takes for one image, from one batch of two steps after one to warm up."""
         size = min(self.sample.batch_size, len(seeds))
-        x, model = torch.zeros(size, *self.base.shape, device=self.device), denoiser(self.network)
+        x, model = torch.zeros(size, *self.base.shape, device=self.device), denoiser(self.base, self.network)
         if self.prompts is not None:
             model = self.prompts.guide(model, seeds[:size])
         model(x, 0)

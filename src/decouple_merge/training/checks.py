@@ -3,9 +3,9 @@
 from importlib.util import find_spec
 
 import torch
-from torch import nn
 
 from ..config import Finetune, Training
+from ..models.base import Base
 from ..models.lora import check_lora
 from ..models.projection import check_placement
 
@@ -20,16 +20,16 @@ def check_training(settings: Training, device: torch.device) -> None:
     _check_optimizer(settings)
 
 
-def check_finetune(settings: Finetune, network: nn.Module, device: torch.device) -> None:
-    """Require that a network's experts can be trained on this machine.
+def check_finetune(settings: Finetune, base: Base, device: torch.device) -> None:
+    """Require that a base's experts can be trained on this machine.
 
     Raises:
         ValueError: as ``check_training``, or the network has no place for the projections or the adapters.
     """
     check_training(settings, device)
-    check_placement(network, settings.projection.placement)
+    check_placement(base.network, base.family, settings.projection.placement)
     if settings.lora is not None:
-        check_lora(network, settings.lora)
+        check_lora(base.network, settings.lora)
 
 
 def _check_precision(settings: Training, device: torch.device) -> None:

@@ -44,7 +44,7 @@ def fisher_information(
         batch = noisy_batch(base, images, own, generator(seed, "fisher", index))
         for i in torch.arange(len(batch.t)).split(1):
             one = NoisyBatch(batch.x_t[i], batch.t[i], batch.target[i], {k: v[i] for k, v in batch.condition.items()})
-            _, gradients = loss_and_gradients(network, tensors, leaves, one, scale, device)
+            _, gradients = loss_and_gradients(base, network, tensors, leaves, one, scale, device)
             torch._foreach_addcmul_(sums, gradients, gradients)
         num_samples += len(images)
     if num_samples == 0:

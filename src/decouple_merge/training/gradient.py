@@ -13,7 +13,8 @@ from ..diffusion.losses import add_noise, per_sample_mse, prediction_target
 from ..diffusion.timesteps import TimestepRange, draw_timesteps
 from ..merging.arithmetic import Tensors
 from ..merging.keys import has_trunk
-from ..models.base import Base, cast_inputs, predict
+from ..models.base import Base
+from ..models.network import cast_inputs, predict
 from ..models.projection import attach_projections
 
 
@@ -45,7 +46,7 @@ def dtype_of(base: Base) -> torch.dtype:
 def frozen_copy(base: Base, experts: list[Tensors], device: torch.device) -> nn.Module:
     """Copy the base's network for calls with other tensors, with trunk projections where an expert has some."""
     network = copy.deepcopy(base.network).requires_grad_(False).eval()
-    attach_projections(network, "trunk" if any(map(has_trunk, experts)) else "none")
+    attach_projections(network, base.family, "trunk" if any(map(has_trunk, experts)) else "none")
     return network.to(device)
 
 
@@ -57,11 +58,17 @@ def with_leaves(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 @torch.enable_grad()
 def loss_and_gradients(
-    network: nn.Module, tensors: Tensors, leaves: Tensors, batch: NoisyBatch, scale: Tensor, device: torch.device
+    base: Base,
+    network: nn.Module,
+    tensors: Tensors,
+    leaves: Tensors,
+    batch: NoisyBatch,
+    scale: Tensor,
+    device: torch.device,
 ) -> tuple[float, tuple[Tensor, ...]]:
     """Compute the mean of scale·‖target - f(x_t, t)‖², with tensors as the weights of f, and its gradient in leaves."""
     x_t, t, target = batch.x_t.to(device), batch.t.to(device), batch.target.to(device)
     condition = {name: value.to(device) for name, value in batch.condition.items()}
-    output = predict(lambda *args, **kwargs: functional_call(network, tensors, args, kwargs), x_t, t, **condition)
+    output = predict(base, lambda *args, **kwargs: functional_call(network, tensors, args, kwargs), x_t, t, **condition)
     loss = (scale.to(device) * per_sample_mse(output, target)).mean()
     return loss.item(), torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)

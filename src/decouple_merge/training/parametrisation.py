@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Finetune, Lora, Projection, Training
-from ..models.base import Base, new_network
+from ..models.base import Base
 from ..models.lora import attach_lora, lora_factors, unadapted_state_dict, without_lora
+from ..models.network import new_network
 from ..models.projection import folded_state_dict, projection_parameters
 
 Tensors = dict[str, Tensor]
@@ -42,7 +43,7 @@ class AllWeights:
         """Compute the weights under the base's keys, with other values of the trained parameters."""
         return folded_state_dict(network, parameters)
 
-    def adapter(self, network: nn.Module, parameters: Tensors) -> Tensors:
+    def adapter(self, base: Base, network: nn.Module, parameters: Tensors) -> Tensors:
         """Name the factors of the adapter: there is none."""
         return {}
 
@@ -83,9 +84,9 @@ class LowRank:
         """Compute the weights under the base's keys, with other values of the trained parameters."""
         return unadapted_state_dict(network, parameters)
 
-    def adapter(self, network: nn.Module, parameters: Tensors) -> Tensors:
+    def adapter(self, base: Base, network: nn.Module, parameters: Tensors) -> Tensors:
         """Name the factors as diffusers loads them, with other values of the trained parameters."""
-        return lora_factors(network, parameters)
+        return lora_factors(network, base.family, parameters)
 
 
 Parametrisation = AllWeights | LowRank

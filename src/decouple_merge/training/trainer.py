@@ -14,7 +14,8 @@ from ..config import Finetune, Training
 from ..data.batches import Batch, model_input
 from ..diffusion.losses import add_noise, finetune_loss, prediction_target
 from ..diffusion.timesteps import TimestepRange, draw_timesteps
-from ..models.base import Base, predict
+from ..models.base import Base
+from ..models.network import predict
 from ..seeds import generator, stream_seed
 from .acceleration import start_accelerator
 from .compilation import check_compiled
@@ -123,8 +124,8 @@ class Trainer:
             teacher_output = None
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher_output = predict(self.teacher, x_t, t, **condition)
-            output = predict(self.wrapped, x_t, t, **condition)
+                    teacher_output = predict(base, self.teacher, x_t, t, **condition)
+            output = predict(base, self.wrapped, x_t, t, **condition)
         return finetune_loss(output, target, teacher_output, self.consistency_weight)
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
@@ -162,7 +163,7 @@ class Trainer:
 
     def adapter(self) -> dict[str, Tensor]:
         """Name the averaged factors as diffusers loads them; empty where no adapter is trained."""
-        return self.parametrisation.adapter(self.network, self._named(self.ema.values))
+        return self.parametrisation.adapter(self.base, self.network, self._named(self.ema.values))
 
     def _tensors(self) -> dict[str, Tensor]:
         network = {f"network.{name}": p for name, p in self._named(self.parameters).items()}

@@ -6,7 +6,8 @@ from torch import nn
 from ..data.batches import Batch, model_input
 from ..diffusion.losses import add_noise, per_sample_mse, prediction_target
 from ..diffusion.timesteps import TimestepRange
-from ..models.base import Base, predict
+from ..models.base import Base
+from ..models.network import predict
 from ..seeds import generator
 
 
@@ -37,7 +38,7 @@ def validation_losses(
         total = 0.0
         for batch in torch.arange(len(x0)).split(batch_size):
             other = {name: value[batch].to(device) for name, value in condition.items()}
-            output = predict(network, x_t[batch].to(device), t[batch].to(device), **other)
+            output = predict(base, network, x_t[batch].to(device), t[batch].to(device), **other)
             total += float(per_sample_mse(output, target[batch].to(device)).double().sum())
         losses.append(total / len(x0))
     return losses

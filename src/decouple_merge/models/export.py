@@ -1,0 +1,58 @@
+"""Pipelines written to folders: a base's with other weights, or one that was made here."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..storage.files import atomic_path
+from ..storage.tensors import PROJECTIONS_FILE
+from .base import Base
+from .network import new_network
+
+
+def save_pipeline(base: Base, folder: Path) -> None:
+    """Write a base that was made here, with all of its parts."""
+    with atomic_path(folder) as temporary:
+        base.pipeline.save_pretrained(temporary)
+
+
+def export_pipeline(
+    base: Base, weights: dict[str, Tensor], folder: Path, card: str | None, record: dict[str, Any] | None
+) -> None:
+    """Write the base's pipeline with other weights, and where given a model card and merge.json.
+
+    The folder appears whole or not at all. A latent pipeline's other parts are copied as they are. Trunk
+    projections among the weights go to ``projections.safetensors`` beside the network, which stock diffusers doesn't
+    read.
+    """
+    stock = base.network.state_dict()
+    component = base.family.component
+    extra = {k: v for k, v in weights.items() if k not in stock}
+    # A copy: the caller's base stays what it was.
+    network: Any = new_network(base)
+    network.load_state_dict({k: weights[k] for k in stock})
+    network.to(base.dtype)
+    # Where it was loaded from says nothing of what it is now.
+    network.register_to_config(_name_or_path="")
+    with atomic_path(folder) as temporary:
+        if base.family.is_latent and base.encoders is not None:
+            _copy_encoders(base.encoders.folder, temporary, component)
+            network.save_pretrained(temporary / component)
+        else:
+            type(base.pipeline)(**{**base.pipeline.components, component: network}).save_pretrained(temporary)
+        if extra:
+            save_file(extra, temporary / PROJECTIONS_FILE)
+        if record is not None:
+            (temporary / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
+        if card is not None:
+            (temporary / "README.md").write_text(card)
+
+
+def _copy_encoders(pipeline: Path, folder: Path, component: str) -> None:
+    # Loaded and saved again, parts in half precision would come out twice as large.
+    own = {component, PROJECTIONS_FILE}
+    shutil.copytree(pipeline, folder, ignore=lambda at, names: own & set(names) if Path(at) == pipeline else set())

@@ -1,0 +1,69 @@
+"""UNet2DModel on pixels, alone or told a class: DDPMPipeline, DDIMPipeline, PNDMPipeline."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from ..family import Encoders, Family
+from ..unet_blocks import unet_channels, unet_output_layers
+
+
+class UNet(Family):
+    """A UNet2DModel and a scheduler.
+
+    One with ``num_class_embeds`` is told a class; the captions of its data are its classes' numbers. It has no null
+    class, so that there is no guidance and no caption is dropped. No pipeline of diffusers draws with it: where it is
+    exported its UNet2DModel takes ``class_labels``.
+    """
+
+    pipelines = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+    network = UNet2DModel
+    component = "unet"
+
+    def find_encoders(self, name: str, folder: Path, network: Any) -> Encoders | None:
+        config = network.config
+        if config.class_embed_type is not None:
+            raise ValueError(
+                f"base {name!r}: its unet has class_embed_type {config.class_embed_type!r}, expected none: classes are "
+                "numbers below num_class_embeds"
+            )
+        if config.num_class_embeds is None:
+            return None
+        channels, _, side = self.shape(network)
+        classes = {str(i): i for i in range(config.num_class_embeds)}
+        return Encoders(self, folder, channels, side, classes=classes)
+
+    def output_layers(self, network: Any) -> dict[str, Any]:
+        return unet_output_layers(network)
+
+    def trunk_channels(self, network: Any) -> dict[str, int]:
+        return unet_channels(network)
+
+    def save_tiny(self, folder: Path) -> Path:
+        pipeline: Any = DDPMPipeline(tiny_unet(), DDPMScheduler(num_train_timesteps=40))
+        pipeline.save_pretrained(folder)
+        return folder
+
+
+def create_pipeline(model: dict[str, Any], scheduler: dict[str, Any]) -> Any:
+    """Make an untrained UNet2DModel in a DDPMPipeline from diffusers' own arguments."""
+    return DDPMPipeline(UNet2DModel(**model), DDPMScheduler(**scheduler))
+
+
+def tiny_unet(**changes: Any) -> UNet2DModel:
+    """Build a UNet2DModel of a few thousand parameters, 8×8 grey unless told otherwise."""
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+    }
+    return UNet2DModel(**(arguments | changes))

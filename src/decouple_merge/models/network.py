@@ -1,0 +1,74 @@
+"""Networks of a base: new ones, with weights, and what they say of noisy images."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..merging.keys import has_trunk
+from ..storage.tensors import DENOISERS, TensorFiles, model_files
+from .base import Base
+from .projection import attach_projections
+
+
+def predict(
+    base: Base, network: Any, x: Float[Tensor, "batch c h w"], t: Any, **condition: Tensor
+) -> Float[Tensor, "batch c h w"]:
+    """Run a denoiser of the base's family once on noisy images at timesteps t (a number, or one for each image).
+
+    Args:
+        network: the base's, or one that is called as it is.
+        condition: the network's other inputs by their names in diffusers, each [batch, ...].
+    """
+    # Transformers take a timestep for each image, U-Nets that and a single one.
+    each = torch.as_tensor(t, device=x.device).expand(len(x))
+    return base.family.predict(network, x, each, condition)
+
+
+def cast_inputs(condition: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Put the network's other inputs in its dtype; classes stay numbers."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
+
+
+def num_parameters(network: nn.Module) -> int:
+    """Count the elements of all parameters."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def empty_network(folder: Path) -> nn.Module:
+    """Build the denoiser of a pipeline's folder from its config alone, on the meta device: shapes without memory."""
+    at = next((folder / name for name in DENOISERS if (folder / name).is_dir()), folder)
+    config = json.loads((at / "config.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def new_network(base: Base, projection: str = "none") -> nn.Module:
+    """Copy the base's network, on the CPU, with projections at the identity where asked."""
+    with torch.random.fork_rng(devices=[]):
+        network = type(base.network).from_config(base.network.config)
+    network.load_state_dict(base.network.state_dict())
+    base.family.prepare(network)
+    attach_projections(network, base.family, projection)
+    return network
+
+
+def build_network(base: Base, weights: dict[str, Tensor]) -> nn.Module:
+    """Build the network that holds some weights, trunk projections included."""
+    network = new_network(base, "trunk" if has_trunk(weights) else "none")
+    network.load_state_dict(weights)
+    return network
+
+
+def load_network(path: Path) -> dict[str, Tensor]:
+    """Read a network's weights: a ``.safetensors`` file, an expert folder, or a pipeline folder with its projections.
+
+    Raises:
+        ValueError: there are no safetensors weights at the path, or they are damaged.
+    """
+    files = TensorFiles(model_files(path))
+    return {key: files[key] for key in files.entries}
