@@ -25,7 +25,7 @@ from decouple_merge.data.sources import load_images
 from decouple_merge.data.split import split
 from decouple_merge.evaluation.alignment import NUM_FEATURES, describe
 from decouple_merge.evaluation.distances import clip_score, r_precision
-from decouple_merge.evaluation.features import load_extractor
+from decouple_merge.evaluation.extractors import load_extractor
 from decouple_merge.models.image_text import ImageTextModel, load_image_text, save_image_text
 from decouple_merge.models.text_encoders import create_text_encoder, create_tokenizer
 from decouple_merge.training.parts import train_image_text

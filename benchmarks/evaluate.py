@@ -38,19 +38,21 @@ if torch.version.cuda is None:
     for operator in ("nms", "qnms"):
         TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+from decouple_merge.config import Protocol
 from decouple_merge.evaluation.distances import (
     FeatureStats,
+    Moments,
     frechet_distance,
     inception_score,
     kernel_distance,
     matrix_root,
 )
-from decouple_merge.evaluation.features import Extractor, load_extractor
+from decouple_merge.evaluation.evaluate import evaluate_model
+from decouple_merge.evaluation.extractors import Extractor, load_extractor
 from decouple_merge.evaluation.inception import resize_tensorflow1
 from decouple_merge.evaluation.neighbours import density_coverage, precision_recall
-from decouple_merge.evaluation.references import Moments, Reference
-from decouple_merge.evaluation.scores import score
-from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.evaluation.references import Reference
+from decouple_merge.evaluation.score import score
 from decouple_merge.executors.devices import default_device
 from decouple_merge.storage.provenance import git_commit
 from interleaved import interleaved, ratios
@@ -214,7 +216,7 @@ def compare_whole(args: argparse.Namespace) -> bool:
             with tempfile.TemporaryDirectory() as cache:
                 os.environ["DEME_CACHE"] = cache
                 paths = str(folder / "images"), str(folder / "reference")
-                events = list(evaluate_model(*paths, ["fid"], inception_weights=args.weights))
+                events = list(evaluate_model(*paths, Protocol(metrics=["fid"], inception_weights=args.weights)))
             values["ours"].append(events[-1]["value"])  # type: ignore[index]
 
         def fidelity() -> None:

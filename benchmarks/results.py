@@ -4,7 +4,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from decouple_merge.evaluation.compare import FIELDS
+from decouple_merge.evaluation.records import COMPARED_FIELDS
 from decouple_merge.storage.files import read_records
 from decouple_merge.storage.run_folder import Run
 
@@ -17,7 +17,7 @@ def main() -> None:
     records = [r for found in runs.values() for r in found]
     for metric in dict.fromkeys(r["metric"] for r in records):
         same = [r for r in records if r["metric"] == metric]
-        for key in FIELDS:
+        for key in COMPARED_FIELDS:
             if len({str(r.get(key)) for r in same}) > 1:
                 raise SystemExit(f"{metric}: the runs differ in {key}: {sorted({str(r.get(key)) for r in same})}")
         print(f"\n{metric}: {same[0]['sampler']} {same[0]['num_steps']}, {same[0]['num_images']} images a seed set\n")

@@ -20,7 +20,7 @@ from decouple_merge.cli import main as cli
 from decouple_merge.config import Config, Data, dump_config
 from decouple_merge.data.decoding import decode
 from decouple_merge.data.sources import load_images, open_images
-from decouple_merge.evaluation.features import Extractor
+from decouple_merge.evaluation.extractors import Extractor
 from decouple_merge.evaluation.references import read_statistics
 from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.models import base as models

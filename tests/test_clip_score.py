@@ -13,13 +13,15 @@ from torchmetrics.functional.multimodal import clip_score as theirs
 from transformers import AutoTokenizer, CLIPModel
 
 from conftest import WORDS, save_clip
-from decouple_merge.config import Sample, Search, Text, validate
+from decouple_merge.config import Protocol, Sample, Stats, Text
 from decouple_merge.evaluation.compare import compare
 from decouple_merge.evaluation.distances import clip_score
-from decouple_merge.evaluation.features import load_extractor
-from decouple_merge.evaluation.scoring import evaluate_model, write_reference
+from decouple_merge.evaluation.evaluate import evaluate_model
+from decouple_merge.evaluation.extractors import load_extractor
+from decouple_merge.evaluation.metrics import check_is_distance
+from decouple_merge.evaluation.references import write_reference
 from decouple_merge.models.encoders import ENCODERS, load_encoder, load_text_encoder
-from decouple_merge.sampling.standalone import sample_model
+from decouple_merge.sampling.folder import sample_model
 
 CPU = torch.device("cpu")
 
@@ -65,8 +67,11 @@ def torchmetrics_score(folder: Path, images: Tensor, texts: list[str], side: int
     return sum(pairs) / len(pairs)
 
 
-def records(*arguments: Any, **options: Any) -> list[dict[str, Any]]:
-    return [e for e in evaluate_model(*arguments, **options) if isinstance(e, dict)]
+def records(
+    model: Any, reference: Any, metrics: list[str], out: Path | None = None, name: str | None = None, **settings: Any
+) -> list[dict[str, Any]]:
+    events = evaluate_model(model, reference, Protocol(metrics=metrics, **settings), out, name)
+    return [e for e in events if isinstance(e, dict)]
 
 
 def write_prompts(path: Path, prompts: list[str] = WORDS) -> Text:
@@ -75,7 +80,7 @@ def write_prompts(path: Path, prompts: list[str] = WORDS) -> Text:
 
 
 def score_of(source: Any, clip: Path, text: Text | None = None, **options: Any) -> dict[str, Any]:
-    (record,) = records(source, None, ["clip_score"], encoders={"clip": str(clip)}, text=text, **options)
+    (record,) = records(source, None, ["clip_score"], clip=str(clip), text=text or Text(), **options)
     return record
 
 
@@ -127,7 +132,7 @@ def test_cmmd_and_the_score_come_from_one_pass(clip: Path, tmp_path: Path) -> No
             drawn.append(len(batch))
             yield batch
 
-    text, options = write_prompts(tmp_path / "prompts.txt"), {"encoders": {"clip": str(clip)}}
+    text, options = write_prompts(tmp_path / "prompts.txt"), {"clip": str(clip)}
     both = records(batches(), [draw_images(9, 24)], ["clip_score", "cmmd"], text=text, **options)
     assert drawn == [4, 2]
     alone = [
@@ -141,7 +146,7 @@ def test_cmmd_and_the_score_come_from_one_pass(clip: Path, tmp_path: Path) -> No
 def test_a_model_is_scored_with_the_prompt_of_each_seed(clip: Path, tiny_text_base: Path, tmp_path: Path) -> None:
     text = write_prompts(tmp_path / "prompts.txt", WORDS[:4])
     settings = Sample(num_steps=2, batch_size=4)
-    record = score_of(str(tiny_text_base), clip, text, num_images=6, seed=7, settings=settings)
+    record = score_of(str(tiny_text_base), clip, text, num_images=6, seed=7, sample=settings)
     sample_model(str(tiny_text_base), tmp_path / "images", 6, 7, 2, "DDIM", text, 4)
     images = [torch.from_numpy(np.asarray(Image.open(tmp_path / "images" / f"{7 + i}.png")).copy()) for i in range(6)]
     texts = [WORDS[i % 4] for i in range(6)]
@@ -168,7 +173,7 @@ def test_numbered_images_of_which_one_is_missing_are_refused(clip: Path, tmp_pat
         folder = shutil.copytree(tmp_path / "images", tmp_path / f"without-{missing}")
         (folder / missing).unlink()
         with pytest.raises(
-            ValueError, match=rf"11 images numbered {found}, expected every number from 0 to 10: .* as --seed"
+            ValueError, match=rf"11 images numbered {found}, expected every number from 0 to 10: .* as --set seed="
         ):
             score_of(str(folder), clip, text)
 
@@ -199,27 +204,26 @@ def test_scores_of_unlike_prompts_or_networks_are_not_compared(clip: Path, tmp_p
 def test_what_can_have_no_score_is_refused(clip: Path, tiny_base: Path, tiny_images: Path, tmp_path: Path) -> None:
     images = [draw_images(4)]
     with pytest.raises(
-        ValueError, match=r"needs a clip model: .* --clip, or as evaluate.clip of a config, such as laion/CLIP"
+        ValueError,
+        match=r"needs a clip model: set evaluate.clip of a config, or deme .* --set clip=…, to .*, such as laion/CLIP",
     ):
         records(images, None, ["clip_score"])
     with pytest.raises(ValueError, match="clip_score needs the texts that the images of images show: give --prompts"):
         score_of(images, clip)
     with pytest.raises(ValueError, match=r"clip_score needs the texts that the images of .*base show"):
-        score_of(str(tiny_base), clip, settings=Sample(num_steps=2))
+        score_of(str(tiny_base), clip, sample=Sample(num_steps=2))
     with pytest.raises(ValueError, match=r"images.npz' has no captions"):
         score_of(str(tiny_images), clip)
     with pytest.raises(ValueError, match="clip_score compares images with texts, for which there are no statistics"):
-        write_reference("x", tmp_path / "a.npz", "clip_score", None, {"clip": str(clip)})
+        write_reference("x", tmp_path / "a.npz", "clip_score", Stats(clip=str(clip)))
     with pytest.raises(ValueError, match="expected a distance, which is smaller for better images"):
-        validate(Search, {"metric": "clip_score"}, "search")
+        check_is_distance("clip_score", "search.metric")
 
 
 def test_a_clip_without_its_text_part_or_tokenizer_is_refused(clip: Path, tmp_path: Path) -> None:
     load_encoder("clip", str(clip)).network.save_pretrained(tmp_path / "vision")
-    with pytest.raises(ValueError, match=r"--clip .*vision: can't be loaded \(it is a clip_vision_model\); expected a"):
+    with pytest.raises(ValueError, match=r"clip .*vision: can't be loaded \(it is a clip_vision_model\); expected a"):
         load_extractor("clip_text", CPU, str(tmp_path / "vision"))
     CLIPModel.from_pretrained(clip).save_pretrained(tmp_path / "bare")
-    with pytest.raises(
-        ValueError, match=r"--clip .*bare: its tokenizer has a vocabulary of \d, its text part reads 54"
-    ):
+    with pytest.raises(ValueError, match=r"clip .*bare: its tokenizer has a vocabulary of \d, its text part reads 54"):
         load_extractor("clip_text", CPU, str(tmp_path / "bare"))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from decouple_merge.evaluation.compare import FIELDS, compare
+from decouple_merge.evaluation.compare import compare
+from decouple_merge.evaluation.records import COMPARED_FIELDS
 
 COMMON = {
     "num_images": 100,
@@ -76,7 +77,7 @@ def test_the_last_record_of_the_same_seeds_counts(tmp_path: Path) -> None:
     assert next(compare(a, b)).paired == [-1]
 
 
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("field", COMPARED_FIELDS)
 @pytest.mark.parametrize("side", ["between", "within"])
 def test_records_that_are_not_comparable_are_refused_by_the_field(field: str, side: str, tmp_path: Path) -> None:
     odd = record("b", 9, 100, **{field: "other"})

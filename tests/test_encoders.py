@@ -20,8 +20,9 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
-from decouple_merge.evaluation.features import load_extractor
-from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.config import Protocol
+from decouple_merge.evaluation.evaluate import evaluate_model
+from decouple_merge.evaluation.extractors import load_extractor
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.experiment.results import _evaluate_model
 from decouple_merge.models.encoders import ENCODERS, load_encoder, resize_pillow, resize_plain
@@ -117,7 +118,7 @@ def test_grey_is_repeated_and_the_batch_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_model_of_another_family_is_refused(tmp_path: Path) -> None:
     save_model("dinov2", tmp_path)
-    with pytest.raises(ValueError, match=r"--clip .*: can't be loaded \(it is a dinov2\); expected a clip or"):
+    with pytest.raises(ValueError, match=r"clip .*: can't be loaded \(it is a dinov2\); expected a clip or"):
         load_encoder("clip", str(tmp_path))
 
 
@@ -156,8 +157,7 @@ def test_a_run_measures_on_the_models_its_config_names_what_the_verb_does(
     plan = prepare(tiny_config(evaluate={"metrics": metrics, **given}, search={"metric": "cmmd"}), tmp_path / "run")
     config = plan.config
     found = list(_evaluate_model(plan, "pretrained", range(10), metrics))
-    events = evaluate_model(
-        config.base, config.data.source, metrics, 10, encoders=given, settings=config.sample, name="pretrained"
-    )
+    settings = Protocol(metrics=metrics, num_images=10, sample=config.sample, **given)
+    events = evaluate_model(config.base, config.data.source, settings, name="pretrained")
     assert [r | {"time": ""} for r in found] == [r | {"time": ""} for r in events if isinstance(r, dict)]
     assert [r["extractor"].split(":")[0] for r in found] == ["dinov2", "clip"]

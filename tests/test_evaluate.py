@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from decouple_merge.config import Stats
 from decouple_merge.data.images import ArrayImages
-from decouple_merge.evaluation import scores as evaluate
+from decouple_merge.evaluation import metrics
 from decouple_merge.evaluation.distances import (
     FeatureStats,
     frechet_distance,
@@ -20,12 +21,14 @@ from decouple_merge.evaluation.distances import (
     inception_score,
     kernel_distance,
 )
-from decouple_merge.evaluation.features import MEASURED, METRICS, Extractor, check_metrics
+from decouple_merge.evaluation.extractors import EXTRACTORS, Extractor
+from decouple_merge.evaluation.metrics import METRICS, check_is_distance, check_metrics
 from decouple_merge.evaluation.neighbours import density_coverage, precision_recall
-from decouple_merge.evaluation.references import make_reference, read_statistics, write_statistics
-from decouple_merge.evaluation.scores import metrics_record, score
+from decouple_merge.evaluation.records import make_record
+from decouple_merge.evaluation.references import make_reference, names_of, read_statistics, write_statistics
+from decouple_merge.evaluation.score import score
 
-ALL = [m for m in METRICS if METRICS[m] == "inception"]
+ALL = [m for m in METRICS if METRICS[m].extractor == "inception"]
 
 
 def features_of(images: Tensor) -> dict[str, Tensor]:
@@ -181,7 +184,7 @@ def test_the_inception_score_needs_no_reference_and_its_record_names_none() -> N
     found = score(iter([GENERATED]), ["inception_score"], [(extractor(), None)])
     assert found == scored(["inception_score"])
     reference = make_reference("real", ArrayImages(REAL.numpy()), extractor())
-    record = metrics_record("m", "inception_score", 1.0, 200, None, (extractor(), reference), {}, None)
+    record = make_record("m", "inception_score", 1.0, 200, None, names_of("inception_score", (extractor(), reference)))
     assert record["reference"] is None
     with pytest.raises(ValueError, match="fid needs a reference to compare with: give --reference"):
         score(iter([GENERATED]), ["fid"], [(extractor(), None)])
@@ -247,7 +250,7 @@ def test_neighbours_are_computed_once_for_both_of_their_numbers(monkeypatch: pyt
         calls.append(len(real))
         return 0.25, 0.75
 
-    monkeypatch.setattr(evaluate, "precision_recall", counting)
+    monkeypatch.setattr(metrics, "precision_recall", counting)
     assert scored(["recall_inception", "precision_inception"]) == {
         "precision_inception": 0.25,
         "recall_inception": 0.75,
@@ -257,10 +260,40 @@ def test_neighbours_are_computed_once_for_both_of_their_numbers(monkeypatch: pyt
 
 def test_metrics_without_their_weights_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"'fd_dinov2' needs a dinov2 model: .* --dinov2, or .*, such as facebook/dinov2-large"
+        ValueError, match=r"'fd_dinov2' needs a dinov2 model: .* --set dinov2=…, to .*, such as facebook/dinov2-large"
     ):
-        check_metrics(["fd_dinov2"], None, {"clip": "somewhere"})
+        check_metrics(["fd_dinov2"], Stats(clip="somewhere"))
     with pytest.raises(ValueError, match="'cmmd' needs a clip model"):
-        check_metrics(["cmmd"], None)
-    check_metrics(["cmmd", "kd_dinov2"], None, {"clip": "a", "dinov2": "b"})
-    assert {m.extractor for m in MEASURED.values()} == {"effnetlite0", "inception", "dinov2", "clip", "clip_text"}
+        check_metrics(["cmmd"], Stats())
+    check_metrics(["cmmd", "kd_dinov2"], Stats(clip="a", dinov2="b"))
+    assert {m.extractor for m in METRICS.values()} == EXTRACTORS.keys()
+
+
+@pytest.mark.parametrize("metric", [m for m in METRICS if METRICS[m].extractor in ("inception", "clip")])
+def test_the_least_number_of_images_is_what_the_formula_takes(metric: str) -> None:
+    """One image fewer is refused by name, and with so many on either side there is a finite number."""
+    record = METRICS[metric]
+    network = Extractor(record.extractor, "0" * 64, {"features": 5, "spatial": 7}, features_of)
+    reference = make_reference("real", ArrayImages(REAL[: record.min_reference_images].numpy()), network)
+    found = score(iter([GENERATED[: record.min_images]]), [metric], [(network, reference)])
+    assert np.isfinite(found[metric])
+    few = GENERATED[: record.min_images - 1]
+    message = rf"found {len(few)} image\(s\) to score, expected at least {record.min_images} for {metric}"
+    with pytest.raises(ValueError, match=message):
+        score(iter([few]), [metric], [(network, reference)])
+
+
+def test_a_reference_of_too_few_images_is_refused() -> None:
+    reference = make_reference("real", ArrayImages(REAL[:5].numpy()), extractor())
+    score(iter([GENERATED]), ["precision_inception"], [(extractor(), reference)])
+    with pytest.raises(ValueError, match=r"real:.*: found 5 image\(s\), expected at least 6 for density_inception"):
+        score(iter([GENERATED]), ["density_inception"], [(extractor(), reference)])
+
+
+def test_only_distances_fall_when_images_get_better() -> None:
+    assert {m for m in METRICS if METRICS[m].is_distance} == {
+        m for m in METRICS if m.startswith(("fd_", "kd_", "fid", "kid", "sfid", "cmmd"))
+    }
+    check_is_distance("kid", "search.metric")
+    with pytest.raises(ValueError, match=r"search.metric is 'recall_clip', expected a distance, which is smaller for"):
+        check_is_distance("recall_clip", "search.metric")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from decouple_merge.evaluation.features import load_extractor
+from decouple_merge.evaluation.extractors import load_extractor
 from decouple_merge.evaluation.inception import OUTPUTS, InceptionFeatures, resize_tensorflow1
 
 # Block, then its convolutions: name, channels out, channels in, kernel height and width.

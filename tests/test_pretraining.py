@@ -12,16 +12,16 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from conftest import WORDS, stock_images
-from decouple_merge.config import Config, Data, Evaluate, PartTraining, Text
+from decouple_merge.config import Config, Data, Evaluate, PartTraining, Protocol, Text
 from decouple_merge.data.latents import Latents
 from decouple_merge.data.sources import load_images
 from decouple_merge.data.split import split
 from decouple_merge.evaluation.alignment import NUM_FEATURES, describe
+from decouple_merge.evaluation.checks import check_extractors
 from decouple_merge.evaluation.distances import clip_score, r_precision
-from decouple_merge.evaluation.features import load_extractor
-from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.evaluation.evaluate import evaluate_model
+from decouple_merge.evaluation.extractors import load_extractor
 from decouple_merge.experiment import pretraining
-from decouple_merge.experiment.plan import check_extractors
 from decouple_merge.models.base import load_base
 from decouple_merge.models.image_text import ImageTextModel, load_image_text, save_image_text
 from decouple_merge.models.text_encoders import create_text_encoder, create_tokenizer, learn_byte_pairs
@@ -193,8 +193,8 @@ def test_an_image_text_model_is_a_clip_for_the_scores(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(WORDS))
     images = torch.randint(256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     metrics = ["clip_score", "r_precision"]
-    settings = {"encoders": {"clip": str(tmp_path / "judge")}, "text": Text(prompts=tmp_path / "prompts.txt")}
-    records = [e for e in evaluate_model([images], None, metrics, **settings) if isinstance(e, dict)]
+    settings = Protocol(metrics=metrics, clip=str(tmp_path / "judge"), text=Text(prompts=tmp_path / "prompts.txt"))
+    records = [e for e in evaluate_model([images], None, settings) if isinstance(e, dict)]
     effnet = load_extractor("effnetlite0", torch.device("cpu"))
     pairs = judge.embed_images(describe(images, effnet.extract)), judge.embed_texts(WORDS)
     assert [r["metric"] for r in records] == metrics

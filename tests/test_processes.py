@@ -7,19 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from decouple_merge.config import Sample, Text
-from decouple_merge.evaluation import scoring
-from decouple_merge.evaluation.features import Extractor
-from decouple_merge.evaluation.scoring import evaluate_model
-from decouple_merge.sampling import standalone
-from decouple_merge.sampling.standalone import sample_model
+from decouple_merge.config import Protocol, Sample, Text
+from decouple_merge.evaluation import evaluate
+from decouple_merge.evaluation.evaluate import evaluate_model
+from decouple_merge.evaluation.extractors import Extractor
+from decouple_merge.sampling import folder
+from decouple_merge.sampling.folder import sample_model
 from test_evaluate import features_of
 
 METRICS = ["fd_effnetlite0", "kd_effnetlite0"]
 
 
-def records(*arguments: Any, **settings: Any) -> list[dict[str, Any]]:
-    found = [r for r in evaluate_model(*arguments, **settings) if isinstance(r, dict)]
+def records(model: str, reference: str, **settings: Any) -> list[dict[str, Any]]:
+    events = evaluate_model(model, reference, Protocol(metrics=METRICS, **settings))
+    found = [r for r in events if isinstance(r, dict)]
     return [r | {"time": ""} for r in found]
 
 
@@ -37,8 +38,8 @@ def test_two_processes_write_the_images_of_one(tiny_text_base: Path, tmp_path: P
 
 
 def test_two_processes_come_to_the_numbers_of_one(tiny_base: Path, tiny_images: Path) -> None:
-    arguments = str(tiny_base), str(tiny_images), METRICS, 20
-    settings = {"settings": Sample(num_steps=2, batch_size=8), "seed": 5}
+    arguments = str(tiny_base), str(tiny_images)
+    settings = {"sample": Sample(num_steps=2, batch_size=8), "seed": 5, "num_images": 20}
     assert records(*arguments, **settings, num_processes=2) == records(*arguments, **settings)
 
 
@@ -51,18 +52,18 @@ def backwards(function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...
 
 def test_shares_of_images_are_put_together_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = Extractor("effnetlite0", "0" * 64, {"features": 5}, lambda x: {"features": features_of(x)["features"]})
-    monkeypatch.setattr(scoring, "load_extractor", lambda *_: small)
-    monkeypatch.setattr(scoring, "run_all", backwards)
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: small)
+    monkeypatch.setattr(evaluate, "run_all", backwards)
     pixels = np.random.default_rng(0).integers(0, 256, (600, 4, 4), dtype=np.uint8)
     np.save(tmp_path / "a.npy", pixels)
     np.save(tmp_path / "b.npy", pixels[::-1] // 2)
-    arguments = str(tmp_path / "a.npy"), str(tmp_path / "b.npy"), METRICS
+    arguments = str(tmp_path / "a.npy"), str(tmp_path / "b.npy")
     assert records(*arguments, num_processes=3) == records(*arguments)
 
 
 def test_images_that_fit_one_batch_need_no_second_process(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(standalone, "run_all", lambda function, calls, num: backwards(function, calls, len(calls[:1])))
+    monkeypatch.setattr(folder, "run_all", None)
     sample_model(str(tiny_base), tmp_path / "out", 3, 0, 2, "DDIM", num_processes=4)
     assert len(list((tmp_path / "out").iterdir())) == 3

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from conftest import WORDS, save_stable_diffusion, stock_images
 from decouple_merge.cli import main as cli
-from decouple_merge.config import Sample, Text
+from decouple_merge.config import Protocol, Sample, Text
 from decouple_merge.diffusion.timesteps import TimestepRange
-from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.evaluation.evaluate import evaluate_model
 from decouple_merge.models.base import Base, load_base
 from decouple_merge.models.ensemble import TimestepEnsemble
 from decouple_merge.models.network import new_network
@@ -161,15 +161,11 @@ def test_a_model_is_scored_on_the_images_of_its_prompts(
     tiny_text_base: Path, tiny_captioned: Path, base: Base, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    settings, text = Sample(num_steps=2), Text(prompts=tmp_path / "prompts.txt", guidance_scale=3)
+    sample, text = Sample(num_steps=2), Text(prompts=tmp_path / "prompts.txt", guidance_scale=3)
+    settings = Protocol(metrics=["kd_effnetlite0"], num_images=6, seed=4, sample=sample, text=text)
     scored = [str(tiny_text_base), draw(base, [4, 5, 6, 7, 8, 9], ask(base, 4, guidance_scale=3), num_steps=2).split(6)]
     model, images = (
-        next(
-            r
-            for r in evaluate_model(s, str(tiny_captioned), ["kd_effnetlite0"], 6, 4, settings=settings, text=text)
-            if isinstance(r, dict)
-        )
-        for s in scored
+        next(r for r in evaluate_model(s, str(tiny_captioned), settings) if isinstance(r, dict)) for s in scored
     )
     assert model["value"] == pytest.approx(images["value"], rel=1e-3)
     assert model["prompts"] == ask(base, guidance_scale=3).label

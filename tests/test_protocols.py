@@ -18,15 +18,16 @@ from typer.testing import CliRunner
 
 from conftest import WORDS, make_unet, save_stable_diffusion
 from decouple_merge.cli import main as cli
-from decouple_merge.config import Sample, Text, load_protocol
+from decouple_merge.config import Protocol, Sample, Stats, Text, load_protocol
 from decouple_merge.data.decoding import resize_images
 from decouple_merge.data.prompts import read_prompts
 from decouple_merge.data.sources import open_images
-from decouple_merge.evaluation import scoring
+from decouple_merge.evaluation import evaluate
 from decouple_merge.evaluation.compare import compare
-from decouple_merge.evaluation.features import Extractor, load_extractor
-from decouple_merge.evaluation.scoring import evaluate_model, write_reference
-from decouple_merge.sampling.standalone import sample_model
+from decouple_merge.evaluation.evaluate import evaluate_model
+from decouple_merge.evaluation.extractors import Extractor, load_extractor
+from decouple_merge.evaluation.references import write_reference
+from decouple_merge.sampling.folder import sample_model
 from decouple_merge.storage.files import read_records
 from test_clip_score import save_clip
 from test_inception import random_weights
@@ -55,7 +56,7 @@ def _few_features(monkeypatch: pytest.MonkeyPatch) -> None:
     def first(outputs: dict[str, Tensor]) -> Tensor:
         return outputs["features"][:, :16]
 
-    monkeypatch.setattr(scoring, "load_extractor", load)
+    monkeypatch.setattr(evaluate, "load_extractor", load)
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def run(out: Path, *arguments: Any) -> list[dict[str, Any]]:
 def test_cifar10_is_scored_at_its_own_size(pixel_model: Path, inception: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "train.npy", draw_pixels(5, 8, 8)[..., 0])
     arguments = [pixel_model, "--protocol", "cifar10-50k", "--reference", tmp_path / "train.npy"]
-    arguments += ["--inception-weights", inception]
+    arguments += ["--set", f"inception_weights={inception}"]
     refused = CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments), "--num-images", "4"])
     assert "found 5 images, expected 50000; give the whole data set, or" in str(refused.exception)
     counts = ["--num-images", 4, "--set", "num_reference_images=5"]
@@ -142,7 +143,7 @@ def test_coco_is_30k_captions_resized_against_the_whole_set_with_a_clip_score(
 ) -> None:
     photos, captions = write_photos(tmp_path / "val2014"), write_coco(tmp_path / "captions_val2014.json")
     clip = save_clip(tmp_path / "clip", image_size=8)
-    networks = ["--inception-weights", inception, "--clip", clip]
+    networks = ["--set", f"inception_weights={inception}", "--set", f"clip={clip}"]
     inputs = ["--reference", photos, "--prompts", captions, *networks]
     counts = ["--num-images", 4, "--set", "num_reference_images=5", "--set", "image_size=8"]
     found = run(tmp_path / "m.jsonl", text_model, "--protocol", "coco-30k", *inputs, *counts)
@@ -179,13 +180,13 @@ def test_coco_is_30k_captions_resized_against_the_whole_set_with_a_clip_score(
 
 def test_imagenet_is_two_images_of_each_name(text_model: Path, inception: Path, tmp_path: Path) -> None:
     photos, clip = write_photos(tmp_path / "imagenet"), save_clip(tmp_path / "clip")
-    inputs = ["--reference", photos, "--prompts", write_names(tmp_path / "names.txt"), "--clip", clip]
-    counts = ["--num-images", 4, "--set", "image_size=8", "--inception-weights", inception]
+    inputs = ["--reference", photos, "--prompts", write_names(tmp_path / "names.txt"), "--set", f"clip={clip}"]
+    counts = ["--num-images", 4, "--set", "image_size=8", "--set", f"inception_weights={inception}"]
     found = run(tmp_path / "m.jsonl", text_model, "--protocol", "imagenet-names", *inputs, *counts)
     assert [r["metric"] for r in found] == ["fid", "clip_score"]
     assert found[0]["prompts"].startswith("2 texts ")
     # A template is other prompts.
-    counts += ["--metrics", "clip_score", "--template", "a photo of a {}"]
+    counts += ["--metrics", "clip_score", "--set", "text.template=a photo of a {}"]
     other = run(tmp_path / "m.jsonl", text_model, "--protocol", "imagenet-names", *inputs, *counts)[-1]
     assert other["prompts"].split()[2] != found[0]["prompts"].split()[2]
     (tmp_path / "photos.txt").write_text("a photo of a tench\na photo of a great white shark\n")
@@ -196,25 +197,39 @@ def test_imagenet_is_two_images_of_each_name(text_model: Path, inception: Path, 
 
 def test_partiprompts_is_the_clip_score_alone_and_needs_no_reference(text_model: Path, tmp_path: Path) -> None:
     prompts, clip = write_parti(tmp_path / "PartiPrompts.tsv"), save_clip(tmp_path / "clip")
-    arguments = [text_model, "--protocol", "partiprompts", "--prompts", prompts, "--clip", clip, "--num-images", 3]
+    arguments = [
+        text_model,
+        "--protocol",
+        "partiprompts",
+        "--prompts",
+        prompts,
+        "--set",
+        f"clip={clip}",
+        "--num-images",
+        3,
+    ]
     (record,) = run(tmp_path / "m.jsonl", *arguments)
     (expected,) = (
         r
         for r in evaluate_model(
             str(text_model),
             None,
-            ["clip_score"],
-            3,
-            encoders={"clip": str(clip)},
-            settings=Sample(sampler="PNDM"),
-            text=Text(prompts=prompts),
+            Protocol(
+                metrics=["clip_score"],
+                num_images=3,
+                clip=str(clip),
+                sample=Sample(sampler="PNDM"),
+                text=Text(prompts=prompts),
+            ),
         )
         if isinstance(r, dict)
     )
     assert record["value"] == pytest.approx(expected["value"], rel=1e-5)
     assert (record["num_steps"], record["resize"], record["num_images"]) == (50, None, 3)
     # An option changes one value and leaves the others.
-    (_, changed) = run(tmp_path / "m.jsonl", *arguments, "--num-steps", 3, "--guidance", 2)
+    (_, changed) = run(
+        tmp_path / "m.jsonl", *arguments, "--set", "sample.num_steps=3", "--set", "text.guidance_scale=2"
+    )
     assert (changed["sampler"], changed["num_steps"]) == ("PNDM", 3)
     assert changed["prompts"].endswith("guidance 2")
 
@@ -224,7 +239,9 @@ def test_lsun_is_resized_and_unlike_resizes_are_not_compared(
 ) -> None:
     np.save(tmp_path / "church.npy", draw_pixels(5, 12, 12)[..., 0])
     arguments = [pixel_model, "--protocol", "lsun-50k", "--reference", tmp_path / "church.npy", "--num-images", 4]
-    (record,) = run(tmp_path / "m.jsonl", *arguments, "--set", "image_size=4", "--inception-weights", inception)
+    (record,) = run(
+        tmp_path / "m.jsonl", *arguments, "--set", "image_size=4", "--set", f"inception_weights={inception}"
+    )
     assert [record[k] for k in ("metric", "sampler", "num_steps")] == ["fid", "DDIM", 50]
     assert record["resize"] == "4, centre square, Lanczos of Pillow"
     arguments += ["--metrics", "kd_effnetlite0"]
@@ -264,7 +281,7 @@ def test_a_reference_has_the_channels_of_what_is_scored(tmp_path: Path) -> None:
 
 def test_statistics_of_resized_images_serve_as_reference(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", 8)
-    write_reference(str(photos), tmp_path / "stats.npz", "fd_effnetlite0", None, image_size=8)
+    write_reference(str(photos), tmp_path / "stats.npz", "fd_effnetlite0", Stats(image_size=8))
     features = load_extractor("effnetlite0", torch.device("cpu")).extract(open_images(str(photos), 8).stack(range(8)))
     with np.load(tmp_path / "stats.npz") as file:
         np.testing.assert_allclose(file["mu"], features["features"].double().mean(0), rtol=1e-4, atol=1e-5)
@@ -283,7 +300,10 @@ def test_statistics_of_resized_images_serve_as_reference(tmp_path: Path) -> None
             "protocol coco-30k: unknown key 'sample.steps'; .*num_",
         ),
         (["--set", "num_images=1"], "num_images: Input should be greater than or equal to 2"),
-        (["--guidance", "0.5"], "text.guidance_scale: Input should be greater than or equal to 1, found 0.5"),
+        (
+            ["--set", "text.guidance_scale=0.5"],
+            "text.guidance_scale: Input should be greater than or equal to 1, found 0.5",
+        ),
     ],
 )
 def test_mistakes_in_a_protocol_are_named(arguments: list[str], message: str) -> None:

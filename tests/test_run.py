@@ -16,10 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import make_unet
-from decouple_merge.config import Config, Merge, dump_config, load_config
+from decouple_merge.config import Config, Merge, Protocol, Stats, dump_config, load_config
 from decouple_merge.data.sources import load_images
-from decouple_merge.evaluation import scoring
-from decouple_merge.evaluation.features import load_extractor
+from decouple_merge.evaluation.evaluate import evaluate_model
+from decouple_merge.evaluation.extractors import load_extractor
+from decouple_merge.evaluation.references import write_reference
 from decouple_merge.experiment import finetuning, selection, workflow
 from decouple_merge.experiment.export import export_record
 from decouple_merge.experiment.plan import check, prepare
@@ -29,7 +30,7 @@ from decouple_merge.merging import recipes
 from decouple_merge.merging.arithmetic import merge
 from decouple_merge.merging.card import model_card
 from decouple_merge.models.base import load_base, tensors_sha256
-from decouple_merge.sampling import standalone
+from decouple_merge.sampling import folder as drawn
 from decouple_merge.searching.levels import levels
 from decouple_merge.searching.trial import Trial
 from decouple_merge.storage.files import read_records
@@ -268,7 +269,7 @@ def test_a_picture_cut_short_does_not_stay(done: Finished, tmp_path: Path, monke
 
     monkeypatch.setattr(Image.Image, "save", cut_short)
     with pytest.raises(KeyboardInterrupt):
-        standalone.sample_model(str(done.base), tmp_path / "out", 1, 0, 2, "DDIM")
+        drawn.sample_model(str(done.base), tmp_path / "out", 1, 0, 2, "DDIM")
     assert not (tmp_path / "out/0.png").exists()
 
 
@@ -333,9 +334,9 @@ def test_a_run_with_trunk_projections_keeps_them_and_is_scored_with_them(
     # Its pictures need the projections: without them the same seeds look different.
     if any(best["weights"]):
         merged = tmp_path / "run/merged"
-        standalone.sample_model(str(merged), tmp_path / "with", 2, 0, 3, "DDIM")
+        drawn.sample_model(str(merged), tmp_path / "with", 2, 0, 3, "DDIM")
         (merged / "projections.safetensors").unlink()
-        standalone.sample_model(str(merged), tmp_path / "without", 2, 0, 3, "DDIM")
+        drawn.sample_model(str(merged), tmp_path / "without", 2, 0, 3, "DDIM")
         assert pixels(tmp_path / "with/0.png") == pytest.approx(
             pixels(tmp_path / "run/samples/merged/0.png").astype(float), abs=1
         )
@@ -350,15 +351,15 @@ def pixels(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("model", ["pretrained", "ensemble", "merged"])
 def test_sampling_a_model_draws_the_pictures_the_run_drew(done: Finished, tmp_path: Path, model: str) -> None:
     source = {"pretrained": done.base, "ensemble": done.folder, "merged": done.folder / "merged"}[model]
-    standalone.sample_model(str(source), tmp_path / "out", 2, 0, 3, "DDIM")
+    drawn.sample_model(str(source), tmp_path / "out", 2, 0, 3, "DDIM")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "1.png"]
     for name in ("0.png", "1.png"):
         assert abs(pixels(tmp_path / "out" / name) - pixels(done.folder / "samples" / model / name)).max() <= 1
 
 
 def test_pictures_are_named_by_their_seeds(done: Finished, tmp_path: Path) -> None:
-    standalone.sample_model(str(done.base), tmp_path / "a", 3, 7, 2, "DDPM")
-    standalone.sample_model(str(done.base), tmp_path / "b", 1, 8, 2, "DDPM")
+    drawn.sample_model(str(done.base), tmp_path / "a", 3, 7, 2, "DDPM")
+    drawn.sample_model(str(done.base), tmp_path / "b", 1, 8, 2, "DDPM")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["7.png", "8.png", "9.png"]
     assert abs(pixels(tmp_path / "a/8.png") - pixels(tmp_path / "b/8.png")).max() <= 1
 
@@ -388,7 +389,7 @@ def test_merging_refuses_an_output_of_the_wrong_kind_and_too_few_weights(done: F
 
 
 def test_statistics_are_the_mean_and_covariance_of_the_features(done: Finished, tmp_path: Path) -> None:
-    scoring.write_reference(str(done.images), tmp_path / "reference.npz", "fd_effnetlite0", None)
+    write_reference(str(done.images), tmp_path / "reference.npz", "fd_effnetlite0", Stats())
     images = torch.from_numpy(np.load(done.images)["images"])[:, None]
     features = load_extractor("effnetlite0", torch.device("cpu")).extract(images)["features"].double().numpy()
     written = np.load(tmp_path / "reference.npz")
@@ -399,11 +400,13 @@ def test_statistics_are_the_mean_and_covariance_of_the_features(done: Finished, 
 
 def test_images_have_no_distance_to_their_own_statistics_and_one_to_others(done: Finished, tmp_path: Path) -> None:
     reference = tmp_path / "reference.npz"
-    scoring.write_reference(str(done.images), reference, "fd_effnetlite0", None)
+    write_reference(str(done.images), reference, "fd_effnetlite0", Stats())
 
     def distance(model: str, to: str, metric: str = "fd_effnetlite0") -> dict[str, Any]:
         num_images = 8 if model == str(done.base) else None
-        *_, record = scoring.evaluate_model(model, to, [metric], num_images, 0, tmp_path / "metrics.jsonl")
+        *_, record = evaluate_model(
+            model, to, Protocol(metrics=[metric], num_images=num_images), tmp_path / "metrics.jsonl"
+        )
         return record
 
     own = distance(str(done.images), str(reference))
@@ -422,10 +425,10 @@ def test_images_have_no_distance_to_their_own_statistics_and_one_to_others(done:
 
 
 def test_drawn_pictures_score_as_the_model_that_drew_them(done: Finished, tmp_path: Path) -> None:
-    standalone.sample_model(str(done.base), tmp_path / "out", 8, 0, 50, "DDIM")
+    drawn.sample_model(str(done.base), tmp_path / "out", 8, 0, 50, "DDIM")
     values = []
     for model in (str(done.base), str(tmp_path / "out")):
-        *_, record = scoring.evaluate_model(model, str(done.images), METRICS[:1], 8)
+        *_, record = evaluate_model(model, str(done.images), Protocol(metrics=METRICS[:1], num_images=8))
         values.append(record["value"])
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 

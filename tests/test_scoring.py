@@ -14,12 +14,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from decouple_merge.cli import main as cli
-from decouple_merge.config import Sample, Text
+from decouple_merge.config import Protocol, Sample
 from decouple_merge.data.sources import open_images
-from decouple_merge.evaluation import scoring
-from decouple_merge.evaluation.features import Extractor, load_extractor
-from decouple_merge.evaluation.images import Source, open_scored
-from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.evaluation import evaluate
+from decouple_merge.evaluation.evaluate import evaluate_model
+from decouple_merge.evaluation.extractors import Extractor, load_extractor
+from decouple_merge.evaluation.scored_images import open_scored
 from decouple_merge.models.base import load_base
 from decouple_merge.sampling.sampler import denoiser, sample_images, sampling_copy
 from decouple_merge.storage.files import read_records
@@ -38,7 +38,7 @@ def _small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str, device: torch.device, weights: Any = None) -> Extractor:
         return Extractor(name, "0" * 64, {"features": 5}, lambda x: {"features": features_of(x)["features"]})
 
-    monkeypatch.setattr(scoring, "load_extractor", load)
+    monkeypatch.setattr(evaluate, "load_extractor", load)
 
 
 def write_folder(folder: Path, suffix: str = ".png") -> Path:
@@ -87,8 +87,11 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def records(*arguments: Any, **options: Any) -> list[dict[str, Any]]:
-    return [e for e in evaluate_model(*arguments, **options) if isinstance(e, dict)]
+def records(
+    model: Any, reference: Any, metrics: list[str], num_images: int | None = None, **settings: Any
+) -> list[dict[str, Any]]:
+    events = evaluate_model(model, reference, Protocol(metrics=metrics, num_images=num_images, **settings))
+    return [e for e in events if isinstance(e, dict)]
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -108,10 +111,9 @@ def _again(tmp_path: Path) -> None:
 
 
 def test_a_model_is_a_reference_from_the_seeds_that_follow(tiny_base: Path, tmp_path: Path) -> None:
-    (record,) = records(str(tiny_base), str(tiny_base), METRICS[:1], 6, 10, settings=FOUR)
-    sources = [Source(str(tiny_base), 6, seed, FOUR, Text()) for seed in (10, 16)]
-    drawn = [open_scored(source, torch.device("cpu")) for source in sources]
-    (expected,) = records(*(torch.cat(list(d.batches)).split(6) for d in drawn), METRICS[:1])
+    (record,) = records(str(tiny_base), str(tiny_base), METRICS[:1], 6, seed=10, sample=FOUR)
+    drawn = [open_scored(str(tiny_base), Protocol(num_images=6, seed=seed, sample=FOUR)) for seed in (10, 16)]
+    (expected,) = records(*(torch.cat(list(d.batches(slice(None)))).split(6) for d in drawn), METRICS[:1])
     assert record["value"] == pytest.approx(expected["value"], rel=1e-9)
     assert record["value"] > 1e-3
     assert record["seeds"] == [10, 15]
@@ -119,7 +121,7 @@ def test_a_model_is_a_reference_from_the_seeds_that_follow(tiny_base: Path, tmp_
 
 def test_sampler_and_steps_are_as_asked_and_recorded(tiny_base: Path, tiny_images: Path) -> None:
     settings = [FOUR, Sample(num_steps=3), Sample(num_steps=3, sampler="DDPM")]
-    found = [records(str(tiny_base), str(tiny_images), METRICS[:1], 6, settings=s)[0] for s in settings]
+    found = [records(str(tiny_base), str(tiny_images), METRICS[:1], 6, sample=s)[0] for s in settings]
     assert [(r["sampler"], r["num_steps"]) for r in found] == [("DDIM", 4), ("DDIM", 3), ("DDPM", 3)]
     assert len({r["value"] for r in found}) == 3
     assert {r["timestep_spacing"] for r in found} == {"leading"}
@@ -127,11 +129,11 @@ def test_sampler_and_steps_are_as_asked_and_recorded(tiny_base: Path, tiny_image
 
 def test_a_model_samples_in_the_precision_that_its_record_names(tiny_base: Path, tiny_images: Path) -> None:
     settings, base = Sample(num_steps=4, precision="bf16"), load_base(str(tiny_base))
-    (found,) = records(str(tiny_base), str(tiny_images), METRICS[:1], 6, settings=settings)
+    (found,) = records(str(tiny_base), str(tiny_images), METRICS[:1], 6, sample=settings)
     network = denoiser(base, sampling_copy(base.network, settings, torch.device("cpu")))
     drawn = sample_images(network, base, range(6), settings, torch.device("cpu"))
     (expected,) = records(list(drawn), str(tiny_images), METRICS[:1])
-    (exact,) = records(str(tiny_base), str(tiny_images), METRICS[:1], 6, settings=FOUR)
+    (exact,) = records(str(tiny_base), str(tiny_images), METRICS[:1], 6, sample=FOUR)
     assert found["precision"] == "bf16"
     assert found["value"] == pytest.approx(expected["value"], rel=1e-9)
     assert found["value"] != pytest.approx(exact["value"], rel=1e-6)
@@ -142,10 +144,11 @@ def test_nothing_is_written_but_the_records_that_are_asked_for(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    made = records(str(tiny_base), str(tiny_images), METRICS, 6, out=Path("m.jsonl"), settings=FOUR, name="ours")
+    settings = Protocol(metrics=METRICS, num_images=6, sample=FOUR)
+    made = list(evaluate_model(str(tiny_base), str(tiny_images), settings, Path("m.jsonl"), "ours"))
     assert [p.name for p in Path().iterdir()] == ["m.jsonl"]
     assert read_records(Path("m.jsonl")) == made
-    assert {r["model"] for r in made} == {"ours"}
+    assert {r["model"] for r in read_records(Path("m.jsonl"))} == {"ours"}
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "datasets"])
@@ -163,14 +166,14 @@ def test_jpeg_draws_a_warning_and_png_none(kind: str, tmp_path: Path, tiny_image
         rows_of = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
         rows_of.save_to_disk(tmp_path / "jpegs")
         source = f"datasets:{tmp_path / 'jpegs'}"
-    first = next(iter(evaluate_model(source, str(tiny_images), METRICS[:1])))
+    first = next(iter(evaluate_model(source, str(tiny_images), Protocol(metrics=METRICS[:1]))))
     assert isinstance(first, str)
     assert first.startswith(f"warning: {source} holds JPEG files, whose compression moves every metric")
 
 
 def test_a_singular_covariance_is_said(tiny_images: Path) -> None:
     few = torch.from_numpy(PIXELS)[:5, None]
-    events = list(evaluate_model([few], str(tiny_images), METRICS))
+    events = list(evaluate_model([few], str(tiny_images), Protocol(metrics=METRICS)))
     assert [type(e) for e in events] == [str, dict, dict]
     assert "fd_effnetlite0 of 5 images with 5 features each: the covariance is singular" in str(events[0])
 
@@ -202,20 +205,21 @@ def test_mistakes_are_found_before_an_image_is_drawn(
     def no_pass(*arguments: Any) -> None:
         raise AssertionError("scored")
 
-    monkeypatch.setattr(scoring, "score_features", no_pass)
+    monkeypatch.setattr(evaluate, "score_features", no_pass)
     model, reference = str(tiny_base), str(tiny_images)
     mistakes: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
         ((model, reference, ["fdi"]), {}, "metric is 'fdi', expected one of"),
-        ((model, reference, METRICS), {"settings": Sample(sampler="Ddim")}, "sampler is 'Ddim'"),
+        ((model, reference, METRICS), {"sample": Sample(sampler="Ddim")}, "sampler is 'Ddim'"),
         ((model, None, METRICS), {}, "fd_effnetlite0 needs a reference to compare with: give --reference"),
         ((model, str(tmp_path / "stats.npz"), METRICS), {}, "kd_effnetlite0 needs the reference's images; stats.npz:"),
         ((model, str(tmp_path / "nowhere"), METRICS), {}, "nowhere"),
         ((model, other, METRICS), {}, r"found images 9×9 with 3 channel\(s\), expected 8×8 with 1, as what is scored"),
+        ((model, reference, ["precision_effnetlite0"], 3), {}, r"found 3 image\(s\) to score, expected at least 4"),
         ((str(tmp_path / "nowhere.zip"), reference, METRICS), {}, "is no model and holds no images"),
     ]
     for arguments, options, message in mistakes:
         with pytest.raises(ValueError, match=message):
-            records(*arguments, **{"settings": FOUR, **options})
+            records(*arguments, **{"sample": FOUR, **options})
 
 
 @pytest.mark.parametrize("damage", ["cut", "checksum", "compressed tar", "encrypted"])
@@ -249,12 +253,13 @@ def test_two_processes_read_one_archive(tmp_path: Path) -> None:
 def test_the_command_scores_and_compares(
     tiny_base: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "load_extractor", load_extractor)
+    monkeypatch.setattr(evaluate, "load_extractor", load_extractor)
     save_model("dinov2", tmp_path / "dinov2")
     runner, out = CliRunner(), tmp_path / "m.jsonl"
     base = ["evaluate", str(tiny_base), "--reference", str(tiny_images), "--num-images", "6", "--out", str(out)]
-    dinov2 = ["--num-steps", "4", "--metrics", "fd_dinov2,kd_dinov2", "--dinov2", str(tmp_path / "dinov2")]
-    for extra in (["--num-steps", "2"], ["--num-steps", "3", "--sampler", "DDPM"], dinov2):
+    steps, dinov2 = "sample.num_steps={}".format, f"dinov2={tmp_path / 'dinov2'}"
+    of_dinov2 = ["--set", steps(4), "--metrics", "fd_dinov2,kd_dinov2", "--set", dinov2]
+    for extra in (["--set", steps(2)], ["--set", steps(3), "--set", "sample.sampler=DDPM"], of_dinov2):
         assert runner.invoke(cli.app, base + extra).exit_code == 0
     made = read_records(out)
     assert [(r["metric"], r["sampler"], r["num_steps"]) for r in made] == [

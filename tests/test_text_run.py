@@ -14,18 +14,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import WORDS, save_clip, stock_images
-from decouple_merge.config import Config, Text, dump_config
+from decouple_merge.config import Config, Protocol, Text, dump_config
 from decouple_merge.data import latents
 from decouple_merge.diffusion.timesteps import TimestepRange
-from decouple_merge.evaluation.scoring import evaluate_model
+from decouple_merge.evaluation.evaluate import evaluate_model
 from decouple_merge.experiment import finetuning, workflow
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.plan import Plan, check, prepare
 from decouple_merge.experiment.results import Row, denoiser_of
 from decouple_merge.models.base import load_base
 from decouple_merge.models.network import new_network
+from decouple_merge.sampling.folder import sample_model
 from decouple_merge.sampling.sampler import sample_images
-from decouple_merge.sampling.standalone import sample_model
 from decouple_merge.searching.learned import DenoisingLoss
 from decouple_merge.seeds import generator
 from decouple_merge.storage.files import read_records
@@ -57,9 +57,8 @@ def test_the_whole_job(text_config: MakeConfig, tmp_path: Path) -> None:
     # Six images of the prompts that six seeds have, in a run as by itself.
     (tmp_path / "prompts.json").write_text(json.dumps(check(config, folder).prompts))
     text = Text(prompts=tmp_path / "prompts.json", guidance_scale=3.0)
-    alone = evaluate_model(
-        str(folder / "merged"), None, ["clip_score"], 6, encoders={"clip": clip}, settings=config.sample, text=text
-    )
+    settings = Protocol(metrics=["clip_score"], num_images=6, clip=clip, sample=config.sample, text=text)
+    alone = evaluate_model(str(folder / "merged"), None, settings)
     (value,) = (r["value"] for r in records if (r["model"], r["metric"]) == ("merged", "clip_score"))
     assert [r["value"] for r in alone if isinstance(r, dict)] == [pytest.approx(value, rel=1e-5)]
     # A start at the sum and at the base is among the candidates, so the best is no worse than the base.

@@ -14,7 +14,7 @@ from rich.console import Console
 from conftest import make_unet
 from decouple_merge.cli import progress
 from decouple_merge.config import Config, Evaluate, Finetune, Search
-from decouple_merge.evaluation.scores import score
+from decouple_merge.evaluation.score import score
 from decouple_merge.experiment import finetuning, pretraining
 from decouple_merge.experiment.plan import Plan, prepare
 from decouple_merge.experiment.watch import compared_of, train_watched, training_distance

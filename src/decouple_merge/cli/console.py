@@ -38,8 +38,9 @@ def show_bytes(events: Iterable[Any]) -> None:
 
 def result_table(rows: "list[Row]") -> Table:
     """Lay out the result table, with each mean's ratio to the pretrained model's."""
-    distances = ("fd_", "kd_", "fid", "kid", "sfid", "cmmd")
-    only_distances = all(r.metric.startswith(distances) for r in rows)
+    from ..evaluation.metrics import METRICS
+
+    only_distances = all(METRICS[r.metric].is_distance for r in rows)
     title = "distance to the reference (smaller is better)" if only_distances else "results"
     table = Table(title=title, min_width=100)
     for column in ("model", "parameters", "metric", "mean", "spread over seed sets", "/ pretrained"):

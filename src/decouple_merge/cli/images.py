@@ -33,8 +33,8 @@ def sample(
     --sampler PNDM --guidance 7.5`
     """
     from ..config import Text, validate
-    from ..sampling import standalone
+    from ..sampling.folder import sample_model
 
     text = validate(Text, text_values(prompts, template, negative_prompt, guidance), "prompts")
-    standalone.sample_model(model, out, num_images, seed, num_steps, sampler, text, batch_size, num_processes)
+    sample_model(model, out, num_images, seed, num_steps, sampler, text, batch_size, num_processes)
     console.print(f"images: {out}")

@@ -14,6 +14,7 @@ from .run import Config
 from .sample import Sample, Text
 from .search import Search
 from .section import Precision, Section
+from .stats import Stats
 from .training import Distance, Ema, Training
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Sample",
     "Search",
     "Section",
+    "Stats",
     "Text",
     "TextEncoder",
     "Training",

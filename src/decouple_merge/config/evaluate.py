@@ -13,13 +13,13 @@ class Evaluate(Section):
     Attributes:
         metrics: ``fd_effnetlite0``, ``kd_effnetlite0`` and others of that network; with ``inception_weights``, ``fid``,
             ``kid``, ``sfid``, ``inception_score`` and others; with ``dinov2`` or ``clip``, ``fd_dinov2``, ``cmmd`` and
-            others: all of ``features.METRICS``.
+            others: all of ``evaluation.metrics.METRICS``.
         num_images: in each of num_seed_sets sets of consecutive seeds from first_seed on.
         num_reference_images: of the data, from the start; None takes all.
         num_sample_images: written as PNG for each model.
         inception_weights: the file ``pt_inception-2015-12-05-6726825d.pth``.
-        dinov2, clip: folder or hub name of such a model; for ``clip_score`` and ``r_precision`` clip may also be a
-            folder of ``image_text.save_image_text``.
+        dinov2, clip: folder or hub name of such a model; for ``clip_score`` and ``r_precision`` clip may also be the
+            folder of an image–text model, such as ``models/emoji-judge``.
     """
 
     metrics: list[str] = ["fd_effnetlite0", "kd_effnetlite0"]
@@ -31,8 +31,3 @@ class Evaluate(Section):
     inception_weights: Path | None = None
     dinov2: str | None = None
     clip: str | None = None
-
-    @property
-    def encoders(self) -> dict[str, str]:
-        """The models that are given, by the extractors they serve."""
-        return {name: path for name, path in (("dinov2", self.dinov2), ("clip", self.clip)) if path is not None}

@@ -4,27 +4,35 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from .loader import validate
 from .sample import Sample, Text
-from .section import Section
+from .stats import Stats
 
 
-class Protocol(Section):
-    """What ``deme evaluate`` measures on which images; protocols.yaml has those of papers by name.
+class Protocol(Stats):
+    """How ``deme evaluate`` scores: what on which images, and how a model draws them; keys of ``--set``.
+
+    Such keys are ``sample.sampler``, ``sample.num_steps`` or ``text.guidance_scale``. protocols.yaml has the values of
+    papers by name.
 
     Attributes:
-        metrics: of ``features.METRICS``.
+        metrics: of ``evaluation.metrics.METRICS``.
         num_images: drawn from a model, 5,000 where it isn't set; of images the first so many, all where it isn't.
         num_reference_images: that the reference must have, where it isn't statistics.
-        image_size: images and reference are cut to a square and resized to this before they are scored.
+        seed: of the first image, which has the first prompt; of images the number of the first.
+        num_processes: share the batches of a model or of images, each with the networks in its memory, and take GPUs in
+            turn. The numbers are those of one process. Batches that are given, and the reference, are this one's.
+        sample: how a model draws.
+        text: prompts and guidance, where models are text-to-image; of images, what the CLIP score says that they show.
     """
 
     metrics: list[str] = Field(["fd_effnetlite0"], min_length=1)
     num_images: int | None = Field(None, ge=2)
     num_reference_images: PositiveInt | None = None
-    image_size: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    num_processes: PositiveInt = 1
     sample: Sample = Sample()
     text: Text = Text()
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from .section import DistanceName, Section
+from .section import Section
 
 
 class Search(Section):
@@ -26,7 +26,8 @@ class Search(Section):
             max_minutes, the time spent on it by all workers, are reached before.
         batch_size: candidates that ``gp`` and ``tpe`` propose at once, to keep several workers busy.
         grid_step: of the coarse grid; the fine grid around its best has half of it.
-        metric: minimised; candidates are screened on num_images images of num_steps steps (None: as ``sample``).
+        metric: a distance, minimised; candidates are screened on num_images images of num_steps steps (None: as
+            ``sample``).
         halving: each level keeps one candidate in so many, and draws so many times the images.
         num_finalists: compared at last on num_final_images images (None: as many as ``evaluate``) from fresh seeds;
             0 trusts the screening.
@@ -49,7 +50,7 @@ class Search(Section):
     max_minutes: PositiveFloat | None = None
     batch_size: PositiveInt = 1
     grid_step: PositiveFloat = 0.4
-    metric: DistanceName = "fd_effnetlite0"
+    metric: str = "fd_effnetlite0"
     num_images: PositiveInt = 1000
     num_steps: PositiveInt | None = None
     halving: int = Field(3, ge=2)

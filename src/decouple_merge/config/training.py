@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from .section import DistanceName, Precision, Section
+from .section import Precision, Section
 
 
 class Ema(Section):
@@ -26,7 +26,7 @@ class Distance(Section):
     """
 
     every: PositiveInt = 1000
-    metric: DistanceName = "kd_effnetlite0"
+    metric: str = "kd_effnetlite0"
     num_images: int = Field(256, ge=2)
     num_steps: PositiveInt = 20
 

@@ -1,6 +1,11 @@
 """Texts of images: the captions that their source has, or the prompts they were drawn from."""
 
+from collections.abc import Sequence
+
+import torch
+
 from ..config import Data
+from ..seeds import generator
 from .images import Images
 from .sources import KINDS
 
@@ -40,6 +45,12 @@ def load_captions(images: Images, data: Data, classes: dict[str, int] | None = N
     return kept
 
 
+def captions_as_prompts(captions: Sequence[str]) -> list[str]:
+    """Put captions into a random order, always the same: data may be sorted, and few seeds ask for the first only."""
+    order = torch.randperm(len(captions), generator=generator("prompts")).tolist()
+    return [captions[i] for i in order]
+
+
 def texts_of(images: Images, source: str, prompts: list[str], first: int) -> list[str]:
     """Say what images are to show: their prompts, or where there are none their captions.
 
@@ -61,6 +72,6 @@ def texts_of(images: Images, source: str, prompts: list[str], first: int) -> lis
             raise ValueError(
                 f"{source}: found {len(places)} images numbered {first + min(places)} to {first + max(places)}, "
                 f"expected every number from {first} to {first + len(places) - 1}: give the number of the image of the "
-                "first prompt as --seed, and draw or rename what is missing"
+                "first prompt as --set seed=…, and draw or rename what is missing"
             )
     return [prompts[place % len(prompts)] for place in places]

@@ -1,4 +1,4 @@
-"""Metrics, the networks they are measured on, and scores against references.
+"""Numbers of images: metrics, the networks they are measured on, references, comparisons.
 
-Imports config, data, executors, models, sampling, storage, seeds.
+Imports config, data, executors, models, sampling, storage.
 """

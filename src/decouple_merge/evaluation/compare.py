@@ -8,19 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.files import read_records
-
-# Records that differ in one of these measure different things.
-FIELDS = [
-    "extractor",
-    "reference",
-    "sampler",
-    "num_steps",
-    "timestep_spacing",
-    "precision",
-    "prompts",
-    "resize",
-    "num_images",
-]
+from .records import COMPARED_FIELDS
 
 Record = dict[str, Any]
 
@@ -100,7 +88,7 @@ def _select(source: str) -> list[Record]:
 
 
 def _check_comparable(metric: str, records: list[Record], where: str) -> None:
-    for field in FIELDS:
+    for field in COMPARED_FIELDS:
         values = list({_identity(field, r.get(field)): r.get(field) for r in records}.values())
         if len(values) > 1:
             raise ValueError(

@@ -53,6 +53,15 @@ class FeatureStats:
         return (self.outer - self.num * torch.outer(mean, mean)) / (self.num - 1)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of features in float64, and the covariance's square root."""
+
+    mean: Float[Tensor, " d"]
+    covariance: Float[Tensor, "d d"]
+    root: Float[Tensor, "d d"]
+
+
 def matrix_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """Compute the symmetric square root of a positive semi-definite matrix through ``eigh``.
 

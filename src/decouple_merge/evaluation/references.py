@@ -12,26 +12,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..config import Evaluate, Stats
 from ..data.arrays import read_array
 from ..data.images import ArrayImages, Images
+from ..data.sources import open_images
+from ..executors.devices import default_device
 from ..storage.files import atomic_path, cache_folder, read_tensors, write_tensors
-from .distances import FeatureStats, matrix_root
-from .features import Extractor
+from .distances import FeatureStats, Moments, matrix_root
+from .extractors import Extractor, load_extractor, weights_of
+from .metrics import METRICS, check_metrics
 
 # Kernel distances and neighbours need features themselves. This many, evenly spaced, keep their cost and the cache
 # small; 10,000 is the size of the reference batches of Dhariwal & Nichol 2021.
 NUM_ROWS = {"kernel": 5000, "neighbours": 10_000}
 # Names of mean and covariance in npz files, by the extractor's output.
 NPZ_NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mean and covariance of features in float64, and the covariance's square root."""
-
-    mean: Float[Tensor, " d"]
-    covariance: Float[Tensor, "d d"]
-    root: Float[Tensor, "d d"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,54 @@ class Reference:
     num_images: int
     moments: dict[str, Moments]
     rows: dict[str, Float[Tensor, "_ d"]]
+
+
+# A feature network with the reference of its metrics, None where these compare with nothing.
+Compared = tuple[Extractor, Reference | None]
+
+
+def names_of(metric: str, compared: Compared) -> dict[str, str | int | None]:
+    """Say what a metric is measured with and against, as records carry it."""
+    extractor, reference = compared
+    needed = reference is not None and METRICS[metric].needs is not None
+    return {"extractor": extractor.label, "reference": reference.name if reference and needed else None}
+
+
+def check_reference(metric: str, reference: Reference | None) -> None:
+    """Require that a reference has what a metric compares with.
+
+    Raises:
+        ValueError: as said.
+    """
+    needs, output = METRICS[metric].needs, METRICS[metric].output
+    if needs is None:
+        return
+    if reference is None:
+        raise ValueError(f"{metric} needs a reference to compare with: give --reference")
+    if needs == "moments":
+        if output not in reference.moments:
+            raise ValueError(
+                f"{metric} needs the reference's {output} statistics (mu_s, sigma_s); {reference.name} has none: give "
+                "images, or a file of deme stats"
+            )
+        return
+    if needs not in reference.rows:
+        raise ValueError(f"{metric} needs the reference's images; {reference.name} holds only mean and covariance")
+    found, least = len(reference.rows[needs]), METRICS[metric].min_reference_images
+    if found < least:
+        raise ValueError(f"{reference.name}: found {found} image(s), expected at least {least} for {metric}: take more")
+
+
+def open_compared(
+    name: str, settings: Evaluate, source: str, references: Images, device: torch.device
+) -> tuple[Extractor, Reference]:
+    """Load a feature network, and compute or read from the cache what images are compared with.
+
+    Args:
+        source: the name of the data that the references are of, as records carry it.
+    """
+    extractor = load_extractor(name, device, weights_of(name, settings))
+    return extractor, make_reference(source, references, extractor, settings.num_reference_images)
 
 
 def make_reference(name: str, images: Images, extractor: Extractor, num_images: int | None = None) -> Reference:
@@ -123,6 +166,23 @@ def write_statistics(reference: Reference, path: Path) -> None:
             arrays[array] = values.numpy()
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
+
+
+def write_reference(images: str, out: Path, metric: str, settings: Stats) -> None:
+    """Write the mean and covariance of a data set's features as an npz file, of images resized where asked.
+
+    Args:
+        metric: whose features are meant.
+
+    Raises:
+        ValueError: there is no such metric or it compares with no statistics, its weights or the images are wrong.
+    """
+    check_metrics([metric], settings)
+    name = METRICS[metric].extractor
+    if METRICS[metric].needs == "texts":
+        raise ValueError(f"{metric} compares images with texts, for which there are no statistics; take another metric")
+    extractor = load_extractor(name, default_device(), weights_of(name, settings))
+    write_statistics(make_reference(images, open_images(images, settings.image_size), extractor), out)
 
 
 def holds_statistics(path: Path) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ..config import Finetune, Projection
 from ..data.latents import Latents
 from ..diffusion.timesteps import TimestepRange
-from ..evaluation.features import METRICS
+from ..evaluation.metrics import METRICS
 from ..executors.local import run_all
 from ..training.acceleration import main_process_first
 from ..training.records import StepRecord
@@ -57,5 +57,5 @@ def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[str | Step
             if isinstance(plan.images, Latents):
                 yield from plan.images.fill()
             if settings.distance is not None:
-                compared_of(plan, METRICS[settings.distance.metric])
+                compared_of(plan, METRICS[settings.distance.metric].extractor)
     yield from run_all(train_watched, unfinished, plan.config.num_processes)

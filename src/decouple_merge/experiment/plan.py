@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config, Evaluate, Training
+from ..config import Config, Training
 from ..data.batches import Examples
-from ..data.captions import load_captions
+from ..data.captions import captions_as_prompts, load_captions
 from ..data.images import Images
 from ..data.labels import LabelledImages
 from ..data.latents import Latents
@@ -15,18 +15,16 @@ from ..data.prompts import load_prompts
 from ..data.sources import load_images
 from ..data.split import split
 from ..diffusion.timesteps import TimestepRange, choose_ranges
-from ..evaluation.features import METRICS, check_metrics, weights_of
+from ..evaluation.checks import check_evaluate, check_watched
+from ..evaluation.metrics import METRICS
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..models.base import Base, load_base
-from ..models.encoders import load_encoder, load_text_encoder
 from ..models.ensemble import load_expert
-from ..models.image_text import holds_image_text, load_image_text
 from ..models.parts import check_caption_dropout, texts_to_encode
 from ..sampling.checks import check_sample
 from ..sampling.sampler import Denoiser, Prompts, ensemble_denoiser, open_prompts
 from ..searching.checks import check_search
-from ..seeds import generator
 from ..storage.run_folder import Run
 from ..training.checks import check_finetune
 from .manifest import check_owner, claim, manifest
@@ -71,8 +69,8 @@ def check(config: Config, out: Path) -> Plan:
     ranges = choose_ranges(base.num_train_timesteps, config.finetune.num_ranges, config.finetune.ranges)
     check_sample(base, config.sample)
     check_sample(base, config.sample, config.search.num_steps)
-    check_extractors([*config.evaluate.metrics, config.search.metric], config.evaluate)
-    with_texts = [m for m in config.evaluate.metrics if METRICS[m] == "clip_text"]
+    check_evaluate(config)
+    with_texts = [m for m in config.evaluate.metrics if METRICS[m].needs == "texts"]
     if with_texts and (base.encoders is None or base.encoders.classes):
         raise ValueError(f"evaluate.metrics has {with_texts[0]}, but {config.base} reads no texts; take another metric")
     check_distance(config, config.finetune, base)
@@ -97,9 +95,7 @@ def captioned_plan(
 ) -> Plan:
     """Make the plan of a text-to-image or class-conditional base from what was opened."""
     assert base.encoders is not None
-    # The data may be sorted, and a set of seeds asks for some of the captions only.
-    order = torch.randperm(len(captions), generator=generator("prompts")).tolist()
-    prompts = load_prompts(config.text) or [captions[i] for i in order]
+    prompts = load_prompts(config.text) or captions_as_prompts(captions)
     texts_to_encode(base.encoders, prompts, config.text)
     check_caption_dropout(base.encoders, config.data.caption_dropout)
     examples: Examples = (
@@ -121,24 +117,11 @@ def prepare(config: Config, out: Path) -> Plan:
     return plan
 
 
-def check_extractors(metrics: list[str], settings: Evaluate) -> None:
-    """Require that metrics exist and that the networks which they are measured on can be loaded."""
-    check_metrics(metrics, settings.inception_weights, settings.encoders)
-    for extractor in dict.fromkeys(METRICS[m] for m in metrics) if settings.encoders else ():
-        if (path := weights_of(extractor, None, settings.encoders)) is not None:
-            if extractor == "clip_text" and holds_image_text(str(path)):
-                load_image_text(Path(path))
-                continue
-            load_encoder(extractor, str(path))
-            if extractor == "clip_text":
-                load_text_encoder(str(path))
-
-
 def check_distance(config: Config, settings: Training, base: Base) -> None:
     """Require that a training can be watched by the distance it asks for, if it does."""
     if settings.distance is not None:
         check_sample(base, config.sample, settings.distance.num_steps)
-        check_extractors([settings.distance.metric], config.evaluate)
+        check_watched(settings.distance, config.evaluate)
 
 
 def load_experts(plan: Plan) -> list[Tensors]:

@@ -16,7 +16,7 @@ from ..data.sources import load_images
 from ..data.split import split
 from ..diffusion.timesteps import TimestepRange, split_timesteps
 from ..evaluation.alignment import NUM_FEATURES, describe
-from ..evaluation.features import load_extractor
+from ..evaluation.extractors import load_extractor
 from ..executors.devices import default_device
 from ..models.base import Base, create_base, load_base
 from ..models.export import export_pipeline, save_pipeline

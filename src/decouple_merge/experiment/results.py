@@ -3,30 +3,23 @@
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ..config import Config
-from ..evaluation.comparison import open_extractor
-from ..evaluation.features import METRICS
-from ..evaluation.references import text_reference
-from ..evaluation.scores import metrics_record, score
+from ..evaluation.extractors import EXTRACTORS, load_extractor, weights_of
+from ..evaluation.metrics import METRICS, extractors_of
+from ..evaluation.records import make_record
+from ..evaluation.references import Compared, names_of, text_reference
+from ..evaluation.score import score
 from ..executors.devices import default_device
 from ..executors.local import run_all
 from ..merging.arithmetic import Tensors
 from ..models.network import build_network, load_network, num_parameters
-from ..sampling.sampler import (
-    Denoiser,
-    denoiser,
-    sample_images,
-    sampling_copy,
-    sampling_fields,
-)
-from ..storage.files import append_record, atomic_path, read_records, read_tensors
-from ..storage.provenance import git_commit
+from ..sampling.folder import write_images
+from ..sampling.sampler import Denoiser, denoiser, sample_images, sampling_copy, sampling_fields
+from ..storage.files import append_record, read_records, read_tensors
 from .plan import BASELINE, Plan, load_experts
 from .watch import compared_of
 
@@ -77,21 +70,20 @@ def _seed_set(config: Config, index: int) -> range:
 def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) -> Iterator[dict[str, Any]]:
     """Score one model on one set of seeds; the images are drawn once for all metrics."""
     config, device = plan.config, default_device()
-    prompts, compared = (
-        plan.open_prompts(device),
-        {},
-    )
-    for name in dict.fromkeys(METRICS[m] for m in metrics):
-        if name == "clip_text" and prompts is not None:
-            clip = open_extractor(name, config.evaluate, device)
-            compared[name] = clip, text_reference(prompts.prompts, prompts.choose(seeds), clip)
+    prompts = plan.open_prompts(device)
+    compared: dict[str, Compared] = {}
+    for name in extractors_of(metrics):
+        if EXTRACTORS[name].reads_texts:
+            assert prompts is not None
+            extractor = load_extractor(name, device, weights_of(name, config.evaluate))
+            compared[name] = extractor, text_reference(prompts.prompts, prompts.choose(seeds), extractor)
         else:
             compared[name] = compared_of(plan, name)
     batches = sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device, prompts=prompts)
-    sampling = sampling_fields(plan.base, config.sample, prompts)
+    drawn = sampling_fields(plan.base, config.sample, prompts.label if prompts else None)
     for metric, value in score(batches, metrics, list(compared.values())).items():
-        found = compared[METRICS[metric]]
-        yield metrics_record(model, metric, value, len(seeds), seeds, found, sampling, git_commit())
+        used = names_of(metric, compared[METRICS[metric].extractor])
+        yield make_record(model, metric, value, len(seeds), seeds, used | drawn)
 
 
 def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
@@ -106,8 +98,9 @@ def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
             if missing:
                 calls.append((plan, model, seeds, missing))
     # Cached before several processes ask for it at once.
-    for extractor in {METRICS[m] for *_, missing in calls for m in missing} - {"clip_text"}:
-        compared_of(plan, extractor)
+    for name in extractors_of([m for *_, missing in calls for m in missing]):
+        if not EXTRACTORS[name].reads_texts:
+            compared_of(plan, name)
     for record in run_all(_evaluate_model, calls, config.num_processes):
         append_record(plan.run.metrics, record)
         yield record
@@ -124,22 +117,9 @@ def _write_samples(plan: Plan, model: str, device: torch.device) -> None:
         if not (plan.run.samples(model) / f"{s}.png").exists()
     ]
     if seeds:
-        network, prompts = (
-            denoiser_of(plan, model, device),
-            plan.open_prompts(device),
-        )
+        network, prompts = denoiser_of(plan, model, device), plan.open_prompts(device)
         drawn = sample_images(network, plan.base, seeds, plan.config.sample, device, prompts=prompts)
         write_images(drawn, seeds, plan.run.samples(model))
-
-
-def write_images(batches: Iterator[torch.Tensor], seeds: list[int], folder: Path) -> None:
-    """Write uint8 batches [n, C, H, W] as ``<seed>.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = iter(seeds)
-    for batch in batches:
-        for pixels in batch:
-            with atomic_path(folder / f"{next(names)}.png") as temporary:
-                Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary, format="PNG")
 
 
 def result_table(plan: Plan) -> Iterator[Row]:

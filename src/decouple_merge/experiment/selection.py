@@ -4,7 +4,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 
-from ..evaluation.features import METRICS
+from ..evaluation.metrics import METRICS
 from ..executors.devices import default_device
 from ..executors.local import run_all
 from ..merging.arithmetic import Tensors
@@ -47,7 +47,7 @@ def open_merger(plan: Plan, experts: list[Tensors]) -> Merger:
 def open_scorer(plan: Plan, merger: Merger) -> Scorer:
     """Open what a run's candidates are scored with: a network, features, a reference, prompts."""
     metric = plan.config.search.metric
-    compared, prompts = compared_of(plan, METRICS[metric]), plan.open_prompts(merger.device)
+    compared, prompts = compared_of(plan, METRICS[metric].extractor), plan.open_prompts(merger.device)
     return Scorer(plan.base, merger, metric, compared, plan.config.sample, prompts)
 
 

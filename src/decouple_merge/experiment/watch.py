@@ -6,10 +6,10 @@ from pathlib import Path
 
 from ..config import Distance, Training
 from ..diffusion.timesteps import TimestepRange
-from ..evaluation.comparison import open_compared
-from ..evaluation.features import METRICS, Extractor
-from ..evaluation.references import Reference
-from ..evaluation.scores import score
+from ..evaluation.extractors import Extractor
+from ..evaluation.metrics import METRICS
+from ..evaluation.references import Reference, open_compared
+from ..evaluation.score import score
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..models.ensemble import TimestepEnsemble
@@ -40,7 +40,7 @@ def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Cal
     config, base, device = plan.config, plan.base, default_device()
     # Every call has a network of its own, and compiling it takes longer than drawing so few images.
     drawing = config.sample.model_copy(update={"num_steps": settings.num_steps, "compile": False})
-    compared = compared_of(plan, METRICS[settings.metric])
+    compared = compared_of(plan, METRICS[settings.metric].extractor)
     prompts = plan.open_prompts(device)
     edges = sorted({0, own.low, own.high, base.num_train_timesteps})
     ranges = [TimestepRange(low, high) for low, high in pairwise(edges)]

@@ -150,13 +150,11 @@ def load_text_encoder(path: str) -> TextEncoder:
     try:
         tokenizer = import_transformers("dinov2 and clip need").AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--clip {path}: its tokenizer can't be loaded ({_first_line(error)}); expected one"
-        ) from error
+        raise ValueError(f"clip {path}: its tokenizer can't be loaded ({_first_line(error)}); expected one") from error
     # Where there are no files, transformers makes a tokenizer that knows no words.
     if len(tokenizer) != network.config.vocab_size:
         raise ValueError(
-            f"--clip {path}: its tokenizer has a vocabulary of {len(tokenizer)}, its text part reads "
+            f"clip {path}: its tokenizer has a vocabulary of {len(tokenizer)}, its text part reads "
             f"{network.config.vocab_size}; give files that belong together"
         )
     return TextEncoder(network, tokenizer)
@@ -192,7 +190,7 @@ def _load(kind: Kind, path: str, cls: str) -> Any:
             raise ValueError(f"its files lack {len(missing)} weights, first {missing[0]}")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"--{'clip' if kind.part else 'dinov2'} {path}: can't be loaded ({_first_line(error)}); expected a "
+            f"{'clip' if kind.part else 'dinov2'} {path}: can't be loaded ({_first_line(error)}); expected a "
             f"{' or '.join(kind.model_types)} model of transformers with safetensors weights, such as {kind.example}"
         ) from error
     return network

@@ -3,12 +3,12 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..config import load_config
+from ..config import Config, load_config
 from ..diffusion.timesteps import TimestepRange, check_ranges, choose_ranges, range_index
 from ..merging.arithmetic import Tensors
 from ..merging.keys import check_same_keys, has_trunk
@@ -108,6 +108,15 @@ class TimestepEnsemble(nn.Module):
         return next(self.parameters()).device
 
 
+class RunEnsemble(NamedTuple):
+    """What a run's ensemble is made of: an expert for each range."""
+
+    config: Config
+    base: Base
+    ranges: list[TimestepRange]
+    experts: list[Tensors]
+
+
 def load_ensemble(
     model: str | Path,
     experts: Sequence[str | Path] = (),
@@ -132,15 +141,7 @@ def load_ensemble(
         found = [_load_model(str(e), base) for e in experts]
         parts = choose_ranges(base.num_train_timesteps, len(experts), ranges)
     else:
-        run = Run(Path(model))
-        if not run.config.exists():
-            raise ValueError(
-                f"{model} is not a run folder (no config.yaml); give one, or the experts of a base and their ranges"
-            )
-        config = load_config(run.config)
-        base = load_base(config.base)
-        parts = choose_ranges(base.num_train_timesteps, config.finetune.num_ranges, config.finetune.ranges)
-        found = [load_expert(run.expert(i), base) for i in range(len(parts))]
+        _, base, parts, found = open_run(Path(model))
     with_trunk = [has_trunk(tensors) for tensors in found]
     if any(with_trunk) and not all(with_trunk):
         raise ValueError(f"{sum(with_trunk)} of {len(found)} experts have trunk projections; expected all or none")
@@ -154,6 +155,23 @@ def load_ensemble(
     for network, tensors in zip(networks, found, strict=True):
         network.load_state_dict(tensors)
     return TimestepEnsemble(networks, parts, base.num_train_timesteps)
+
+
+def open_run(folder: Path) -> RunEnsemble:
+    """Open what a run's ensemble is made of; experts are memory-mapped.
+
+    Raises:
+        ValueError: the folder is no run, or an expert is missing, damaged or of another base.
+    """
+    run = Run(folder)
+    if not run.config.exists():
+        raise ValueError(
+            f"{folder} is not a run folder (no config.yaml); give one, or the experts of a base and their ranges"
+        )
+    config = load_config(run.config)
+    base = load_base(config.base)
+    ranges = choose_ranges(base.num_train_timesteps, config.finetune.num_ranges, config.finetune.ranges)
+    return RunEnsemble(config, base, ranges, [load_expert(run.expert(i), base) for i in range(len(ranges))])
 
 
 def _load_model(name: str, base: Base) -> Tensors:

@@ -14,7 +14,6 @@ from ..config import Sample, Text
 from ..data.images import to_pixels
 from ..data.latents import DTYPES, open_texts
 from ..diffusion.timesteps import TimestepRange
-from ..merging.arithmetic import Tensors
 from ..models.base import Base
 from ..models.ensemble import TimestepEnsemble
 from ..models.family import Encoders
@@ -41,13 +40,28 @@ def denoiser(base: Base, network: nn.Module) -> Denoiser:
 
 
 def ensemble_denoiser(
-    base: Base, ranges: Sequence[TimestepRange], experts: list[Tensors], settings: Sample, device: torch.device
+    base: Base,
+    ranges: Sequence[TimestepRange],
+    experts: Sequence[dict[str, Tensor]],
+    settings: Sample,
+    device: torch.device,
 ) -> Denoiser:
     """Combine experts, one for each range, all in memory or one at a time, as the settings say."""
     held = experts[:1] if settings.one_resident else experts
     networks = [sampling_copy(build_network(base, e), settings, device) for e in held]
     kept = experts if settings.one_resident else None
     return denoiser(base, TimestepEnsemble(networks, ranges, base.num_train_timesteps, kept))
+
+
+def choose_prompts(prompts: Sequence[str], seeds: Sequence[int], first_seed: int) -> list[str]:
+    """Look up the prompts of some seeds: that of seed s is number s - first_seed, modulo their number."""
+    return [prompts[(seed - first_seed) % len(prompts)] for seed in seeds]
+
+
+def prompts_label(prompts: Sequence[str], settings: Text) -> str:
+    """Say what prompts and guidance add to how images were drawn."""
+    digest = hashlib.sha256(repr((list(prompts), settings.negative_prompt)).encode()).hexdigest()
+    return f"{len(prompts)} texts {digest[:16]}, guidance {settings.guidance_scale:g}"
 
 
 class Prompts:
@@ -77,12 +91,11 @@ class Prompts:
         wanted = self.prompts if seeds is None else self.choose(seeds)
         self.texts = open_texts(encoders, texts_to_encode(encoders, wanted, settings), precision, device)
         self.vae = load_vae(encoders, device) if encoders.family.is_latent else None
-        digest = hashlib.sha256(repr((self.prompts, settings.negative_prompt)).encode()).hexdigest()
-        self.label = f"{len(prompts)} texts {digest[:16]}, guidance {settings.guidance_scale:g}"
+        self.label = prompts_label(self.prompts, settings)
 
     def choose(self, seeds: Sequence[int]) -> list[str]:
         """Look up the prompts of some seeds."""
-        return [self.prompts[(seed - self.first_seed) % len(self.prompts)] for seed in seeds]
+        return choose_prompts(self.prompts, seeds, self.first_seed)
 
     def guide(self, model: Denoiser, seeds: Sequence[int]) -> Denoiser:
         """Bind the prompts of some seeds to a denoiser, with classifier-free guidance (Ho & Salimans 2022).
@@ -172,11 +185,20 @@ def sample_images(
         yield to_pixels(x if prompts is None else prompts.decode(x))[: len(batch)].cpu()
 
 
-def sampling_fields(base: Base, settings: Sample, prompts: Prompts | None) -> dict[str, Any]:
-    """Say what an image depends on besides model and seed, as records carry it."""
+def sampling_fields(base: Base, settings: Sample, prompts: str | None) -> dict[str, str | int | None]:
+    """Say what an image depends on besides model and seed, as records carry it.
+
+    Args:
+        prompts: their ``prompts_label``.
+    """
     scheduler = make_scheduler(base, settings.sampler, settings.num_steps, settings.timestep_spacing)
-    spacing = scheduler.config.get("timestep_spacing")
-    return settings.model_dump() | {"timestep_spacing": spacing, "prompts": prompts.label if prompts else None}
+    return {
+        "sampler": settings.sampler,
+        "num_steps": settings.num_steps,
+        "timestep_spacing": scheduler.config.get("timestep_spacing"),
+        "precision": settings.precision,
+        "prompts": prompts,
+    }
 
 
 def check_prompts(base: Base, has_prompts: bool) -> None:

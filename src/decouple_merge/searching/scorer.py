@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from ..config import Sample
-from ..evaluation.features import Extractor
+from ..evaluation.extractors import Extractor
 from ..evaluation.references import Reference
-from ..evaluation.scores import score
+from ..evaluation.score import score
 from ..merging.merger import Merger
 from ..models.base import Base
 from ..models.network import build_network

@@ -1,0 +1,43 @@
+"""What a run's metrics ask of its config, checked before anything is computed."""
+
+import torch
+
+from ..config import Config, Distance, Evaluate
+from .extractors import load_extractor, weights_of
+from .metrics import check_is_distance, check_metrics, check_num_images, extractors_of
+
+
+def check_evaluate(config: Config) -> None:
+    """Require that what is reported and searched by can be measured, on as many images as there will be.
+
+    Raises:
+        ValueError: a metric is unknown, no distance, or has too few images; or the weights of its network are wrong.
+    """
+    evaluate, search = config.evaluate, config.search
+    check_is_distance(search.metric, "search.metric")
+    check_extractors([*evaluate.metrics, search.metric], evaluate)
+    for metric in evaluate.metrics:
+        check_num_images(metric, evaluate.num_images, "evaluate.num_images")
+    check_num_images(search.metric, search.num_images, "search.num_images")
+    if search.num_finalists:
+        where = "search.num_final_images" if search.num_final_images else "evaluate.num_images"
+        check_num_images(search.metric, len(config.final_seeds), where)
+
+
+def check_watched(distance: Distance, settings: Evaluate) -> None:
+    """Require that a training can be watched by a distance.
+
+    Raises:
+        ValueError: as ``check_evaluate``.
+    """
+    check_is_distance(distance.metric, "distance.metric")
+    check_extractors([distance.metric], settings)
+    check_num_images(distance.metric, distance.num_images, "distance.num_images")
+
+
+def check_extractors(metrics: list[str], settings: Evaluate) -> None:
+    """Require that metrics exist and that the networks which they are measured on can be loaded."""
+    check_metrics(metrics, settings)
+    for name in extractors_of(metrics):
+        if (weights := weights_of(name, settings)) is not None:
+            load_extractor(name, torch.device("cpu"), weights)

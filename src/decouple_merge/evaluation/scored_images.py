@@ -1,0 +1,130 @@
+"""What is scored: images drawn by a model, read from files, or given as tensors."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import Protocol, Text
+from ..data.captions import texts_of
+from ..data.decoding import RESIZE, resize_images
+from ..data.prompts import load_prompts
+from ..data.sources import open_images
+from ..executors.devices import default_device
+from ..sampling.model import is_run, open_model
+from ..sampling.sampler import seed_batches
+
+
+@dataclass
+class Scored:
+    """Images to be scored.
+
+    Attributes:
+        batches: yields a share of the batches, uint8 [N, channels, size, size]; draws or reads them then.
+        num_images: None where it isn't known before they have come.
+        seeds: of images that a model draws.
+        sampling: what the images depend on besides model and seed, as records carry it.
+        prompts: all that images may be drawn from.
+        texts: those of these images, in their order.
+    """
+
+    batches: Callable[[slice], Iterable[Tensor]]
+    channels: int
+    size: int
+    num_images: int | None = None
+    seeds: range | None = None
+    sampling: dict[str, str | int | None] = field(default_factory=dict)
+    has_jpeg: bool = False
+    num_batches: int = 1
+    prompts: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+
+def is_model(name: str) -> bool:
+    """Say whether a name is that of a pipeline or a run, as opposed to images."""
+    path = Path(name)
+    is_hub_name = not path.exists() and name.count("/") == 1 and name[0] not in "./~" and ":" not in name
+    return is_hub_name or (path / "model_index.json").exists() or is_run(name)
+
+
+def open_scored(model: str | Iterable[Tensor], settings: Protocol, with_texts: bool = False) -> Scored:
+    """Open what is scored, resized where asked; nothing is drawn before the batches are asked for.
+
+    Args:
+        model: a pipeline or a run; images in any form ``open_images`` takes; or batches of uint8 [N, C, H, W].
+        with_texts: also find the texts that images of files show.
+
+    Raises:
+        ValueError: there is no such model, nor images; or what is drawn would be enlarged.
+    """
+    if not isinstance(model, str):
+        scored = _open_batches(model, settings.text)
+    elif is_model(model):
+        scored = _open_drawn(model, settings)
+    else:
+        scored = _open_files(model, settings, with_texts)
+    return scored if settings.image_size is None else _resized(scored, settings.image_size)
+
+
+def _open_batches(given: Iterable[Tensor], text: Text) -> Scored:
+    batches = iter(given)
+    first = next(batches, None)
+    if not isinstance(first, Tensor) or first.ndim != 4 or first.dtype != torch.uint8:
+        found = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+        raise ValueError(f"the first batch is {found}, expected uint8 [N, C, H, W], 0 to 255: quantise the images")
+    prompts, whole = load_prompts(text), chain([first], batches)
+    return Scored(lambda share: whole, first.shape[1], first.shape[2], prompts=prompts, texts=prompts)
+
+
+def _open_drawn(name: str, settings: Protocol) -> Scored:
+    seeds = range(settings.seed, settings.seed + (settings.num_images or 5000))
+    model = open_model(name, settings.sample, settings.text, settings.seed)
+    model.check(seeds)
+    return Scored(
+        lambda share: model.draw(seeds, default_device(), share),
+        model.base.channels,
+        model.base.image_size,
+        len(seeds),
+        seeds,
+        model.fields,
+        num_batches=len(seed_batches(seeds, settings.sample.batch_size)),
+        prompts=model.prompts,
+        texts=model.prompts_of(seeds),
+    )
+
+
+def _open_files(name: str, settings: Protocol, with_texts: bool) -> Scored:
+    images = open_images(name, settings.image_size)
+    num = settings.num_images or len(images)
+    if num > len(images):
+        raise ValueError(f"{name}: found {len(images)} images, expected at least --num-images {num}")
+    numbers = torch.arange(num).split(256)
+    scored = Scored(
+        lambda share: (images.stack(batch.tolist()) for batch in numbers[share]),
+        images[0].shape[0],
+        images[0].shape[1],
+        num,
+        has_jpeg=images.source.holds_jpeg,
+        num_batches=len(numbers),
+    )
+    if with_texts:
+        given = load_prompts(settings.text)
+        texts = texts_of(images, name, given, settings.seed)
+        scored.prompts, scored.texts = given or texts, texts[:num]
+    return scored
+
+
+def _resized(scored: Scored, size: int) -> Scored:
+    if scored.size < size:
+        raise ValueError(
+            f"found images {scored.size}×{scored.size}, which image_size {size} would enlarge; expected at least as "
+            "large ones: set image_size to null, and take a reference of their size"
+        )
+    whole = scored.batches
+    scored.batches = lambda share: (resize_images(batch, size) for batch in whole(share))
+    scored.size = size
+    scored.sampling |= {"resize": f"{size}, {RESIZE}"}
+    return scored

@@ -1,0 +1,127 @@
+"""Open any model to draw with: a pipeline, or the ensemble of a run's experts."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from ..config import Config, Sample, Text
+from ..data.captions import captions_as_prompts, load_captions
+from ..data.prompts import load_prompts
+from ..data.sources import load_images
+from ..models.base import Base, load_base
+from ..models.ensemble import RunEnsemble, open_run
+from ..models.network import load_network, new_network
+from ..models.parts import texts_to_encode
+from ..storage.tensors import PROJECTIONS_FILE
+from .sampler import (
+    Denoiser,
+    Prompts,
+    check_prompts,
+    choose_prompts,
+    denoiser,
+    ensemble_denoiser,
+    prompts_label,
+    sample_images,
+    sampling_copy,
+    sampling_fields,
+)
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model that draws. Networks and texts are made ready for it when the first image is asked for.
+
+    Attributes:
+        network: of a pipeline.
+        ensemble: of a run.
+        prompts: all that images may be drawn from; empty for a model that reads none.
+        first_seed: which has the first prompt.
+    """
+
+    base: Base
+    network: nn.Module | None
+    ensemble: RunEnsemble | None
+    settings: Sample
+    text: Text
+    prompts: list[str]
+    first_seed: int
+
+    def prompts_of(self, seeds: Sequence[int]) -> list[str]:
+        """Look up the prompts of some seeds; none of a model that reads none."""
+        return choose_prompts(self.prompts, seeds, self.first_seed) if self.prompts else []
+
+    def check(self, seeds: Sequence[int]) -> None:
+        """Require that the model has what it needs to draw some seeds: prompts if it reads them, of classes it knows.
+
+        Raises:
+            ValueError: as said.
+        """
+        check_prompts(self.base, bool(self.prompts))
+        if self.base.encoders is not None:
+            texts_to_encode(self.base.encoders, self.prompts_of(seeds), self.text)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What an image depends on besides model and seed, as records carry it."""
+        label = prompts_label(self.prompts, self.text) if self.prompts else None
+        return sampling_fields(self.base, self.settings, label)
+
+    def draw(
+        self, seeds: Sequence[int], device: torch.device, share: slice = slice(None)
+    ) -> Iterator[UInt8[Tensor, "batch c h w"]]:
+        """Draw one image for each seed, or a share of the batches, as ``sample_images`` does."""
+        prompts = None
+        if self.base.encoders is not None:
+            prompts = Prompts(
+                self.base.encoders, self.prompts, self.text, device, first_seed=self.first_seed, seeds=seeds
+            )
+        model = self._denoiser(device)
+        yield from sample_images(model, self.base, seeds, self.settings, device, prompts=prompts, share=share)
+
+    def _denoiser(self, device: torch.device) -> Denoiser:
+        if self.ensemble is not None:
+            return ensemble_denoiser(self.base, self.ensemble.ranges, self.ensemble.experts, self.settings, device)
+        assert self.network is not None
+        return denoiser(self.base, sampling_copy(self.network, self.settings, device))
+
+
+def is_run(name: str) -> bool:
+    """Say whether a name is that of a run's folder."""
+    return (Path(name) / "config.yaml").exists()
+
+
+def open_model(name: str, settings: Sample, text: Text, first_seed: int = 0) -> OpenedModel:
+    """Open a pipeline, or the ensemble of a run folder, with the prompts for it.
+
+    Args:
+        settings: how it draws.
+        text: prompts and guidance of a text-to-image model; what it doesn't set is a run's own. A run without a file
+            of prompts takes the captions of its data.
+        first_seed: which has the first prompt of a file.
+
+    Raises:
+        ValueError: the model is none, a run has no finished experts, or the prompts can't be read.
+    """
+    if is_run(name):
+        run = open_run(Path(name))
+        both = run.config.text.model_copy(update=text.model_dump(include=text.model_fields_set))
+        prompts = load_prompts(both) or _captions(run.config, run.base)
+        return OpenedModel(run.base, None, run, settings, both, prompts, first_seed if text.prompts else 0)
+    prompts, base = load_prompts(text), load_base(name)
+    network = base.network
+    if (Path(name) / PROJECTIONS_FILE).exists():
+        network = new_network(base, "trunk")
+        network.load_state_dict(load_network(Path(name)))
+    return OpenedModel(base, network, None, settings, text, prompts, first_seed)
+
+
+def _captions(config: Config, base: Base) -> list[str]:
+    if base.encoders is None:
+        return []
+    images = load_images(config.data, base.channels, base.image_size)
+    return captions_as_prompts(load_captions(images, config.data, base.encoders.classes))
