@@ -22,20 +22,24 @@ class AveragedParameters:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], settings: Ema) -> None:
-        self.parameters, self.settings = [p.data for p in parameters], settings
-        self.values = [p.clone() for p in self.parameters]
+        self.parameters, self.settings = parameters, settings
+        self.values = [p.detach().clone() for p in parameters]
+
+    def _data(self) -> list[Tensor]:
+        # Asked for each time: an optimiser may give a parameter another tensor.
+        return [p.data for p in self.parameters]
 
     def follow(self, update: int) -> None:
         """Move the average towards the parameters after an update (0-based)."""
         decay = ema_decay(update, self.settings.max_decay, self.settings.power)
-        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
+        torch._foreach_lerp_(self.values, self._data(), 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Run the network with the average; the parameters get their own values back, bit for bit."""
-        kept: list[Tensor] = [p.clone() for p in self.parameters]
-        torch._foreach_copy_(self.parameters, self.values)
+        kept = [p.clone() for p in self._data()]
+        torch._foreach_copy_(self._data(), self.values)
         try:
             yield
         finally:
-            torch._foreach_copy_(self.parameters, kept)
+            torch._foreach_copy_(self._data(), kept)
