@@ -24,7 +24,8 @@ def export_merge(plan: Plan, merger: Merger, experts_sha256: list[str], level: L
     if _is_one_lora(plan):
         factors = [read_tensors(plan.run.expert(i) / "lora" / FILE)[0] for i in range(len(plan.ranges))]
         write_tensors(plan.run.merged_lora / FILE, merge_factors(factors, winner.weights))
-    export_pipeline(plan.base, merger.merge(winner.weights), plan.run.merged, model_card(record), record)
+    card = model_card(record, *plan.base.family.usage(plan.base.encoders))
+    export_pipeline(plan.base, merger.merge(winner.weights), plan.run.merged, card, record)
 
 
 def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:

@@ -3,8 +3,17 @@
 from typing import Any
 
 
-def model_card(record: dict[str, Any]) -> str:
-    """Write the README.md of a merged pipeline from its merge.json."""
+def model_card(
+    record: dict[str, Any],
+    task: str = "unconditional-image-generation",
+    example: str = 'pipeline(num_inference_steps=50).images[0].save("image.png")',
+) -> str:
+    """Write the README.md of a merged pipeline from its merge.json.
+
+    Args:
+        task: the hub's tag of what the pipeline does.
+        example: Python that draws an image with ``pipeline``.
+    """
     ranges = record.get("ranges") or [""] * len(record["weights"])
     rows = "".join(f"| {i} | {r} | {w:.4f} |\n" for i, (r, w) in enumerate(zip(ranges, record["weights"], strict=True)))
     found = record.get("search")
@@ -27,12 +36,9 @@ def model_card(record: dict[str, Any]) -> str:
     how = (
         "by task arithmetic, θ + Σ w_i (θ_i - θ)" if record["method"] == "linear" else f"by {record['method'].upper()}"
     )
-    kind, prompt = ("text-to-image", '"a prompt", ') if "text" in record else ("unconditional-image-generation", "")
-    if record.get("pipeline") == "DiTPipeline":
-        kind, prompt = "class-conditional-image-generation", "class_labels=[0], "
     return f"""---
 library_name: diffusers
-tags: [{kind}, decouple-then-merge]
+tags: [{task}, decouple-then-merge]
 ---
 
 # Merged from {len(record["weights"])} timestep experts
@@ -50,6 +56,6 @@ Made with decouple-merge {record["decouple_merge"]} by Decouple-then-Merge (CVPR
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("path/of/this/folder")
-pipeline({prompt}num_inference_steps=50).images[0].save("image.png")
+{example}
 ```
 """

@@ -144,6 +144,10 @@ class Family:
         """
         raise NotImplementedError
 
+    def usage(self, encoders: Encoders | None) -> tuple[str, str]:
+        """Say for a model card the hub's tag of what the pipeline does, and the Python that draws with ``pipeline``."""
+        raise NotImplementedError
+
     def save_tiny(self, folder: Path) -> Path:
         """Save a pipeline of random parts, which takes a second to make and no network."""
         raise NotImplementedError

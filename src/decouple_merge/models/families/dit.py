@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
+from ..family import Encoders
 from .latent import Latent
 from .tiny import tiny_vae
 
@@ -43,6 +44,10 @@ class DiT(Latent):
             f"transformer_blocks.{i}": next(layer for layer in reversed(block.ff.net) if isinstance(layer, nn.Linear))
             for i, block in enumerate(network.transformer_blocks)
         }
+
+    def usage(self, encoders: Encoders | None) -> tuple[str, str]:
+        example = 'pipeline(class_labels=[0], num_inference_steps=50).images[0].save("image.png")'
+        return "class-conditional-image-generation", example
 
     def save_tiny(self, folder: Path) -> Path:
         return save_dit(folder)

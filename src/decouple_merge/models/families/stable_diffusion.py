@@ -10,6 +10,7 @@ from diffusers import PNDMScheduler, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor
 
+from ..family import Encoders
 from ..unet_blocks import unet_channels, unet_output_layers
 from .latent import Latent
 from .tiny import tiny_text_parts, tiny_vae
@@ -55,6 +56,9 @@ class StableDiffusion(Latent):
 
     def trunk_channels(self, network: Any) -> dict[str, int]:
         return unet_channels(network)
+
+    def usage(self, encoders: Encoders | None) -> tuple[str, str]:
+        return "text-to-image", 'pipeline("a prompt", num_inference_steps=50).images[0].save("image.png")'
 
     def save_tiny(self, folder: Path) -> Path:
         return save_stable_diffusion(folder)

@@ -41,6 +41,15 @@ class UNet(Family):
     def trunk_channels(self, network: Any) -> dict[str, int]:
         return unet_channels(network)
 
+    def usage(self, encoders: Encoders | None) -> tuple[str, str]:
+        if encoders is None:
+            return "unconditional-image-generation", 'pipeline(num_inference_steps=50).images[0].save("image.png")'
+        return (
+            "class-conditional-image-generation",
+            "# No pipeline of diffusers draws classes with a UNet2DModel: in the scheduler's loop, for each x and t,\n"
+            "prediction = pipeline.unet(x, t, class_labels=torch.tensor([0])).sample",
+        )
+
     def save_tiny(self, folder: Path) -> Path:
         pipeline: Any = DDPMPipeline(tiny_unet(), DDPMScheduler(num_train_timesteps=40))
         pipeline.save_pretrained(folder)
