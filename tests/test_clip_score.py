@@ -147,7 +147,9 @@ def test_a_model_is_scored_with_the_prompt_of_each_seed(clip: Path, tiny_text_ba
     text = write_prompts(tmp_path / "prompts.txt", WORDS[:4])
     settings = Sample(num_steps=2, batch_size=4)
     record = score_of(str(tiny_text_base), clip, text, num_images=6, seed=7, sample=settings)
-    sample_model(str(tiny_text_base), tmp_path / "images", 6, 7, 2, "DDIM", text, 4)
+    sample_model(
+        str(tiny_text_base), tmp_path / "images", 6, 7, Sample(sampler="DDIM", num_steps=2, batch_size=4), text
+    )
     images = [torch.from_numpy(np.asarray(Image.open(tmp_path / "images" / f"{7 + i}.png")).copy()) for i in range(6)]
     texts = [WORDS[i % 4] for i in range(6)]
     expected = torchmetrics_score(clip, torch.stack(images).permute(0, 3, 1, 2), texts)

@@ -31,7 +31,9 @@ def test_two_processes_write_the_images_of_one(tiny_text_base: Path, tmp_path: P
     for num in (1, 2):
         # Batches of 2, 2 and 1: the last one is filled up, in whichever process it is.
         out = tmp_path / str(num)
-        sample_model(str(tiny_text_base), out, 5, 3, 3, "DDIM", text, batch_size=2, num_processes=num)
+        sample_model(
+            str(tiny_text_base), out, 5, 3, Sample(sampler="DDIM", num_steps=3, batch_size=2), text, num_processes=num
+        )
         images.append({path.name: path.read_bytes() for path in sorted(out.iterdir())})
     assert images[0] == images[1]
     assert list(images[0]) == [f"{seed}.png" for seed in range(3, 8)]
@@ -65,5 +67,5 @@ def test_images_that_fit_one_batch_need_no_second_process(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder, "run_all", None)
-    sample_model(str(tiny_base), tmp_path / "out", 3, 0, 2, "DDIM", num_processes=4)
+    sample_model(str(tiny_base), tmp_path / "out", 3, 0, Sample(sampler="DDIM", num_steps=2), num_processes=4)
     assert len(list((tmp_path / "out").iterdir())) == 3

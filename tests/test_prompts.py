@@ -184,7 +184,8 @@ def test_the_command_draws_an_image_for_each_prompt_of_a_file(
             cli.main()
         return int(exited.value.code or 0)
 
-    assert run("--prompts", str(tmp_path / "prompts.txt"), "--guidance", "3", "--negative-prompt", "two dogs") == 0
+    changed = ("--set", "text.guidance_scale=3", "--set", "text.negative_prompt=two dogs")
+    assert run("--prompts", str(tmp_path / "prompts.txt"), *changed) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{i}.png" for i in range(4, 10)]
     negative = {"negative_prompt": ["two dogs"] * 6, "guidance_scale": 3.0}
     expected = stock_images(tiny_text_base, WORDS, list(range(4, 10)), num_inference_steps=3, **negative)
@@ -193,5 +194,5 @@ def test_the_command_draws_an_image_for_each_prompt_of_a_file(
         assert abs((image * 255).round() - found).max() <= 1
     assert run("--num-images", "2") == 2
     assert "found no prompts for a StableDiffusionPipeline" in capsys.readouterr().err
-    assert run("--prompts", str(tmp_path / "prompts.txt"), "--guidance", "0.5") == 2
+    assert run("--prompts", str(tmp_path / "prompts.txt"), "--set", "text.guidance_scale=0.5") == 2
     assert "guidance_scale: Input should be greater than or equal to 1, found 0.5" in capsys.readouterr().err

@@ -157,7 +157,7 @@ def test_coco_is_30k_captions_resized_against_the_whole_set_with_a_clip_score(
     chosen = read_prompts(captions)[:4]
     (tmp_path / "chosen.txt").write_text("\n".join(chosen))
     text = Text(prompts=tmp_path / "chosen.txt")
-    sample_model(str(text_model), tmp_path / "drawn", 4, 0, 50, "PNDM", text, 16)
+    sample_model(str(text_model), tmp_path / "drawn", 4, 0, Sample(sampler="PNDM", num_steps=50, batch_size=16), text)
     for folder in ("drawn", "val2014"):
         (tmp_path / f"{folder}-8").mkdir()
         for file in (tmp_path / folder).iterdir():

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import make_unet
-from decouple_merge.config import Config, Merge, Protocol, Stats, dump_config, load_config
+from decouple_merge.config import Config, Merge, Protocol, Sample, Stats, dump_config, load_config
 from decouple_merge.data.sources import load_images
 from decouple_merge.evaluation.evaluate import evaluate_model
 from decouple_merge.evaluation.extractors import load_extractor
@@ -269,7 +269,7 @@ def test_a_picture_cut_short_does_not_stay(done: Finished, tmp_path: Path, monke
 
     monkeypatch.setattr(Image.Image, "save", cut_short)
     with pytest.raises(KeyboardInterrupt):
-        drawn.sample_model(str(done.base), tmp_path / "out", 1, 0, 2, "DDIM")
+        drawn.sample_model(str(done.base), tmp_path / "out", 1, 0, Sample(sampler="DDIM", num_steps=2))
     assert not (tmp_path / "out/0.png").exists()
 
 
@@ -334,9 +334,9 @@ def test_a_run_with_trunk_projections_keeps_them_and_is_scored_with_them(
     # Its pictures need the projections: without them the same seeds look different.
     if any(best["weights"]):
         merged = tmp_path / "run/merged"
-        drawn.sample_model(str(merged), tmp_path / "with", 2, 0, 3, "DDIM")
+        drawn.sample_model(str(merged), tmp_path / "with", 2, 0, Sample(sampler="DDIM", num_steps=3))
         (merged / "projections.safetensors").unlink()
-        drawn.sample_model(str(merged), tmp_path / "without", 2, 0, 3, "DDIM")
+        drawn.sample_model(str(merged), tmp_path / "without", 2, 0, Sample(sampler="DDIM", num_steps=3))
         assert pixels(tmp_path / "with/0.png") == pytest.approx(
             pixels(tmp_path / "run/samples/merged/0.png").astype(float), abs=1
         )
@@ -351,15 +351,15 @@ def pixels(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("model", ["pretrained", "ensemble", "merged"])
 def test_sampling_a_model_draws_the_pictures_the_run_drew(done: Finished, tmp_path: Path, model: str) -> None:
     source = {"pretrained": done.base, "ensemble": done.folder, "merged": done.folder / "merged"}[model]
-    drawn.sample_model(str(source), tmp_path / "out", 2, 0, 3, "DDIM")
+    drawn.sample_model(str(source), tmp_path / "out", 2, 0, Sample(sampler="DDIM", num_steps=3))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "1.png"]
     for name in ("0.png", "1.png"):
         assert abs(pixels(tmp_path / "out" / name) - pixels(done.folder / "samples" / model / name)).max() <= 1
 
 
 def test_pictures_are_named_by_their_seeds(done: Finished, tmp_path: Path) -> None:
-    drawn.sample_model(str(done.base), tmp_path / "a", 3, 7, 2, "DDPM")
-    drawn.sample_model(str(done.base), tmp_path / "b", 1, 8, 2, "DDPM")
+    drawn.sample_model(str(done.base), tmp_path / "a", 3, 7, Sample(sampler="DDPM", num_steps=2))
+    drawn.sample_model(str(done.base), tmp_path / "b", 1, 8, Sample(sampler="DDPM", num_steps=2))
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["7.png", "8.png", "9.png"]
     assert abs(pixels(tmp_path / "a/8.png") - pixels(tmp_path / "b/8.png")).max() <= 1
 
@@ -425,7 +425,7 @@ def test_images_have_no_distance_to_their_own_statistics_and_one_to_others(done:
 
 
 def test_drawn_pictures_score_as_the_model_that_drew_them(done: Finished, tmp_path: Path) -> None:
-    drawn.sample_model(str(done.base), tmp_path / "out", 8, 0, 50, "DDIM")
+    drawn.sample_model(str(done.base), tmp_path / "out", 8, 0, Sample(sampler="DDIM", num_steps=50))
     values = []
     for model in (str(done.base), str(tmp_path / "out")):
         *_, record = evaluate_model(model, str(done.images), Protocol(metrics=METRICS[:1], num_images=8))

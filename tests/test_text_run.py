@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import WORDS, save_clip, stock_images
-from decouple_merge.config import Config, Protocol, Text, dump_config
+from decouple_merge.config import Config, Protocol, Sample, Text, dump_config
 from decouple_merge.data import latents
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.evaluation.evaluate import evaluate_model
@@ -238,7 +238,7 @@ def test_the_command_draws_from_a_runs_ensemble_with_its_prompts_or_others(
     plan = prepare(config, folder)
     list(finetuning.finetune_experts(plan))
     assert (folder / "config.yaml").read_text() == dump_config(config)
-    sample_model(str(folder), tmp_path / "out", 3, 5, 3, "PNDM")
+    sample_model(str(folder), tmp_path / "out", 3, 5, Sample(sampler="PNDM", num_steps=3))
     prompts = plan.open_prompts(CPU)
     (expected,) = sample_images(
         denoiser_of(plan, "ensemble", CPU), plan.base, [5, 6, 7], config.sample, CPU, prompts=prompts

@@ -6,35 +6,37 @@ from typing import Annotated
 import typer
 
 from .console import console
-from .options import Guidance, NegativePrompt, NumProcesses, PromptFile, Template, text_values
+from .options import PromptFile
 
 
 def sample(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Pipeline folder, hub name, or run folder (its ensemble)")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for <seed>.png")],
+    out: Annotated[Path, typer.Option(help="Folder for PNGs, each named by its seed")],
     num_images: Annotated[int | None, typer.Option(min=1, help="As many as prompts where not given")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first image, which has the first prompt")] = 0,
     num_steps: Annotated[int, typer.Option(min=1)] = 50,
     sampler: Annotated[str, typer.Option(help="Any diffusers scheduler by name")] = "DDIM",
     prompts: PromptFile = None,
-    template: Template = None,
-    negative_prompt: NegativePrompt = None,
-    guidance: Guidance = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images drawn at once, 256 where not given")] = None,
-    num_processes: NumProcesses = 1,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change num_processes, or what the sections sample and text hold"
+        ),
+    ] = None,
 ) -> None:
     """Draw images from a model, or from a run's ensemble of experts.
 
     Example: `deme sample models/fashion-ddpm --out samples --num-images 16`
 
     Of a text-to-image model: `deme sample CompVis/stable-diffusion-v1-4 --out samples --prompts prompts.txt
-    --sampler PNDM --guidance 7.5`
+    --sampler PNDM --set text.guidance_scale=5 --set sample.batch_size=8`
     """
-    from ..config import Text, validate
+    from ..config import Drawing, validate
     from ..sampling.folder import sample_model
 
-    text = validate(Text, text_values(prompts, template, negative_prompt, guidance), "prompts")
-    sample_model(model, out, num_images, seed, num_steps, sampler, text, batch_size, num_processes)
+    given = {"sample": {"sampler": sampler, "num_steps": num_steps}, "text": {"prompts": prompts} if prompts else {}}
+    settings = validate(Drawing, given, "deme sample", overrides)
+    sample_model(model, out, num_images, seed, settings.sample, settings.text, settings.num_processes)
     console.print(f"images: {out}")

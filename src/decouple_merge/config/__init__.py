@@ -11,7 +11,7 @@ from .merge import Merge
 from .pretrain import PartTraining, Pretrain, TextEncoder, Vae
 from .protocol import Protocol, load_protocol
 from .run import Config
-from .sample import Sample, Text
+from .sample import Drawing, Sample, Text
 from .search import Search
 from .section import Precision, Section
 from .stats import Stats
@@ -21,6 +21,7 @@ __all__ = [
     "Config",
     "Data",
     "Distance",
+    "Drawing",
     "Ema",
     "Evaluate",
     "Finetune",

@@ -53,3 +53,16 @@ class Text(Section):
         if "{}" not in template:
             raise ValueError("expected {} where the prompt goes, such as 'a photo of a {}'")
         return template
+
+
+class Drawing(Section):
+    """What ``deme sample`` is asked for.
+
+    Attributes:
+        num_processes: share the batches, each with the model in its memory; GPUs are taken in turn. Images are those of
+            one process.
+    """
+
+    sample: Sample = Sample()
+    text: Text = Text()
+    num_processes: PositiveInt = 1

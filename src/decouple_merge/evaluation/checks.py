@@ -3,15 +3,17 @@
 import torch
 
 from ..config import Config, Distance, Evaluate
+from ..models.base import Base
 from .extractors import load_extractor, weights_of
-from .metrics import check_is_distance, check_metrics, check_num_images, extractors_of
+from .metrics import METRICS, check_is_distance, check_metrics, check_num_images, extractors_of
 
 
-def check_evaluate(config: Config) -> None:
+def check_evaluate(config: Config, base: Base) -> None:
     """Require that what is reported and searched by can be measured, on as many images as there will be.
 
     Raises:
-        ValueError: a metric is unknown, no distance, or has too few images; or the weights of its network are wrong.
+        ValueError: a metric is unknown, no distance, has too few images, or compares with texts that the base doesn't
+            read; or the weights of its network are wrong.
     """
     evaluate, search = config.evaluate, config.search
     check_is_distance(search.metric, "search.metric")
@@ -22,6 +24,9 @@ def check_evaluate(config: Config) -> None:
     if search.num_finalists:
         where = "search.num_final_images" if search.num_final_images else "evaluate.num_images"
         check_num_images(search.metric, len(config.final_seeds), where)
+    with_texts = [m for m in evaluate.metrics if METRICS[m].needs == "texts"]
+    if with_texts and (base.encoders is None or base.encoders.classes):
+        raise ValueError(f"evaluate.metrics has {with_texts[0]}, but {config.base} reads no texts; take another metric")
 
 
 def check_watched(distance: Distance, settings: Evaluate) -> None:

@@ -16,7 +16,6 @@ from ..data.sources import load_images
 from ..data.split import split
 from ..diffusion.timesteps import TimestepRange, choose_ranges
 from ..evaluation.checks import check_evaluate, check_watched
-from ..evaluation.metrics import METRICS
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..models.base import Base, load_base
@@ -69,10 +68,7 @@ def check(config: Config, out: Path) -> Plan:
     ranges = choose_ranges(base.num_train_timesteps, config.finetune.num_ranges, config.finetune.ranges)
     check_sample(base, config.sample)
     check_sample(base, config.sample, config.search.num_steps)
-    check_evaluate(config)
-    with_texts = [m for m in config.evaluate.metrics if METRICS[m].needs == "texts"]
-    if with_texts and (base.encoders is None or base.encoders.classes):
-        raise ValueError(f"evaluate.metrics has {with_texts[0]}, but {config.base} reads no texts; take another metric")
+    check_evaluate(config, base)
     check_distance(config, config.finetune, base)
     check_finetune(config.finetune, base, default_device())
     check_search(config.search, base, len(ranges))

@@ -17,27 +17,25 @@ from .sampler import seed_batches
 def sample_model(
     model: str,
     out: Path,
-    num_images: int | None,
-    seed: int,
-    num_steps: int,
-    sampler: str,
+    num_images: int | None = None,
+    seed: int = 0,
+    settings: Sample | None = None,
     text: Text | None = None,
-    batch_size: int | None = None,
     num_processes: int = 1,
 ) -> None:
     """Draw images from a pipeline, or from a run's ensemble, as ``<seed>.png``.
 
     Args:
         num_images: where not given, one for each prompt of a text-to-image model.
+        seed: of the first image; the others' follow.
+        settings: how images are drawn; not a run's own, but the defaults where not given.
         text: prompts and guidance of such a model; what it doesn't set is a run's own.
         num_processes: share the batches, each with the model in its memory; the images are those of one process.
 
     Raises:
         ValueError: as ``open_model``, the model and its prompts don't fit, or neither the number nor prompts are given.
     """
-    settings, text = Sample(sampler=sampler, num_steps=num_steps), text or Text()
-    if batch_size is not None:
-        settings = settings.model_copy(update={"batch_size": batch_size})
+    settings, text = settings or Sample(), text or Text()
     opened = open_model(model, settings, text, seed)
     num = num_images or len(opened.prompts)
     if num == 0:
