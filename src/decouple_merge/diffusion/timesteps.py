@@ -11,16 +11,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TimestepRange:
-    """The half-open range [low, high) of integer timesteps; t = 0 is the cleanest image."""
+    """The half-open range [low, high) of timesteps; t = 0 is the cleanest image.
 
-    low: int
-    high: int
+    Timesteps are integers where a schedule is a table, and real numbers, 1000·σ, where it is a flow.
+    """
 
-    def __contains__(self, t: int) -> bool:
+    low: int | float
+    high: int | float
+
+    def __contains__(self, t: int | float) -> bool:
         return self.low <= t < self.high
 
     def __str__(self) -> str:
-        return f"[{self.low}, {self.high})"
+        return f"[{self.low:g}, {self.high:g})"
 
 
 def split_timesteps(num_train_timesteps: int, num_ranges: int) -> list[TimestepRange]:
@@ -44,7 +47,7 @@ def check_ranges(ranges: list[TimestepRange], num_train_timesteps: int) -> None:
     Raises:
         ValueError: a range is empty, lies outside [0, T), or leaves a gap or an overlap.
     """
-    expected = 0
+    expected: int | float = 0
     for index, r in enumerate(ranges):
         if not 0 <= r.low < r.high <= num_train_timesteps:
             raise ValueError(f"range {index} is {r}, expected a non-empty part of [0, {num_train_timesteps})")
@@ -70,7 +73,7 @@ def choose_ranges(
     return ranges
 
 
-def range_index(ranges: list[TimestepRange], t: int) -> int:
+def range_index(ranges: list[TimestepRange], t: int | float) -> int:
     """Say which range holds timestep t (DeMe, Eq. 7: the expert for t)."""
     for index, r in enumerate(ranges):
         if t in r:
