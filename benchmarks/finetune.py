@@ -44,7 +44,7 @@ def our_updates(
 
 def bare_updates(base: Base, pixels: Tensor, settings: Finetune, own: TimestepRange) -> Iterator[None]:
     device = default_device()
-    pixels, alphas_cumprod = pixels.to(device), base.alphas_cumprod.to(device)
+    pixels, alphas_cumprod = pixels.to(device), base.process.alphas_cumprod.to(device)
     student, teacher = new_network(base).to(device).train(), new_network(base).to(device).requires_grad_(False).eval()
     if settings.compile:
         student.compile()

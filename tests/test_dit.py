@@ -117,7 +117,7 @@ def draw(base: Base, model: Any = None, classes: list[str] = CLASSES, sampler: s
 def test_the_denoiser_is_the_transformer(base: Base, tmp_path: Path) -> None:
     assert base.family.component == "transformer"
     assert (base.shape, base.channels, base.image_size) == ((4, 8, 8), 3, 16)
-    assert (base.pipeline.vae, base.prediction_type, base.num_train_timesteps) == (None, "epsilon", 40)
+    assert (base.pipeline.vae, base.process.prediction_type, base.num_train_timesteps) == (None, "epsilon", 40)
     half = load_base(str(save_dit(tmp_path / "half", make_dit().to(torch.float16))))  # type: ignore[arg-type]
     assert half.dtype == torch.float16
     assert next(half.network.parameters()).dtype == torch.float32

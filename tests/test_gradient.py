@@ -20,6 +20,7 @@ from decouple_merge.cli import main as cli
 from decouple_merge.config import Config
 from decouple_merge.data.batches import training_batches
 from decouple_merge.data.images import to_model
+from decouple_merge.diffusion.process import VP
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.executors.devices import default_device
 from decouple_merge.experiment.fisher import write_fishers
@@ -57,7 +58,7 @@ class Linear(nn.Module):
 
 
 def base_of(network: nn.Module, prediction_type: str = "epsilon") -> Base:
-    return Base(UNet(), None, network.eval(), torch.linspace(0.999, 0.01, NUM_TIMESTEPS), prediction_type, "")
+    return Base(UNet(), None, network.eval(), VP(torch.linspace(0.999, 0.01, NUM_TIMESTEPS), prediction_type), "")
 
 
 def images(num: int, size: int = 8, seed: int = 0) -> Tensor:
@@ -191,7 +192,7 @@ def test_a_batch_is_fixed_by_its_seed_and_its_timesteps_mirror_each_other() -> N
     assert not torch.equal(first.x_t, other.x_t)
     assert (first.t[:32] + first.t[32:]).unique().tolist() == [29]
     assert (int(first.t.min()), int(first.t.max())) == (10, 19)
-    alpha_bar = base.alphas_cumprod[first.t].view(-1, 1, 1, 1)
+    alpha_bar = base.process.alphas_cumprod[first.t].view(-1, 1, 1, 1)
     x_t = alpha_bar.sqrt() * to_model(images(64, 2)) + (1 - alpha_bar).sqrt() * first.target
     torch.testing.assert_close(first.x_t, x_t)
 

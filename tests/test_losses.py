@@ -7,16 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from decouple_merge.diffusion.losses import (
-    PREDICTION_TYPES,
-    add_noise,
-    finetune_loss,
-    per_sample_mse,
-    prediction_target,
-)
+from decouple_merge.diffusion.losses import finetune_loss, per_sample_mse
+from decouple_merge.diffusion.process import PREDICTION_TYPES, VP
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=1000)
 ALPHAS = SCHEDULER.alphas_cumprod
+EPSILON = VP(ALPHAS, "epsilon")
+VELOCITY = VP(ALPHAS, "v_prediction")
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -29,18 +26,18 @@ SPREAD = (1 - ALPHAS[TIMESTEPS]).sqrt().reshape(-1, 1, 1, 1)
 
 
 def test_noisy_images_are_those_of_diffusers() -> None:
-    ours = add_noise(X0, NOISE, TIMESTEPS, ALPHAS)
+    ours = EPSILON.mix(X0, NOISE, TIMESTEPS)
     torch.testing.assert_close(ours, SCHEDULER.add_noise(X0, NOISE, TIMESTEPS), rtol=0, atol=1e-6)
 
 
 def test_velocity_target_is_that_of_diffusers() -> None:
-    ours = prediction_target(X0, NOISE, TIMESTEPS, ALPHAS, "v_prediction")
+    ours = VELOCITY.target(X0, NOISE, TIMESTEPS)
     torch.testing.assert_close(ours, SCHEDULER.get_velocity(X0, NOISE, TIMESTEPS), rtol=0, atol=1e-6)
 
 
 def test_clean_image_is_recovered_from_each_kind_of_target() -> None:
-    x = add_noise(X0, NOISE, TIMESTEPS, ALPHAS)
-    target = {kind: prediction_target(X0, NOISE, TIMESTEPS, ALPHAS, kind) for kind in PREDICTION_TYPES}
+    x = EPSILON.mix(X0, NOISE, TIMESTEPS)
+    target = {kind: VP(ALPHAS, kind).target(X0, NOISE, TIMESTEPS) for kind in PREDICTION_TYPES}
     # At t = 999 the signal is 0.006 of x_t, so division by it magnifies rounding.
     torch.testing.assert_close((x - SPREAD * target["epsilon"]) / SIGNAL, X0, rtol=0, atol=1e-3)
     torch.testing.assert_close(SIGNAL * x - SPREAD * target["v_prediction"], X0, rtol=0, atol=1e-5)
@@ -48,20 +45,15 @@ def test_clean_image_is_recovered_from_each_kind_of_target() -> None:
 
 
 def test_noise_is_recovered_from_the_velocity() -> None:
-    x = add_noise(X0, NOISE, TIMESTEPS, ALPHAS)
-    v = prediction_target(X0, NOISE, TIMESTEPS, ALPHAS, "v_prediction")
+    x = EPSILON.mix(X0, NOISE, TIMESTEPS)
+    v = VELOCITY.target(X0, NOISE, TIMESTEPS)
     torch.testing.assert_close(SPREAD * x + SIGNAL * v, NOISE, rtol=0, atol=1e-5)
 
 
 def test_each_image_gets_the_noise_of_its_own_timestep() -> None:
-    whole = add_noise(X0, NOISE, TIMESTEPS, ALPHAS)
+    whole = EPSILON.mix(X0, NOISE, TIMESTEPS)
     for i in range(len(X0)):
-        assert torch.equal(whole[i : i + 1], add_noise(X0[i : i + 1], NOISE[i : i + 1], TIMESTEPS[i : i + 1], ALPHAS))
-
-
-def test_unknown_prediction_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="prediction type is 'flow', expected one of epsilon, sample, v_prediction"):
-        prediction_target(X0, NOISE, TIMESTEPS, ALPHAS, "flow")
+        assert torch.equal(whole[i : i + 1], EPSILON.mix(X0[i : i + 1], NOISE[i : i + 1], TIMESTEPS[i : i + 1]))
 
 
 def test_squared_error_is_a_mean_over_elements_for_each_sample_in_float32() -> None:
@@ -109,3 +101,12 @@ def test_without_a_teacher_the_loss_is_the_denoising_term() -> None:
 
 def test_weight_zero_trains_as_without_a_teacher() -> None:
     assert torch.equal(finetune_loss(X0, NOISE, X0 + 1, 0.0)[0], finetune_loss(X0, NOISE, None)[0])
+
+
+def test_weights_of_the_samples_are_on_both_terms() -> None:
+    weights = torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0, 0.1])
+    found = finetune_loss(X0, NOISE, X0 + 1, 0.5, weights)
+    denoising = (weights * (X0 - NOISE).square().mean((1, 2, 3))).mean()
+    torch.testing.assert_close(found[1], denoising)
+    torch.testing.assert_close(found[2], weights.mean())
+    torch.testing.assert_close(found[0], denoising + 0.5 * weights.mean())

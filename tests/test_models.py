@@ -161,9 +161,9 @@ def test_networks_are_made_without_touching_the_global_random_state(placement: s
 def test_the_schedule_is_the_bases_own(tmp_path: Path, prediction_type: str) -> None:
     scheduler = {"num_train_timesteps": 50, "beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction_type}
     base = load_base(str(save_base(tmp_path / "base", {}, **scheduler)))
-    assert base.prediction_type == prediction_type
+    assert base.process.prediction_type == prediction_type
     assert base.num_train_timesteps == 50
-    torch.testing.assert_close(base.alphas_cumprod, DDPMScheduler(**scheduler).alphas_cumprod)
+    torch.testing.assert_close(base.process.alphas_cumprod, DDPMScheduler(**scheduler).alphas_cumprod)
 
 
 def test_a_ddim_pipeline_is_a_base_and_stays_one(tmp_path: Path) -> None:

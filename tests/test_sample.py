@@ -115,7 +115,7 @@ def test_an_oracle_of_any_prediction_type_yields_its_image(tmp_path: Path, predi
     x0 = to_model(pixels)
 
     def oracle(x: Tensor, t: Any) -> Tensor:
-        signal = float(base.alphas_cumprod[int(t)])
+        signal = float(base.process.alphas_cumprod[int(t)])
         noise = (x - math.sqrt(signal) * x0) / math.sqrt(1 - signal)
         velocity = math.sqrt(signal) * noise - math.sqrt(1 - signal) * x0
         return {"epsilon": noise, "sample": x0.expand_as(x), "v_prediction": velocity}[prediction_type]

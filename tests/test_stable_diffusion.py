@@ -33,13 +33,13 @@ def test_only_the_denoiser_and_its_schedule_are_loaded(tiny_text_base: Path) -> 
     assert base.pipeline.unet is base.network
     assert [base.pipeline.vae, base.pipeline.text_encoder, base.pipeline.tokenizer] == [None] * 3
     assert (base.shape, base.channels, base.image_size) == ((4, 8, 8), 3, 16)
-    assert (base.num_train_timesteps, base.prediction_type) == (40, "epsilon")
+    assert (base.num_train_timesteps, base.process.prediction_type) == (40, "epsilon")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_prediction_type_is_the_schedulers(tmp_path: Path, prediction_type: str) -> None:
     folder = save_stable_diffusion(tmp_path / "base", prediction_type=prediction_type)
-    assert load_base(str(folder)).prediction_type == prediction_type
+    assert load_base(str(folder)).process.prediction_type == prediction_type
 
 
 def test_texts_are_encoded_as_the_stock_pipeline_does(tiny_text_base: Path) -> None:

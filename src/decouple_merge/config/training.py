@@ -40,6 +40,9 @@ class Training(Section):
             learning_rate × floor, which they reach after ``decay_fraction`` of the updates.
         optimizer: ``adamw``, torch's, fused; or ``adamw8bit``, bitsandbytes', whose moments take a quarter of that.
         gradient_checkpointing: compute activations again for the backward pass: less memory, a third more compute.
+        weighting: of the loss over timesteps, a name of ``diffusion.weightings`` such as ``min_snr``; None weighs the
+            error of the network's output alike everywhere.
+        weighting_options: of that weighting, such as ``gamma``.
         distance: None draws nothing during training.
         tracker: any Accelerate tracker by name, or ``none``.
     """
@@ -58,6 +61,8 @@ class Training(Section):
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     antithetic: bool = True
+    weighting: str | None = None
+    weighting_options: dict[str, float] = {}
     mixed_precision: Precision = "fp32"
     compile: bool = False
     gradient_checkpointing: bool = False

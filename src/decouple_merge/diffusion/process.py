@@ -7,18 +7,19 @@ for the straight paths of flow matching. x_t = a·x0 + s·ε in both; a timestep
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Real
 from torch import Tensor
 
-from .losses import PREDICTION_TYPES
 from .timesteps import TimestepRange, draw_timesteps, split_timesteps
 
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 Timesteps = Real[Tensor, " batch"]
 
 
+@runtime_checkable
 class Process(Protocol):
     """What trainings, losses and analyses ask of a schedule. Tensors are [batch, …], t is [batch]."""
 
@@ -45,6 +46,14 @@ class Process(Protocol):
 
     def snr(self, t: Timesteps) -> Float[Tensor, " batch"]:
         """Compute the signal-to-noise ratio a²/s², in [0, ∞]."""
+        ...
+
+    def x0_error(self, t: Timesteps) -> Float[Tensor, " batch"]:
+        """Compute the factor from the squared error of an output to that of the x0 which it amounts to, in [0, ∞]."""
+        ...
+
+    def to(self, device: torch.device) -> "Process":
+        """Move what tensors the process has."""
         ...
 
     def draw(
@@ -131,6 +140,13 @@ class VP:
         alpha_bar = self.alphas_cumprod[t]
         return alpha_bar / (1 - alpha_bar)
 
+    def x0_error(self, t: Timesteps) -> Float[Tensor, " batch"]:
+        """Compute s²/a² for ε, 1 for x0, s² for v."""
+        alpha_bar = self.alphas_cumprod[t]
+        if self.prediction_type == "sample":
+            return torch.ones_like(alpha_bar)
+        return (1 - alpha_bar) / alpha_bar if self.prediction_type == "epsilon" else 1 - alpha_bar
+
     def draw(
         self, num: int, own: TimestepRange, global_prob: float, generator: torch.Generator, antithetic: bool = False
     ) -> Timesteps:
@@ -188,6 +204,10 @@ class Flow:
     def snr(self, t: Timesteps) -> Float[Tensor, " batch"]:
         sigma = t.double() / self.num_train_timesteps
         return ((1 - sigma) / sigma).square().float()
+
+    def x0_error(self, t: Timesteps) -> Float[Tensor, " batch"]:
+        """Compute s²."""
+        return (t.double() / self.num_train_timesteps).square().float()
 
     def shifted(self, u: Tensor) -> Tensor:
         """Map u in [0, 1] to σ in [0, 1]."""

@@ -112,7 +112,7 @@ def _describe_all(images: Images, device: torch.device) -> Tensor:
 
 
 def _check(config: Config, settings: Pretrain, base: Base) -> None:
-    check_training(settings, default_device())
+    check_training(settings, base, default_device())
     check_distance(config, settings, base)
 
 

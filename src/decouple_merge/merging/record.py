@@ -12,7 +12,7 @@ def merge_record(
     base: dict[str, str],
     experts: Sequence[str],
     experts_sha256: Sequence[str],
-    ranges: list[list[int]] | None = None,
+    ranges: list[list[int | float]] | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
     """Say how a model was merged, so that ``recipes.repeat_merge`` can do it again.

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..diffusion.losses import PREDICTION_TYPES
+from ..diffusion.process import PREDICTION_TYPES, VP, Process
 from ..storage.hub import pipeline_folder
 from ..storage.tensors import DTYPES, hash_tensors
 from .families import FAMILIES, stable_diffusion, unet
@@ -32,8 +31,7 @@ class Base:
         family: what kind of pipeline it is.
         pipeline: the diffusers pipeline; ``network`` is its denoiser. Of a loaded one the other parts are None.
         network: the denoiser, float32.
-        alphas_cumprod: ᾱ_t of the base's own schedule, float32 [T].
-        prediction_type: epsilon, sample or v_prediction.
+        process: how the base's own schedule mixes images with noise, and what the network says of the mixture.
         sha256: hash of the network's tensors.
         dtype: of the stored weights, in which merged models are written.
         encoders: what tells the network what to draw, where it is told anything, and a latent one's VAE.
@@ -42,15 +40,14 @@ class Base:
     family: Family
     pipeline: Any
     network: Any
-    alphas_cumprod: Float[Tensor, " T"]
-    prediction_type: str
+    process: Process
     sha256: str
     dtype: torch.dtype = torch.float32
     encoders: Encoders | None = None
 
     @property
     def num_train_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
+        return self.process.num_train_timesteps
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -96,12 +93,15 @@ def load_base(name: str) -> Base:
         family,
         pipeline,
         network,
-        pipeline.scheduler.alphas_cumprod.float(),
-        pipeline.scheduler.config.get("prediction_type", "epsilon"),
+        _process(pipeline.scheduler),
         tensors_sha256(network.state_dict()),
         stored_dtype(folder),
         encoders,
     )
+
+
+def _process(scheduler: Any) -> Process:
+    return VP(scheduler.alphas_cumprod.float(), scheduler.config.get("prediction_type", "epsilon"))
 
 
 def _flow(folder: Path) -> str:
@@ -177,8 +177,7 @@ def create_base(
         family,
         pipeline,
         network,
-        pipeline.scheduler.alphas_cumprod.float(),
-        pipeline.scheduler.config["prediction_type"],
+        _process(pipeline.scheduler),
         tensors_sha256(network.state_dict()),
         encoders=encoders,
     )

@@ -5,17 +5,19 @@ from importlib.util import find_spec
 import torch
 
 from ..config import Finetune, Training
+from ..diffusion.weightings import check_weighting
 from ..models.base import Base
 from ..models.lora import check_lora
 from ..models.projection import check_placement
 
 
-def check_training(settings: Training, device: torch.device) -> None:
-    """Require that this machine has what a training asks for.
+def check_training(settings: Training, base: Base, device: torch.device) -> None:
+    """Require that this machine has what a training asks for, and that the loss is defined on the base's schedule.
 
     Raises:
-        ValueError: the precision needs a GPU, or the optimiser isn't installed.
+        ValueError: the precision needs a GPU, the optimiser isn't installed, or the weighting has no finite weights.
     """
+    check_weighting(settings.weighting, settings.weighting_options, base.process)
     _check_precision(settings, device)
     _check_optimizer(settings)
 
@@ -26,7 +28,7 @@ def check_finetune(settings: Finetune, base: Base, device: torch.device) -> None
     Raises:
         ValueError: as ``check_training``, or the network has no place for the projections or the adapters.
     """
-    check_training(settings, device)
+    check_training(settings, base, device)
     check_placement(base.network, base.family, settings.projection.placement)
     if settings.lora is not None:
         check_lora(base.network, settings.lora)

@@ -4,13 +4,13 @@ import copy
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..data.batches import Batch, model_input
-from ..diffusion.losses import add_noise, per_sample_mse, prediction_target
-from ..diffusion.timesteps import TimestepRange, draw_timesteps
+from ..diffusion.losses import per_sample_mse
+from ..diffusion.timesteps import TimestepRange
 from ..merging.arithmetic import Tensors
 from ..merging.keys import has_trunk
 from ..models.base import Base
@@ -23,19 +23,18 @@ class NoisyBatch:
     """A batch to denoise: noisy images, their timesteps, what the network should say of them, and its other inputs."""
 
     x_t: Float[Tensor, "batch c h w"]
-    t: Int[Tensor, " batch"]
+    t: Real[Tensor, " batch"]
     target: Float[Tensor, "batch c h w"]
     condition: dict[str, Tensor] = field(default_factory=dict)
 
 
 def noisy_batch(base: Base, images: Batch, own: TimestepRange, draws: torch.Generator) -> NoisyBatch:
-    """Add noise to images or latents at antithetic uniform timesteps of a range; on the CPU, in the network's dtype."""
+    """Add noise to images or latents at antithetic timesteps of a range; on the CPU, in the network's dtype."""
     x0, condition = model_input(images, draws)
     x0, condition = x0.to(dtype_of(base)), cast_inputs(condition, dtype_of(base))
-    t = draw_timesteps(len(x0), own, base.num_train_timesteps, 0.0, draws, antithetic=True)
+    t = base.process.draw(len(x0), own, 0.0, draws, antithetic=True)
     noise = torch.randn(x0.shape, generator=draws).to(x0)
-    x_t = add_noise(x0, noise, t, base.alphas_cumprod)
-    return NoisyBatch(x_t, t, prediction_target(x0, noise, t, base.alphas_cumprod, base.prediction_type), condition)
+    return NoisyBatch(base.process.mix(x0, noise, t), t, base.process.target(x0, noise, t), condition)
 
 
 def dtype_of(base: Base) -> torch.dtype:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..config import Finetune, Training
 from ..data.batches import Batch, model_input
-from ..diffusion.losses import add_noise, finetune_loss, prediction_target
-from ..diffusion.timesteps import TimestepRange, draw_timesteps
+from ..diffusion.losses import finetune_loss
+from ..diffusion.timesteps import TimestepRange
+from ..diffusion.weightings import weight_of
 from ..models.base import Base
 from ..models.network import predict
 from ..seeds import generator, stream_seed
@@ -57,7 +58,8 @@ class Trainer:
         self.consistency_weight = settings.consistency_weight if isinstance(settings, Finetune) else 0.0
         self.accelerator = start_accelerator(task.name, settings, folder / "tracker")
         self.device = self.accelerator.device
-        self.alphas_cumprod = base.alphas_cumprod.to(self.device)
+        self.process = base.process.to(self.device)
+        self.weight = weight_of(settings.weighting, **settings.weighting_options)
         self.parametrisation = parametrisation_of(settings, task.name, seed)
         network: Any = self.parametrisation.network(base).train()
         if settings.gradient_checkpointing:
@@ -112,21 +114,18 @@ class Trainer:
 
     def losses(self, batch: Batch, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the loss of a batch, and its two parts: of denoising, and of consistency with the teacher."""
-        base = self.base
+        base, process = self.base, self.process
         x0, condition = model_input(batch.to(self.device), draws)
-        t = draw_timesteps(
-            len(x0), self.task.own, base.num_train_timesteps, self.global_prob, draws, self.settings.antithetic
-        ).to(self.device)
+        t = process.draw(len(x0), self.task.own, self.global_prob, draws, self.settings.antithetic).to(self.device)
         noise = torch.randn(x0.shape, generator=draws).to(self.device)
-        x_t = add_noise(x0, noise, t, self.alphas_cumprod)
-        target = prediction_target(x0, noise, t, self.alphas_cumprod, base.prediction_type)
+        x_t, target = process.mix(x0, noise, t), process.target(x0, noise, t)
         with self.accelerator.autocast():
             teacher_output = None
             if self.teacher is not None:
                 with torch.no_grad():
                     teacher_output = predict(base, self.teacher, x_t, t, **condition)
             output = predict(base, self.wrapped, x_t, t, **condition)
-        return finetune_loss(output, target, teacher_output, self.consistency_weight)
+        return finetune_loss(output, target, teacher_output, self.consistency_weight, self.weight(process, t))
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
         loss, _, _ = self.losses(batch, generator(self.seed, "compiled"))

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..data.batches import Batch, model_input
-from ..diffusion.losses import add_noise, per_sample_mse, prediction_target
+from ..diffusion.losses import per_sample_mse
 from ..diffusion.timesteps import TimestepRange
 from ..models.base import Base
 from ..models.network import predict
@@ -32,9 +32,8 @@ def validation_losses(
     noise = torch.randn(x0.shape, generator=generator("validation noise"))
     losses = []
     for own in ranges:
-        t = (own.low + (torch.arange(len(x0)) + 0.5) / len(x0) * (own.high - own.low)).long()
-        x_t = add_noise(x0, noise, t, base.alphas_cumprod)
-        target = prediction_target(x0, noise, t, base.alphas_cumprod, base.prediction_type)
+        t = base.process.spread(own, len(x0))
+        x_t, target = base.process.mix(x0, noise, t), base.process.target(x0, noise, t)
         total = 0.0
         for batch in torch.arange(len(x0)).split(batch_size):
             other = {name: value[batch].to(device) for name, value in condition.items()}

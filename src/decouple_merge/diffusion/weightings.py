@@ -1,0 +1,114 @@
+"""Weightings of the denoising loss over timesteps: one table, by name.
+
+A weighting is a weight w(SNR) on the squared error of x0. What it means for ε, x0, v or a velocity follows from the
+process: w·‖x0 - x0_θ‖² = w·c·‖target - output‖² with c = ``Process.x0_error`` (the supplement of DeMe, section 1).
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .process import Process, Timesteps
+
+Weighting = Callable[..., Tensor]
+Weight = Callable[[Process, Timesteps], Tensor | None]
+
+
+def standard(snr: Tensor) -> Tensor:
+    """The loss of an ε-model, w = SNR (Ho et al. 2020)."""
+    return snr
+
+
+def snr_plus_one(snr: Tensor) -> Tensor:
+    """The loss of a v-model, w = SNR + 1 (Salimans & Ho 2022)."""
+    return snr + 1
+
+
+def truncated_snr(snr: Tensor) -> Tensor:
+    """w = max(SNR, 1) (Salimans & Ho 2022)."""
+    return snr.clamp(min=1)
+
+
+def min_snr(snr: Tensor, gamma: float = 5.0) -> Tensor:
+    """Min-SNR-γ, w = min(SNR, γ) (Hang et al. 2023)."""
+    return snr.clamp(max=gamma)
+
+
+def soft_min_snr(snr: Tensor, gamma: float = 5.0) -> Tensor:
+    """Soft Min-SNR, w = SNR·γ / (SNR + γ) (Crowson et al. 2024)."""
+    # Written so that a clean image, whose SNR is infinite, gets γ.
+    return gamma / (1 + gamma / snr)
+
+
+def p2(snr: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
+    """P2, w = SNR / (k + SNR)^γ (Choi et al. 2022)."""
+    return snr / (k + snr) ** gamma
+
+
+def debiased(snr: Tensor) -> Tensor:
+    """Debiased estimation, w = √SNR (Yu et al. 2024)."""
+    return snr.sqrt()
+
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "standard": standard,
+    "snr_plus_one": snr_plus_one,
+    "truncated_snr": truncated_snr,
+    "min_snr": min_snr,
+    "soft_min_snr": soft_min_snr,
+    "p2": p2,
+    "debiased": debiased,
+}
+
+
+def weight_of(name: str | None, **options: float) -> Weight:
+    """Look up a weighting, and bind its options; None weighs the error of the output itself by 1.
+
+    Returns:
+        The function from a process and timesteps [batch] to the weights of the output's errors, [batch].
+
+    Raises:
+        ValueError: there is no such weighting, or it has no such option.
+    """
+    if name is None:
+        if options:
+            raise ValueError(f"weighting_options are {options} and there is no weighting; set weighting, or leave them")
+        return lambda process, t: None
+    if name not in WEIGHTINGS:
+        raise ValueError(f"weighting is {name!r}, expected one of {', '.join(WEIGHTINGS)}")
+    weighting = WEIGHTINGS[name]
+    known = list(inspect.signature(weighting).parameters)[1:]
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"weighting {name} has no option {unknown[0]!r}, expected {', '.join(known) or 'none'}")
+    return lambda process, t: output_weights(process, t, lambda snr: weighting(snr, **options))
+
+
+def output_weights(process: Process, t: Timesteps, weighting: Weighting) -> Float[Tensor, " batch"]:
+    """Compute w(SNR)·c, float32; where the SNR is 0 or c infinite, the limit from less noise where there is one."""
+    snr, factor = process.snr(t).double(), process.x0_error(t).double()
+    tiny = torch.finfo(torch.float32).tiny
+    # ε at zero terminal SNR: c is infinite, w may be 0, and their product is finite for standard, Min-SNR and P2.
+    is_void = factor.isinf()
+    snr = torch.where(is_void, tiny, snr)
+    factor = torch.where(is_void, 1 / snr, factor)
+    return (weighting(snr) * factor).float()
+
+
+def check_weighting(name: str | None, options: dict[str, float], process: Process) -> None:
+    """Require that a weighting exists, and that its weights are finite and not negative on all timesteps.
+
+    Raises:
+        ValueError: they aren't; of an ε-model with zero terminal SNR some have no limit.
+    """
+    t = process.spread(process.split(1)[0], process.num_train_timesteps)
+    weights = weight_of(name, **options)(process, t)
+    # What is beyond this drowns all other timesteps.
+    if weights is not None and not bool(((weights >= 0) & (weights < 1e12)).all()):
+        worst = int(t[weights.nan_to_num(nan=torch.inf).argmax()])
+        raise ValueError(
+            f"weighting {name} with {options or 'its defaults'} has no finite weight at timestep {worst}, where the "
+            "base's schedule has no signal left; take min_snr or p2, or a base that predicts v"
+        )

@@ -1,0 +1,127 @@
+"""Weightings of the loss against the closed forms of each network output."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from decouple_merge.diffusion.process import VP, Flow, Process
+from decouple_merge.diffusion.weightings import WEIGHTINGS, check_weighting, weight_of
+
+T = torch.arange(1000)
+SCHEDULE = DDPMScheduler(num_train_timesteps=1000).alphas_cumprod
+ZERO_SNR = DDPMScheduler(num_train_timesteps=1000, rescale_betas_zero_snr=True).alphas_cumprod
+SNR = (SCHEDULE.double() / (1 - SCHEDULE.double())).float()
+SIGMA = (T[1:] / 1000).float()
+
+# The columns ε, v and velocity of the table in the supplement of DeMe, section 1, and of its flow counterpart.
+EPSILON = {
+    "standard": lambda s: torch.ones_like(s),
+    "snr_plus_one": lambda s: 1 + 1 / s,
+    "truncated_snr": lambda s: (1 / s).clamp(min=1),
+    "min_snr": lambda s: (5 / s).clamp(max=1),
+    "soft_min_snr": lambda s: 5 / (s + 5),
+    "p2": lambda s: 1 / (1 + s),
+    "debiased": lambda s: 1 / s.sqrt(),
+}
+VELOCITY = {
+    "standard": lambda s: s / (s + 1),
+    "snr_plus_one": lambda s: torch.ones_like(s),
+    "truncated_snr": lambda s: s.clamp(min=1) / (s + 1),
+    "min_snr": lambda s: s.clamp(max=5) / (s + 1),
+    "soft_min_snr": lambda s: 5 * s / ((s + 5) * (s + 1)),
+    "p2": lambda s: s / (s + 1) ** 2,
+    "debiased": lambda s: s.sqrt() / (s + 1),
+}
+FLOW = {
+    "standard": lambda s: (1 - s) ** 2,
+    "snr_plus_one": lambda s: (1 - s) ** 2 + s**2,
+    "truncated_snr": lambda s: torch.maximum((1 - s) ** 2, s**2),
+    "min_snr": lambda s: torch.minimum((1 - s) ** 2, 5 * s**2),
+    "soft_min_snr": lambda s: 5 * (1 - s) ** 2 / (((1 - s) / s) ** 2 + 5),
+    "p2": lambda s: (1 - s) ** 2 / (1 + ((1 - s) / s) ** 2),
+    "debiased": lambda s: (1 - s) * s,
+}
+
+
+def weights(name: str, process: Process, t: Tensor, **options: float) -> Tensor:
+    found = weight_of(name, **options)(process, t)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_weights_of_each_output_are_the_closed_forms(name: str) -> None:
+    torch.testing.assert_close(weights(name, VP(SCHEDULE, "epsilon"), T), EPSILON[name](SNR), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        weights(name, VP(SCHEDULE, "v_prediction"), T), VELOCITY[name](SNR), rtol=1e-3, atol=1e-6
+    )
+    torch.testing.assert_close(weights(name, VP(SCHEDULE, "sample"), T), WEIGHTINGS[name](SNR), rtol=1e-3, atol=1e-6)
+    flow = weights(name, Flow(), 1000 * SIGMA)
+    torch.testing.assert_close(flow, FLOW[name](SIGMA), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_the_weighted_error_is_that_of_x0(name: str) -> None:
+    """An output that is off by d in x0's units has the same loss whatever the network predicts."""
+    t = torch.arange(10, 990, 70)
+    x0, noise, off = (torch.randn(len(t), 8, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
+    found = []
+    for kind in ("epsilon", "sample", "v_prediction"):
+        process = VP(SCHEDULE.double(), kind)
+        x_t = process.mix(x0, noise, t)
+        wrong = process.target(
+            x0 + off, (x_t - process.mix(x0 + off, 0 * noise, t)) / process.mix(0 * x0, 1 + 0 * noise, t), t
+        )
+        error = (wrong - process.target(x0, noise, t)).square().mean(1)
+        found.append(weights(name, process, t).double() * error)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[2], found[1], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("name", "last"), [("standard", 1.0), ("min_snr", 1.0), ("soft_min_snr", 1.0), ("p2", 1.0)])
+def test_weights_at_zero_terminal_snr_are_the_limits(name: str, last: float) -> None:
+    found = weights(name, VP(ZERO_SNR, "epsilon"), T)
+    assert found[-1].item() == pytest.approx(last, rel=1e-4)
+    assert bool(weights(name, VP(ZERO_SNR, "v_prediction"), T).isfinite().all())
+    check_weighting(name, {}, VP(ZERO_SNR, "epsilon"))
+
+
+@pytest.mark.parametrize("name", ["snr_plus_one", "truncated_snr", "debiased"])
+def test_a_weighting_without_a_limit_at_zero_terminal_snr_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"weighting {name} .* no finite weight at timestep 999"):
+        check_weighting(name, {}, VP(ZERO_SNR, "epsilon"))
+    check_weighting(name, {}, VP(ZERO_SNR, "v_prediction"))
+
+
+def test_options_change_a_weighting() -> None:
+    process = VP(SCHEDULE, "epsilon")
+    assert weights("min_snr", process, T, gamma=1.0).min() < weights("min_snr", process, T).min()
+    assert torch.equal(weights("p2", process, T, gamma=0.0), weights("standard", process, T))
+
+
+def test_no_weighting_weighs_nothing() -> None:
+    assert weight_of(None)(Flow(), torch.tensor([1.0])) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("min_snr5", {}, "weighting is 'min_snr5', expected one of standard, snr_plus_one"),
+        ("min_snr", {"k": 1.0}, "weighting min_snr has no option 'k', expected gamma"),
+        ("standard", {"k": 1.0}, "has no option 'k', expected none"),
+        (None, {"gamma": 1.0}, "there is no weighting"),
+    ],
+)
+def test_unknown_names_and_options_are_refused(name: str | None, options: dict[str, float], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        weight_of(name, **options)
+
+
+def test_a_weight_that_is_negative_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no finite weight"):
+        check_weighting("min_snr", {"gamma": -1.0}, Flow())
+    with pytest.raises(ValueError, match="has no finite weight"):
+        check_weighting("min_snr", {"gamma": math.nan}, Flow())
