@@ -4,6 +4,8 @@ import hashlib
 
 import torch
 
+from .errors import UserError
+
 NUM_SEEDS = 2**32
 
 
@@ -24,15 +26,15 @@ def check_disjoint(search: range, report: range) -> None:
     """Refuse seeds that are used both to choose a model and to report on it.
 
     Raises:
-        ValueError: the two half-open seed ranges overlap, or go beyond 2**32, where torch's seeds start again from 0.
+        UserError: the two half-open seed ranges overlap, or go beyond 2**32, where torch's seeds start again from 0.
     """
     if max(search.stop, report.stop) > NUM_SEEDS:
-        raise ValueError(
+        raise UserError(
             f"search seeds end at {search.stop} and report seeds at {report.stop}, expected at most 2**32: beyond, "
             "the same noise comes again; lower search.first_seed or evaluate.first_seed"
         )
     if max(search.start, report.start) < min(search.stop, report.stop):
-        raise ValueError(
+        raise UserError(
             f"search seeds [{search.start}, {search.stop}) overlap report seeds [{report.start}, {report.stop}); "
             "a number must not be reported on the seeds that chose the model: move search.first_seed or "
             "evaluate.first_seed"

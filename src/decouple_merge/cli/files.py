@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UserError
 from .console import console, show_bytes
 
 if TYPE_CHECKING:
@@ -50,10 +51,10 @@ def merge(
 
     if recipe is not None:
         if base or weights or method or blocks or overrides:
-            raise ValueError("--recipe says what is merged and how; give it alone, with --out and --dry-run")
+            raise UserError("--recipe says what is merged and how; give it alone, with --out and --dry-run")
         show_bytes(recipes.repeat_merge(recipe, out, dry_run))
     elif base is None or not experts or weights is None:
-        raise ValueError("expected BASE, at least one EXPERT and --weights, or --recipe")
+        raise UserError("expected BASE, at least one EXPERT and --weights, or --recipe")
     else:
         settings = _settings(method, weights, blocks or [], overrides)
         show_bytes(recipes.merge_models(base, experts, settings, out, dry_run))
@@ -89,7 +90,7 @@ def _numbers(option: str, text: str) -> list[float]:
     try:
         return [float(w) for w in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} is {text!r}, expected numbers separated by commas, such as 0.5,1.2") from None
+        raise UserError(f"{option} is {text!r}, expected numbers separated by commas, such as 0.5,1.2") from None
 
 
 def _block(text: str) -> tuple[str, list[float]]:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
 from .console import console, show
 from .options import PromptFile
 
@@ -51,7 +52,7 @@ def evaluate(
         show(compare_records(*compare))
         return
     if model is None:
-        raise ValueError("expected MODEL_OR_IMAGES, or --compare A B")
+        raise UserError("expected MODEL_OR_IMAGES, or --compare A B")
     from ..config import load_protocol
     from ..evaluation.evaluate import evaluate_model
 

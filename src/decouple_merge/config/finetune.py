@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from ..errors import UserError
 from .section import Section
 from .training import Training
 
@@ -56,7 +57,7 @@ class Finetune(Training):
     @model_validator(mode="after")
     def _no_projections_of_adapters(self) -> "Finetune":
         if self.lora is not None and self.projection.placement != "none":
-            raise ValueError(
+            raise UserError(
                 f"lora is set and projection.placement is {self.projection.placement}; an adapter trains no "
                 "projections: set projection.placement to none"
             )

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
+from ..errors import UserError
 from .run import Config
 from .section import Section
 
@@ -17,17 +18,17 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML config, apply ``a.b=c`` overrides, validate.
 
     Raises:
-        ValueError: the file is missing or not YAML, a key is unknown (the nearest valid one is named), or a value
+        UserError: the file is missing or not YAML, a key is unknown (the nearest valid one is named), or a value
             has the wrong type or range.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise ValueError(f"config {path}: {error.strerror}; give the path of a YAML file, see configs/") from error
+        raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file, see configs/") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"config {path} is not valid YAML: {error}") from error
+        raise UserError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"config {path}: found {type(values).__name__}, expected keys and values")
+        raise UserError(f"config {path}: found {type(values).__name__}, expected keys and values")
     return validate(Config, values, f"config {path}", overrides)
 
 
@@ -42,7 +43,7 @@ def validate(
     """Make a section from plain values, changed by ``a.b=c`` overrides.
 
     Raises:
-        ValueError: an override can't be read, a key is unknown, or a value has the wrong type or range; the last two
+        UserError: an override can't be read, a key is unknown, or a value has the wrong type or range; the last two
             start with ``where``.
     """
     for assignment in overrides or []:
@@ -50,25 +51,25 @@ def validate(
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_explain(section, error, where)) from error
+        raise UserError(_explain(section, error, where)) from error
 
 
 def _override(values: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
-        raise ValueError(f"--set {assignment!r}: expected key=value, for example finetune.num_updates=100")
+        raise UserError(f"--set {assignment!r}: expected key=value, for example finetune.num_updates=100")
     *parents, last = key.split(".")
     for parent in parents:
         child = values.get(parent)
         if child is None:
             child = values[parent] = {}
         if not isinstance(child, dict):
-            raise ValueError(f"--set {assignment!r}: {parent!r} holds a value, not a section")
+            raise UserError(f"--set {assignment!r}: {parent!r} holds a value, not a section")
         values = child
     try:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--set {assignment!r}: {text!r} is not valid YAML ({error})") from error
+        raise UserError(f"--set {assignment!r}: {text!r} is not valid YAML ({error})") from error
 
 
 def _explain(model: Any, error: ValidationError, where: str) -> str:

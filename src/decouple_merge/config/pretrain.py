@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from ..errors import UserError
 from .section import Section
 from .training import Training
 
@@ -65,5 +66,5 @@ class Pretrain(Training):
     def _both_parts(self) -> "Pretrain":
         if (self.vae is None) != (self.text_encoder is None):
             missing = "vae" if self.vae is None else "text_encoder"
-            raise ValueError(f"a text-to-image base has vae and text_encoder, {missing} is missing: give both, or none")
+            raise UserError(f"a text-to-image base has vae and text_encoder, {missing} is missing: give both, or none")
         return self

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from ..errors import UserError
 from .loader import validate
 from .sample import Sample, Text
 from .stats import Stats
@@ -45,11 +46,11 @@ def load_protocol(name: str | None, given: dict[str, Any], overrides: list[str] 
         given: values, in sections as in that file; None is none.
 
     Raises:
-        ValueError: there is no such protocol, or as ``load_config``.
+        UserError: there is no such protocol, or as ``load_config``.
     """
     known = yaml.safe_load(Path(__file__).with_name("protocols.yaml").read_text(encoding="utf-8"))
     if name is not None and name not in known:
-        raise ValueError(f"--protocol is {name!r}, expected one of {', '.join(known)}")
+        raise UserError(f"--protocol is {name!r}, expected one of {', '.join(known)}")
     values = known[name] if name else {}
     for key, value in given.items():
         if isinstance(value, dict):

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
+from ..errors import UserError
 from .section import Precision, Section
 
 
@@ -51,7 +52,7 @@ class Text(Section):
     @classmethod
     def _has_place(cls, template: str) -> str:
         if "{}" not in template:
-            raise ValueError("expected {} where the prompt goes, such as 'a photo of a {}'")
+            raise UserError("expected {} where the prompt goes, such as 'a photo of a {}'")
         return template
 
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from ..errors import UserError
 from .section import Section
 
 
@@ -62,7 +63,7 @@ class Search(Section):
     @model_validator(mode="after")
     def _bounds(self) -> "Search":
         if self.low >= self.high:
-            raise ValueError(f"low is {self.low} and high is {self.high}, expected low below high")
+            raise UserError(f"low is {self.low} and high is {self.high}, expected low below high")
         if self.strategy == "gradient" and self.gradient_batches == 0:
-            raise ValueError("gradient_batches is 0, which leaves the strategy gradient nothing to try; set it to 200")
+            raise UserError("gradient_batches is 0, which leaves the strategy gradient nothing to try; set it to 200")
         return self

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from ..errors import UserError
 from .section import Precision, Section
 
 
@@ -75,7 +76,7 @@ class Training(Section):
     @model_validator(mode="after")
     def _distance_at_validations(self) -> "Training":
         if self.distance is not None and self.distance.every % self.validate_every:
-            raise ValueError(
+            raise UserError(
                 f"distance.every is {self.distance.every}, expected a multiple of validate_every, {self.validate_every}"
             )
         return self

@@ -1,4 +1,4 @@
 """Images, captions and prompts from wherever they are, in batches, and the cache of their latents.
 
-Imports config, models, storage, seeds.
+Imports config, errors, models, seeds, storage.
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import Data
+from ..errors import UserError
 from .decoded import EncodedSource
 from .decoding import DamagedError
 from .images import file_stamp
@@ -36,7 +37,7 @@ class Archive(Sequence):
     """The files of an archive whose names have one of some suffixes, sorted by name.
 
     Raises:
-        ValueError: the file is damaged, or a compressed tar, in which nothing is found without unpacking all.
+        UserError: the file is damaged, or a compressed tar, in which nothing is found without unpacking all.
     """
 
     def __init__(self, path: Path, suffixes: set[str]) -> None:
@@ -44,7 +45,7 @@ class Archive(Sequence):
         try:
             found = _zip_files(path) if path.suffix.lower() == ".zip" else _tar_files(path)
         except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: no whole .zip or plain .tar archive ({error}); fetch it again, and unpack a compressed tar"
             ) from error
         self.names = [name for name in sorted(found) if has_suffix(name, suffixes) and not is_mac_metadata(name)]
@@ -68,9 +69,9 @@ class Archive(Sequence):
             if entry.compress_type == zipfile.ZIP_DEFLATED:
                 content = zlib.decompress(content, -zlib.MAX_WBITS)
             elif entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"compression method {entry.compress_type}, expected deflate or none")
+                raise UserError(f"compression method {entry.compress_type}, expected deflate or none")
             if zlib.crc32(content) != entry.CRC:
-                raise ValueError("its checksum differs")
+                raise UserError("its checksum differs")
         except (ValueError, zlib.error) as error:
             raise DamagedError(f"{self.path}:{name}: can't be read ({error}); make the archive again") from error
         return Member(content, f"{self.path}:{name}")
@@ -80,7 +81,7 @@ class ImageArchive(EncodedSource):
     """The images of a zip or tar archive, read where they lie.
 
     Raises:
-        ValueError: there are none, or as ``Archive``.
+        UserError: there are none, or as ``Archive``.
     """
 
     form = "a .zip or .tar of images"
@@ -110,7 +111,7 @@ def _zip_files(path: Path) -> dict[str, _Place]:
     with zipfile.ZipFile(path) as archive:
         entries = [e for e in archive.infolist() if not e.is_dir()]
         if any(e.flag_bits & 1 for e in entries):
-            raise ValueError("it is encrypted")
+            raise UserError("it is encrypted")
         return {e.filename: _Place(e.header_offset, e.compress_size, e) for e in entries}
 
 

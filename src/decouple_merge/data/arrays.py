@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
+from ..errors import UserError
 from .decoding import resize_images
 from .images import ArrayImages, Source, file_stamp
 
@@ -19,7 +20,7 @@ class ArraySource(Source):
         """Find the file.
 
         Raises:
-            ValueError: there is none.
+            UserError: there is none.
         """
         raise NotImplementedError
 
@@ -27,7 +28,7 @@ class ArraySource(Source):
         """Read the pixels.
 
         Raises:
-            ValueError: the file is missing or damaged.
+            UserError: the file is missing or damaged.
         """
         raise NotImplementedError
 
@@ -39,14 +40,14 @@ class ArraySource(Source):
         pixels, name = self.read(), self.data.source
         if pixels.shape[1:] != (channels, size, size):
             if self.data.fit == "exact":
-                raise ValueError(
+                raise UserError(
                     f"{name}: found images {pixels.shape[3]}×{pixels.shape[2]} with {pixels.shape[1]} channel(s), "
                     f"expected {size}×{size} with {channels}, as the base model has; set data.fit: resize to crop, "
                     "resize and convert"
                 )
             pixels = resize_images(torch.from_numpy(pixels), size, channels).numpy()
         if len(pixels) == 0:
-            raise ValueError(f"{name}: holds no images")
+            raise UserError(f"{name}: holds no images")
         images = ArrayImages(pixels)
         images.source = self
         return images
@@ -71,7 +72,7 @@ def read_array(path: Path) -> UInt8[np.ndarray, "n c h w"]:
     """Read the images of an npz (``arr_0``, or its first array) or npy file.
 
     Raises:
-        ValueError: the file is damaged, or the array is not uint8 [N, H, W] or [N, H, W, C].
+        UserError: the file is damaged, or the array is not uint8 [N, H, W] or [N, H, W, C].
     """
     try:
         with path.open("rb") as file:
@@ -81,9 +82,9 @@ def read_array(path: Path) -> UInt8[np.ndarray, "n c h w"]:
                 loaded = loaded["arr_0" if "arr_0" in loaded.files else loaded.files[0]]
             pixels = loaded
     except (OSError, ValueError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: can't be read as a plain array ({error})") from error
+        raise UserError(f"{path}: can't be read as a plain array ({error})") from error
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
-        raise ValueError(
+        raise UserError(
             f"{path}: found {pixels.dtype} of shape {pixels.shape}, expected uint8 [N, H, W] or [N, H, W, C]"
         )
     return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import Data
+from ..errors import UserError
 from ..seeds import generator
 from .images import Images
 from .sources import KINDS
@@ -23,12 +24,12 @@ def load_captions(images: Images, data: Data, classes: dict[str, int] | None = N
         classes: of a class-conditional base, by name and number.
 
     Raises:
-        ValueError: the source has no captions, or an image has none, or one is no text.
+        UserError: the source has no captions, or an image has none, or one is no text.
     """
     source = images.source
     if not source.captioned:
         forms = sorted({kind.captioned for kind in KINDS.values() if kind.captioned})
-        raise ValueError(
+        raise UserError(
             f"data.source {data.source!r} has no captions, which a text-to-image base needs; expected "
             f"{', '.join(forms[:-1])} or {forms[-1]}"
         )
@@ -38,7 +39,7 @@ def load_captions(images: Images, data: Data, classes: dict[str, int] | None = N
     kept = [captions[i] for i in images.kept]
     wrong = [i for i, caption in zip(images.kept, kept, strict=True) if not isinstance(caption, str)]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"data.source {data.source!r}: {len(wrong)} of {len(kept)} captions are no text, the first of image "
             f"{wrong[0]}: {captions[wrong[0]]!r}; expected one text each in {data.caption_column!r}"
         )
@@ -58,7 +59,7 @@ def texts_of(images: Images, source: str, prompts: list[str], first: int) -> lis
     of the k-th image in the order of names is number k. After the last prompt comes the first again.
 
     Raises:
-        ValueError: a number is missing, or as ``load_captions``.
+        UserError: a number is missing, or as ``load_captions``.
     """
     if not prompts:
         return load_captions(images, Data(source=source))
@@ -69,7 +70,7 @@ def texts_of(images: Images, source: str, prompts: list[str], first: int) -> lis
     if stems and all(stem.isdecimal() for stem in stems):
         places = [int(stem) - first for stem in stems]
         if sorted(places) != list(range(len(images))):
-            raise ValueError(
+            raise UserError(
                 f"{source}: found {len(places)} images numbered {first + min(places)} to {first + max(places)}, "
                 f"expected every number from {first} to {first + len(places) - 1}: give the number of the image of the "
                 "first prompt as --set seed=…, and draw or rename what is missing"

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ..errors import UserError
 from ..storage.files import cache_folder, write_json
 from .decoding import DamagedError, Decoded, centre_square, decode, natural_shape
 from .images import Images, Source
@@ -41,7 +42,7 @@ class DecodedImages(Images):
         sizes: width and height of each before it was cut.
 
     Raises:
-        ValueError: an image can't be decoded and isn't to be left out, has another size or channel count than is asked
+        UserError: an image can't be decoded and isn't to be left out, has another size or channel count than is asked
             for, or none is left.
     """
 
@@ -60,7 +61,7 @@ class DecodedImages(Images):
         left_out = set(record["damaged"])
         self.kept = [i for i in range(len(source)) if i not in left_out] if left_out else range(len(source))
         if not self.kept:
-            raise ValueError(f"{source.data.source}: none of the {len(source)} images can be used")
+            raise UserError(f"{source.data.source}: none of the {len(source)} images can be used")
 
     def _decode_all(self) -> dict[str, Any]:
         damaged, sizes, digest = [], [], hashlib.sha256()

@@ -9,6 +9,8 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..errors import UserError
+
 # Of what is done here to an image: other pixels from the same file are another version.
 VERSION = 1
 # How images are brought to a size, as records say it.
@@ -17,7 +19,7 @@ RESIZE = "centre square, Lanczos of Pillow"
 GREY_MODES = ("L", "1", "I;16")
 
 
-class DamagedError(ValueError):
+class DamagedError(UserError):
     """An image that can't be decoded."""
 
 
@@ -41,7 +43,7 @@ def decode(item: Any, channels: int, size: int, fit: str) -> Decoded:
 
     Raises:
         DamagedError: the file is no image or is cut short.
-        ValueError: (fit = exact) its size or channels are not the model's.
+        UserError: (fit = exact) its size or channels are not the model's.
     """
     image = open_image(item)
     original, mode = image.size, {1: "L", 3: "RGB", 4: "RGBA"}[channels]
@@ -52,7 +54,7 @@ def decode(item: Any, channels: int, size: int, fit: str) -> Decoded:
     found = num_channels(image)
     if image.size != (size, size) or found != channels:
         name = "an image of the data set" if isinstance(item, Image.Image) else item
-        raise ValueError(
+        raise UserError(
             f"{name}: found {image.width}×{image.height} with {found} channel(s), expected {size}×{size} with "
             f"{channels}, as the base model has; set data.fit: resize to crop, resize and convert"
         )

@@ -13,6 +13,7 @@ import pooch
 import torch
 from jaxtyping import UInt8
 
+from ..errors import UserError
 from ..seeds import generator
 from ..storage.files import cache_folder
 from .arrays import ArraySource
@@ -76,7 +77,7 @@ def read_emoji(folder: Path | None) -> tuple[list[Emoji], UInt8[np.ndarray, "n 3
         folder: where the package's ``.tgz`` lies, as ``npm pack`` leaves it; None downloads it once.
 
     Raises:
-        ValueError: there is no such file, it can't be downloaded, or it is damaged.
+        UserError: there is no such file, it can't be downloaded, or it is damaged.
     """
     path = _find(folder)
     try:
@@ -87,21 +88,21 @@ def read_emoji(folder: Path | None) -> tuple[list[Emoji], UInt8[np.ndarray, "n 3
         found = [drawing for group in order for drawing in _drawings(listed[group], group)]
         pixels = np.stack([_pixels(files[f"package/img/google/64/{emoji.name}"]) for emoji in found])
     except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole package of Noto emoji ({error!r}); fetch it again from {URL}") from error
+        raise UserError(f"{path}: not a whole package of Noto emoji ({error!r}); fetch it again from {URL}") from error
     return found, pixels
 
 
 def _find(folder: Path | None) -> Path:
     if folder is not None:
         if not (folder / FILE).is_file():
-            raise ValueError(
+            raise UserError(
                 f"data.path is {folder}, which has no {FILE}; run npm pack emoji-datasource-google@16.0.0 there"
             )
         return folder / FILE
     try:
         return Path(pooch.retrieve(URL, SHA256, fname=FILE, path=cache_folder()))
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"Noto emoji can't be downloaded ({error}); run npm pack emoji-datasource-google@16.0.0 elsewhere and set "
             f"data.path to the folder with {FILE}"
         ) from error

@@ -8,6 +8,7 @@ import numpy as np
 import pooch
 from jaxtyping import UInt8
 
+from ..errors import UserError
 from ..storage.files import cache_folder
 from .arrays import ArraySource
 
@@ -26,18 +27,18 @@ class FashionMnist(ArraySource):
     def path(self) -> Path:
         folder, split = self.data.path, self.data.split
         if split not in FILES:
-            raise ValueError(f"data.split is {split!r}, expected 'train' or 'test' for fashion-mnist")
+            raise UserError(f"data.split is {split!r}, expected 'train' or 'test' for fashion-mnist")
         name = FILES[split]
         if ((folder or FOLDER) / name).is_file():
             return (folder or FOLDER) / name
         if folder:
-            raise ValueError(
+            raise UserError(
                 f"data.path is {folder}, which has no {name}; expected Fashion-MNIST's four .gz files there"
             )
         try:
             return Path(pooch.retrieve(URL + name, MD5[split], path=cache_folder()))
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"Fashion-MNIST is neither in {FOLDER} nor can it be downloaded ({error}); "
                 "install Debian's dataset-fashion-mnist, or set data.path to a folder that has it"
             ) from error
@@ -53,8 +54,8 @@ def _read_idx(path: Path) -> UInt8[np.ndarray, "n 1 h w"]:
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
+        raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
     header = np.frombuffer(raw[:16], dtype=">u4")
     if len(header) < 4 or header[0] != 0x803 or len(raw) != 16 + header[1:].prod():
-        raise ValueError(f"{path}: not a whole IDX image file; fetch it again")
+        raise UserError(f"{path}: not a whole IDX image file; fetch it again")
     return np.frombuffer(raw, np.uint8, offset=16).reshape(header[1], 1, header[2], header[3]).copy()

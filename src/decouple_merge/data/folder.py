@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Data
+from ..errors import UserError
 from ..models.parts import num_classes
 from .decoded import EncodedSource
 from .names import IMAGE_SUFFIXES, has_suffix, no_images
@@ -17,7 +18,7 @@ class Folder(EncodedSource):
     """The image files in a folder and below it, in the order of their paths.
 
     Raises:
-        ValueError: there are none.
+        UserError: there are none.
     """
 
     form = "a folder of images"
@@ -53,7 +54,7 @@ class Folder(EncodedSource):
     def _metadata(self, field: str) -> list[Any]:
         path = self.path / METADATA
         if not path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{self.path} has no {METADATA}, which holds the captions; expected there a line for each image, such "
                 f'as {{"file_name": "{self.files[0].name}", "{field}": "…"}}'
             )
@@ -65,12 +66,12 @@ class Folder(EncodedSource):
                 record = json.loads(line)
                 captions[self.path / record["file_name"]] = record[field]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{path}, line {number}: expected JSON with file_name and {field!r} ({error!r}), found "
                     f"{line[:80]!r}; set data.caption_column where captions have another name"
                 ) from error
         if missing := [file for file in self.files if file not in captions]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {len(missing)} of {len(self.files)} images have no caption, {missing[0]} among them"
             )
         return [captions[file] for file in self.files]
@@ -79,7 +80,7 @@ class Folder(EncodedSource):
         parts = [file.relative_to(self.path).parts for file in self.files]
         found, num = sorted({p[0] for p in parts if len(p) > 1}), num_classes(classes)
         if loose := [p[0] for p in parts if len(p) == 1]:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {len(loose)} images are in no class, {loose[0]} among them; expected sub-folders named "
                 f"by class, or {METADATA}"
             )
@@ -88,7 +89,7 @@ class Folder(EncodedSource):
         if len(found) == num:
             return [str(found.index(p[0])) for p in parts]
         unknown = [name for name in found if name not in classes]
-        raise ValueError(
+        raise UserError(
             f"{self.path}: found {len(found)} sub-folders, of which {', '.join(unknown[:5])} are no classes of the "
             f"base; expected its names or numbers below {num}, or {num} sub-folders in the order of its classes"
         )

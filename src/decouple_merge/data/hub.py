@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Data
+from ..errors import UserError
 from .decoded import EncodedSource
 from .decoding import DamagedError
 
@@ -14,7 +15,7 @@ class Rows(EncodedSource):
     """A column of images of a ``datasets`` data set.
 
     Raises:
-        ValueError: there is no such data set or column, or it is empty.
+        UserError: there is no such data set or column, or it is empty.
     """
 
     form = captioned = f"{PREFIX}NAME"
@@ -24,12 +25,12 @@ class Rows(EncodedSource):
         self.name = data.source.removeprefix(PREFIX)
         self.rows = _open_rows(self.name, data.split)
         if data.column not in self.rows.column_names:
-            raise ValueError(
+            raise UserError(
                 f"data set {self.name!r} has columns {', '.join(self.rows.column_names)}, expected {data.column!r}: "
                 "set data.column"
             )
         if len(self.rows) == 0:
-            raise ValueError(f"data set {self.name!r}, split {data.split!r}: has no rows")
+            raise UserError(f"data set {self.name!r}, split {data.split!r}: has no rows")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,7 +54,7 @@ class Rows(EncodedSource):
 
     def captions(self, field: str, classes: dict[str, int] | None) -> list[Any]:
         if field not in self.rows.column_names:
-            raise ValueError(
+            raise UserError(
                 f"data set {self.data.source!r} has columns {', '.join(self.rows.column_names)}, expected {field!r} "
                 "for captions: set data.caption_column"
             )
@@ -67,4 +68,4 @@ def _open_rows(name: str, split: str) -> Any:
     try:
         return datasets.load_from_disk(name) if local else datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, from its own and from the hub's
-        raise ValueError(f"data set {name!r}, split {split!r}: {error}") from error
+        raise UserError(f"data set {name!r}, split {split!r}: {error}") from error

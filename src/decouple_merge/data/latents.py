@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import Data
+from ..errors import UserError
 from ..models.family import Encoders
 from ..models.parts import check_classes, encoder_sha256, load_text_encoders, load_vae
 from ..storage.files import cache_folder, read_tensors, write_tensors
@@ -31,7 +32,7 @@ def _read_rows(path: Path, identity: str) -> Rows:
     tensors, metadata = read_tensors(path)
     found = metadata.get("made_from")
     if found != identity:
-        raise ValueError(f"{path} was made from {found}, expected {identity}; remove it to have it made again")
+        raise UserError(f"{path} was made from {found}, expected {identity}; remove it to have it made again")
     return tensors
 
 
@@ -73,7 +74,7 @@ class CachedRows:
         """Read some rows, in float32; computes what the cache lacks.
 
         Raises:
-            ValueError: a file is damaged, or was made from other data or by other encoders.
+            UserError: a file is damaged, or was made from other data or by other encoders.
         """
         if not all(self._path(i).exists() for i in indices):
             for _ in self.fill():
@@ -130,7 +131,7 @@ class ClassLabels:
     """Classes in the place of embeddings of texts: there is nothing to compute.
 
     Raises:
-        ValueError: a text is no class.
+        UserError: a text is no class.
     """
 
     def __init__(self, encoders: Encoders, texts: Iterable[str]) -> None:
@@ -154,7 +155,7 @@ def open_texts(
     """Open what a denoiser is told of some texts.
 
     Raises:
-        ValueError: a text is no class of a class-conditional pipeline.
+        UserError: a text is no class of a class-conditional pipeline.
     """
     return ClassLabels(encoders, texts) if encoders.classes else TextEmbeddings(encoders, texts, precision, device)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Text
+from ..errors import UserError
 from ..seeds import stream_seed
 
 PROMPT_COLUMN = "Prompt"
@@ -14,7 +15,7 @@ def load_prompts(text: Text) -> list[str]:
     """Read the prompts that settings name, each put in the place of ``{}`` in ``text.template``; none without a file.
 
     Raises:
-        ValueError: as ``read_prompts``.
+        UserError: as ``read_prompts``.
     """
     if text.prompts is None:
         return []
@@ -31,7 +32,7 @@ def read_prompts(path: Path, seed: int = 0) -> list[str]:
         seed: of the choice among COCO's captions and of their order.
 
     Raises:
-        ValueError: there is no such file, it is in another encoding, damaged, or empty, or a prompt is; it says where.
+        UserError: there is no such file, it is in another encoding, damaged, or empty, or a prompt is; it says where.
     """
     if path.suffix.lower() == ".json":
         prompts = _json_prompts(path, seed)
@@ -42,11 +43,11 @@ def read_prompts(path: Path, seed: int = 0) -> list[str]:
         while prompts and not prompts[-1]:
             prompts.pop()
         if "" in prompts:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {prompts.index('') + 1}: found no text, expected one prompt a line; remove the line"
             )
     if not prompts:
-        raise ValueError(f"{path}: found no prompts, expected one a line")
+        raise UserError(f"{path}: found no prompts, expected one a line")
     return prompts
 
 
@@ -54,14 +55,14 @@ def _tsv_prompts(path: Path) -> list[str]:
     # Quotation marks are part of a prompt: PartiPrompts quotes nothing.
     header, *rows = [[cell.strip() for cell in line.split("\t")] for line in _read(path).rstrip().split("\n")]
     if PROMPT_COLUMN not in header:
-        raise ValueError(
+        raise UserError(
             f"{path}, line 1: found columns {', '.join(header)!r}, expected {PROMPT_COLUMN!r} among them, separated by "
             "tabs"
         )
     column = header.index(PROMPT_COLUMN)
     prompts = [row[column] if column < len(row) else "" for row in rows]
     if "" in prompts:
-        raise ValueError(
+        raise UserError(
             f"{path}, line {prompts.index('') + 2}: found no text in column {PROMPT_COLUMN}; mend or remove the line"
         )
     return prompts
@@ -71,17 +72,17 @@ def _json_prompts(path: Path, seed: int) -> list[str]:
     try:
         found = json.loads(_read(path))
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}); fetch the file again"
         ) from error
     if isinstance(found, dict) and isinstance(found.get("annotations"), list):
         return _coco_prompts(path, found["annotations"], seed)
     if not isinstance(found, list):
         keys = f"keys {', '.join(found)}" if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{path}: found {keys}, expected COCO's captions, with annotations, or a list of texts")
+        raise UserError(f"{path}: found {keys}, expected COCO's captions, with annotations, or a list of texts")
     for number, text in enumerate(found, start=1):
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path}: entry {number} of the list is {text!r}, expected a text")
+            raise UserError(f"{path}: entry {number} of the list is {text!r}, expected a text")
     return [text.strip() for text in found]
 
 
@@ -97,7 +98,7 @@ def _coco_prompts(path: Path, annotations: list[Any], seed: int) -> list[str]:
             found = (int(key), " ".join(caption.split()))
             captions.setdefault(int(image), []).append(found)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: annotation {number} of {len(annotations)} is {str(annotation)[:80]}, expected image_id, id "
                 f"and caption ({error!r}); take a captions file, such as captions_val2014.json"
             ) from error
@@ -105,7 +106,7 @@ def _coco_prompts(path: Path, annotations: list[Any], seed: int) -> list[str]:
     for image in sorted(captions, key=lambda image: (stream_seed("caption order", seed, image), image)):
         texts = [caption for _, caption in sorted(captions[image]) if caption]
         if not texts:
-            raise ValueError(f"{path}: all captions of image {image} are empty; remove it")
+            raise UserError(f"{path}: all captions of image {image} are empty; remove it")
         prompts.append(texts[stream_seed("caption", seed, image) % len(texts)])
     return prompts
 
@@ -114,7 +115,7 @@ def read_lines(path: Path) -> list[str]:
     """Read the lines of a UTF-8 file, without the spaces around them.
 
     Raises:
-        ValueError: there is no such file, or it is in another encoding.
+        UserError: there is no such file, or it is in another encoding.
     """
     return [line.strip() for line in _read(path).split("\n")]
 
@@ -125,8 +126,8 @@ def _read(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
+        raise UserError(
             f"{path}, line {line}, is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
         ) from error
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; expected a UTF-8 text file, one text a line") from error
+        raise UserError(f"{path}: {error.strerror}; expected a UTF-8 text file, one text a line") from error

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..config import Data
+from ..errors import UserError
 from .archives import Archive, Member
 from .decoded import EncodedSource
 from .images import file_stamp
@@ -29,7 +30,7 @@ class Shards(EncodedSource):
     Nothing is unpacked or copied: a sample is read where it lies, by any number of threads and processes.
 
     Raises:
-        ValueError: a shard is missing or damaged, there are no images, or a sample has several.
+        UserError: a shard is missing or damaged, there are no images, or a sample has several.
     """
 
     form = captioned = f"{PREFIX}SHARDS"
@@ -61,7 +62,7 @@ class Shards(EncodedSource):
         """Read the caption of every image: its ``.txt``, or where it has none a field of its ``.json``, as it is there.
 
         Raises:
-            ValueError: a sample has neither, or they can't be read.
+            UserError: a sample has neither, or they can't be read.
         """
         found, missing = [], []
         for sample in self._samples:
@@ -72,7 +73,7 @@ class Shards(EncodedSource):
             content = sample.shard[sample.members[suffix]].getvalue()
             found.append(_caption(content, field, sample.name + suffix, suffix == ".json"))
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{missing[0]}: found an image without caption, as {len(missing)} of {len(self)} are; expected beside "
                 f"it a .txt, or a .json with {field!r}"
             )
@@ -83,13 +84,13 @@ def _caption(content: bytes, field: str, name: str, is_json: bool) -> Any:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from error
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from error
     if not is_json:
         return text.strip()
     try:
         return json.loads(text)[field]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{name}: expected JSON with the caption in {field!r} ({error!r}), found {text[:80]!r}; set "
             "data.caption_column where captions have another name"
         ) from error
@@ -105,7 +106,7 @@ def _samples(path: Path) -> list[_Sample]:
     for key, members in groups.items():
         images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
         if len(images) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{path}:{key} has {' and '.join(images)}, expected one image in a sample: remove the others"
             )
         samples += [_Sample(f"{path}:{key}", shard, members, members[suffix]) for suffix in images]
@@ -124,7 +125,7 @@ def _shard_paths(source: str) -> list[Path]:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing or not paths:
         what = f"{len(missing)} of {len(paths)} shards don't exist, {missing[0]} among them" if missing else "no shards"
-        raise ValueError(
+        raise UserError(
             f"{PREFIX}{source}: {what}; expected a folder of .tar files, or their path with a range such as "
             "{000..127}"
         )

@@ -4,6 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..config import Data
+from ..errors import UserError
 from . import emoji, hub, shards
 from .archives import ImageArchive
 from .arrays import ArrayFile
@@ -44,11 +45,11 @@ def open_source(data: Data) -> Source:
     """Open the place with images that a config names; decodes nothing.
 
     Raises:
-        ValueError: the source is unknown, missing or empty.
+        UserError: the source is unknown, missing or empty.
     """
     kind = kind_of(data.source)
     if kind is None:
-        raise ValueError(f"data.source is {data.source!r}, expected {_forms()}")
+        raise UserError(f"data.source is {data.source!r}, expected {_forms()}")
     return kind(data)
 
 
@@ -57,7 +58,7 @@ def load_images(data: Data, channels: int, size: int) -> Images:
     """Open the images a config names, for a model of the given channels and size.
 
     Raises:
-        ValueError: the source is unknown, missing, empty, damaged, or of another size or channel count.
+        UserError: the source is unknown, missing, empty, damaged, or of another size or channel count.
     """
     return open_source(data).images(channels, size)
 
@@ -66,11 +67,11 @@ def open_images(source: str, size: int | None = None, channels: int | None = Non
     """Open images whose size and channels are whatever the first of them has, or are brought to.
 
     Raises:
-        ValueError: as ``load_images``; also where the images differ among themselves.
+        UserError: as ``load_images``; also where the images differ among themselves.
     """
     kind = kind_of(source)
     if kind is None:
-        raise ValueError(f"{source} is no model and holds no images; expected a pipeline, {_forms()}")
+        raise UserError(f"{source} is no model and holds no images; expected a pipeline, {_forms()}")
     data = Data(source=source, fit="exact" if size is None else "resize")
     if size is None or channels is None:
         found = kind(data).natural_shape()

@@ -4,6 +4,7 @@ from collections.abc import Sequence, Sized
 from typing import NamedTuple
 
 from ..config import Data
+from ..errors import UserError
 
 
 class Split(NamedTuple):
@@ -17,11 +18,11 @@ def split(examples: Sized, data: Data) -> Split:
     """Hold out the last ``data.num_held_out`` examples.
 
     Raises:
-        ValueError: nothing is left to train on.
+        UserError: nothing is left to train on.
     """
     num = len(examples) - data.num_held_out
     if num <= 0:
-        raise ValueError(
+        raise UserError(
             f"the data has {len(examples)} images and data.num_held_out is {data.num_held_out}: nothing is left to "
             "train on; give more images, or hold out fewer"
         )

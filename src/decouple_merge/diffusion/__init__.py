@@ -1,4 +1,4 @@
 """Timesteps, noise and losses of diffusion: pure maths of tensors.
 
-Imports nothing.
+Imports errors.
 """

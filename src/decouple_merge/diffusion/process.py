@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor
 
+from ..errors import UserError
 from .timesteps import TimestepRange, draw_timesteps, split_timesteps
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -88,7 +89,7 @@ class VP:
         prediction_type: ``epsilon``, ``sample`` or ``v_prediction`` (v = a·ε - s·x0, Salimans & Ho 2022, appendix D).
 
     Raises:
-        ValueError: the prediction type is none of these.
+        UserError: the prediction type is none of these.
     """
 
     alphas_cumprod: Float[Tensor, " T"]
@@ -96,7 +97,7 @@ class VP:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
+            raise UserError(
                 f"prediction type is {self.prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}"
             )
 
@@ -260,10 +261,10 @@ class Flow:
         """Cut the noise levels so that every expert gets an equal share of the sampler's steps.
 
         Raises:
-            ValueError: the number is below 1.
+            UserError: the number is below 1.
         """
         if num_ranges < 1:
-            raise ValueError(f"num_ranges is {num_ranges}, expected at least 1")
+            raise UserError(f"num_ranges is {num_ranges}, expected at least 1")
         inner = self.shifted(torch.arange(1, num_ranges, dtype=torch.float64) / num_ranges)
         edges = [0.0, *(inner * self.num_train_timesteps).tolist(), float(self.num_train_timesteps)]
         return [TimestepRange(low, high) for low, high in pairwise(edges)]

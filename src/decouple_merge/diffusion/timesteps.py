@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class TimestepRange:
@@ -30,10 +32,10 @@ def split_timesteps(num_train_timesteps: int, num_ranges: int) -> list[TimestepR
     """Split [0, T) into N contiguous ranges [⌊iT/N⌋, ⌊(i+1)T/N⌋); DeMe, section 3.1.
 
     Raises:
-        ValueError: N is not in [1, T].
+        UserError: N is not in [1, T].
     """
     if not 1 <= num_ranges <= num_train_timesteps:
-        raise ValueError(
+        raise UserError(
             f"num_ranges is {num_ranges}, expected 1 to {num_train_timesteps}, the number of timesteps of the "
             "base's schedule"
         )
@@ -45,17 +47,17 @@ def check_ranges(ranges: list[TimestepRange], num_train_timesteps: int) -> None:
     """Require that the ranges, in order, are a partition of [0, T).
 
     Raises:
-        ValueError: a range is empty, lies outside [0, T), or leaves a gap or an overlap.
+        UserError: a range is empty, lies outside [0, T), or leaves a gap or an overlap.
     """
     expected: int | float = 0
     for index, r in enumerate(ranges):
         if not 0 <= r.low < r.high <= num_train_timesteps:
-            raise ValueError(f"range {index} is {r}, expected a non-empty part of [0, {num_train_timesteps})")
+            raise UserError(f"range {index} is {r}, expected a non-empty part of [0, {num_train_timesteps})")
         if r.low != expected:
-            raise ValueError(f"range {index} starts at {r.low}, expected {expected}: the ranges must follow each other")
+            raise UserError(f"range {index} starts at {r.low}, expected {expected}: the ranges must follow each other")
         expected = r.high
     if expected != num_train_timesteps:
-        raise ValueError(f"the last range ends at {expected}, expected {num_train_timesteps}, the schedule's length")
+        raise UserError(f"the last range ends at {expected}, expected {num_train_timesteps}, the schedule's length")
 
 
 def choose_ranges(
@@ -64,7 +66,7 @@ def choose_ranges(
     """Make the ranges that are listed as [low, high), or else N equal ones.
 
     Raises:
-        ValueError: they are no partition of [0, T).
+        UserError: they are no partition of [0, T).
     """
     if edges is None:
         return split_timesteps(num_train_timesteps, num_ranges)
@@ -78,7 +80,7 @@ def range_index(ranges: list[TimestepRange], t: int | float) -> int:
     for index, r in enumerate(ranges):
         if t in r:
             return index
-    raise ValueError(f"timestep {t} is in none of the ranges {', '.join(map(str, ranges))}")
+    raise UserError(f"timestep {t} is in none of the ranges {', '.join(map(str, ranges))}")
 
 
 def draw_timesteps(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import UserError
 from .process import Process, Timesteps
 
 Weighting = Callable[..., Tensor]
@@ -71,18 +72,18 @@ def weight_of(name: str | None, **options: float) -> Weight:
         The function from a process and timesteps [batch] to the weights of the output's errors, [batch].
 
     Raises:
-        ValueError: there is no such weighting, or it has no such option.
+        UserError: there is no such weighting, or it has no such option.
     """
     if name is None:
         if options:
-            raise ValueError(f"weighting_options are {options} and there is no weighting; set weighting, or leave them")
+            raise UserError(f"weighting_options are {options} and there is no weighting; set weighting, or leave them")
         return lambda process, t: None
     if name not in WEIGHTINGS:
-        raise ValueError(f"weighting is {name!r}, expected one of {', '.join(WEIGHTINGS)}")
+        raise UserError(f"weighting is {name!r}, expected one of {', '.join(WEIGHTINGS)}")
     weighting = WEIGHTINGS[name]
     known = list(inspect.signature(weighting).parameters)[1:]
     if unknown := [option for option in options if option not in known]:
-        raise ValueError(f"weighting {name} has no option {unknown[0]!r}, expected {', '.join(known) or 'none'}")
+        raise UserError(f"weighting {name} has no option {unknown[0]!r}, expected {', '.join(known) or 'none'}")
     return lambda process, t: output_weights(process, t, lambda snr: weighting(snr, **options))
 
 
@@ -101,14 +102,14 @@ def check_weighting(name: str | None, options: dict[str, float], process: Proces
     """Require that a weighting exists, and that its weights are finite and not negative on all timesteps.
 
     Raises:
-        ValueError: they aren't; of an ε-model with zero terminal SNR some have no limit.
+        UserError: they aren't; of an ε-model with zero terminal SNR some have no limit.
     """
     t = process.spread(process.split(1)[0], process.num_train_timesteps)
     weights = weight_of(name, **options)(process, t)
     # What is beyond this drowns all other timesteps.
     if weights is not None and not bool(((weights >= 0) & (weights < 1e12)).all()):
         worst = int(t[weights.nan_to_num(nan=torch.inf).argmax()])
-        raise ValueError(
+        raise UserError(
             f"weighting {name} with {options or 'its defaults'} has no finite weight at timestep {worst}, where the "
             "base's schedule has no signal left; take min_snr or p2, or a base that predicts v"
         )

@@ -3,6 +3,7 @@
 import torch
 
 from ..config import Config, Distance, Evaluate
+from ..errors import UserError
 from ..models.base import Base
 from .extractors import load_extractor, weights_of
 from .metrics import METRICS, check_is_distance, check_metrics, check_num_images, extractors_of
@@ -12,7 +13,7 @@ def check_evaluate(config: Config, base: Base) -> None:
     """Require that what is reported and searched by can be measured, on as many images as there will be.
 
     Raises:
-        ValueError: a metric is unknown, no distance, has too few images, or compares with texts that the base doesn't
+        UserError: a metric is unknown, no distance, has too few images, or compares with texts that the base doesn't
             read; or the weights of its network are wrong.
     """
     evaluate, search = config.evaluate, config.search
@@ -26,14 +27,14 @@ def check_evaluate(config: Config, base: Base) -> None:
         check_num_images(search.metric, len(config.final_seeds), where)
     with_texts = [m for m in evaluate.metrics if METRICS[m].needs == "texts"]
     if with_texts and (base.encoders is None or base.encoders.classes):
-        raise ValueError(f"evaluate.metrics has {with_texts[0]}, but {config.base} reads no texts; take another metric")
+        raise UserError(f"evaluate.metrics has {with_texts[0]}, but {config.base} reads no texts; take another metric")
 
 
 def check_watched(distance: Distance, settings: Evaluate) -> None:
     """Require that a training can be watched by a distance.
 
     Raises:
-        ValueError: as ``check_evaluate``.
+        UserError: as ``check_evaluate``.
     """
     check_is_distance(distance.metric, "distance.metric")
     check_extractors([distance.metric], settings)

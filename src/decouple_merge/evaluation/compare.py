@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..storage.files import read_records
 from .records import COMPARED_FIELDS
 
@@ -49,13 +50,13 @@ def compare(a: str, b: str) -> Iterator[Difference]:
             the same seeds the last counts.
 
     Raises:
-        ValueError: there are no records, or some are not comparable: the field that differs is named.
+        UserError: there are no records, or some are not comparable: the field that differs is named.
     """
     first, second = _select(a), _select(b)
     metrics = [m for m in dict.fromkeys(r["metric"] for r in first) if any(r["metric"] == m for r in second)]
     if not metrics:
         known = [", ".join(sorted({r["metric"] for r in records})) for records in (first, second)]
-        raise ValueError(f"{a} has {known[0]} and {b} has {known[1]}, expected a metric in common")
+        raise UserError(f"{a} has {known[0]} and {b} has {known[1]}, expected a metric in common")
     pairs = {m: tuple([r for r in records if r["metric"] == m] for records in (first, second)) for m in metrics}
     for metric, (of_a, of_b) in pairs.items():
         _check_comparable(metric, of_a + of_b, a if a == b else f"{a} and {b}")
@@ -70,7 +71,7 @@ def _select(source: str) -> list[Record]:
         path = Path(name)
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{source}: there is no metrics file {file}; expected FILE or FILE:MODEL, or a run's folder")
+        raise UserError(f"{source}: there is no metrics file {file}; expected FILE or FILE:MODEL, or a run's folder")
     try:
         records = read_records(file)
         models = list(dict.fromkeys(r["model"] for r in records))
@@ -78,12 +79,12 @@ def _select(source: str) -> list[Record]:
         if any(not isinstance(r["value"], int | float) or not isinstance(r["metric"], str) for r in records):
             raise TypeError("a value that is no number")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: expected records as deme evaluate writes them, one a line ({error!r})") from error
+        raise UserError(f"{file}: expected records as deme evaluate writes them, one a line ({error!r})") from error
     if not records:
         known = f" of {model!r}, only of {', '.join(models)}" if model else ""
-        raise ValueError(f"{file} has no records{known}")
+        raise UserError(f"{file} has no records{known}")
     if not model and len(models) > 1:
-        raise ValueError(f"{file} has records of {', '.join(models)}; expected one model: append :MODEL to the name")
+        raise UserError(f"{file} has records of {', '.join(models)}; expected one model: append :MODEL to the name")
     return records
 
 
@@ -91,7 +92,7 @@ def _check_comparable(metric: str, records: list[Record], where: str) -> None:
     for field in COMPARED_FIELDS:
         values = list({_identity(field, r.get(field)): r.get(field) for r in records}.values())
         if len(values) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{where}: records of {metric} differ in {field} ({', '.join(map(str, values))}), expected the same: "
                 "they are not comparable; score both alike"
             )

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import UserError
 from .neighbours import squared_distances
 
 
@@ -113,10 +114,10 @@ def frechet_infinity(
         mean, covariance: of the reference; ``root`` is the covariance's square root where it is known.
 
     Raises:
-        ValueError: there are fewer than 20 features, or fewer than two points.
+        UserError: there are fewer than 20 features, or fewer than two points.
     """
     if len(features) < 20 or num_points < 2:
-        raise ValueError(
+        raise UserError(
             f"the extrapolation has {len(features)} images and {num_points} points, expected at least 20 and 2"
         )
     root = matrix_root(covariance) if root is None else root
@@ -141,10 +142,10 @@ def kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
     are float32 and summed in float64.
 
     Raises:
-        ValueError: a sample has fewer than two members.
+        UserError: a sample has fewer than two members.
     """
     if len(a) < 2 or len(b) < 2:
-        raise ValueError(f"the kernel distance has {len(a)} and {len(b)} samples, expected at least 2 each")
+        raise UserError(f"the kernel distance has {len(a)} and {len(b)} samples, expected at least 2 each")
     return _mean_off_diagonal(a) + _mean_off_diagonal(b) - 2 * _kernel_sum(a, b) / (len(a) * len(b))
 
 
@@ -171,10 +172,10 @@ def gaussian_kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], b
         bandwidth: σ.
 
     Raises:
-        ValueError: a sample is empty.
+        UserError: a sample is empty.
     """
     if len(a) == 0 or len(b) == 0:
-        raise ValueError(f"the kernel distance has {len(a)} and {len(b)} samples, expected at least 1 each")
+        raise UserError(f"the kernel distance has {len(a)} and {len(b)} samples, expected at least 1 each")
     a, b = F.normalize(a.double()), F.normalize(b.double())
 
     def mean_kernel(x: Tensor, y: Tensor) -> float:
@@ -192,10 +193,10 @@ def inception_score(logits: Float[Tensor, "n classes"], num_splits: int = 10) ->
         deviation is that of the parts themselves (divisor ``num_splits``). Between 1 and the number of classes.
 
     Raises:
-        ValueError: there are fewer rows than splits.
+        UserError: there are fewer rows than splits.
     """
     if not 1 <= num_splits <= len(logits):
-        raise ValueError(f"found {len(logits)} images in {num_splits} splits, expected at least one image in each")
+        raise UserError(f"found {len(logits)} images in {num_splits} splits, expected at least one image in each")
     scores = []
     cuts = [i * len(logits) // num_splits for i in range(num_splits + 1)]
     for start, stop in pairwise(cuts):
@@ -214,10 +215,10 @@ def clip_score(images: Float[Tensor, "n d"], texts: Float[Tensor, "n d"]) -> flo
     define the score for captions, take 2.5 in place of 100, and texts that begin with "A photo depicts".
 
     Raises:
-        ValueError: there are no pairs.
+        UserError: there are no pairs.
     """
     if len(images) == 0:
-        raise ValueError("the CLIP score has 0 pairs of image and text, expected at least 1")
+        raise UserError("the CLIP score has 0 pairs of image and text, expected at least 1")
     return 100 * float(F.cosine_similarity(images.double(), texts.double()).clamp(min=0).mean())
 
 
@@ -231,12 +232,12 @@ def r_precision(images: Float[Tensor, "n d"], texts: Float[Tensor, "n d"], num_c
         images, texts: embeddings of pairs, compared by their cosine.
 
     Raises:
-        ValueError: all texts are the same.
+        UserError: all texts are the same.
     """
     different, own = torch.unique(texts.double(), dim=0, return_inverse=True)
     num_others = len(different) - 1
     if num_others < 1:
-        raise ValueError(f"the R-precision has {len(different)} different text(s), expected at least 2 to choose among")
+        raise UserError(f"the R-precision has {len(different)} different text(s), expected at least 2 to choose among")
     similarity = F.normalize(images.double(), dim=1) @ F.normalize(different, dim=1).T
     num_nearer = (similarity >= similarity.gather(1, own[:, None])).sum(1) - 1
     drawn = torch.arange(min(num_candidates - 1, num_others), device=own.device)

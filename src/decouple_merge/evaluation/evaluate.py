@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import Protocol
 from ..data.images import ArrayImages, Images
 from ..data.sources import open_images
+from ..errors import UserError
 from ..executors.devices import default_device
 from ..executors.local import in_order, run_all, shares
 from ..storage.files import append_record
@@ -51,7 +52,7 @@ def evaluate_model(
         name: of the model in the records; the path where not given.
 
     Raises:
-        ValueError: a metric, its weights, the model, the images or the reference is wrong.
+        UserError: a metric, its weights, the model, the images or the reference is wrong.
     """
     check_metrics(settings.metrics, settings)
     name = name or (model if isinstance(model, str) else "images")
@@ -79,7 +80,7 @@ def _open(model: str | Iterable[Tensor], name: str, settings: Protocol) -> Score
     with_texts = [m for m in settings.metrics if METRICS[m].needs == "texts"]
     scored = open_scored(model, settings, bool(with_texts))
     if with_texts and not scored.texts:
-        raise ValueError(
+        raise UserError(
             f"{with_texts[0]} needs the texts that the images of {name} show: give --prompts, or take another metric "
             "for a model that reads none"
         )
@@ -127,13 +128,13 @@ def _open_reference(reference: str | Iterable[Tensor], scored: Scored, settings:
     images = open_images(reference, settings.image_size, scored.channels if settings.image_size else None)
     num_expected = settings.num_reference_images
     if num_expected is not None and len(images) != num_expected:
-        raise ValueError(
+        raise UserError(
             f"--reference {reference}: found {len(images)} images, expected {num_expected}; give the whole data set, "
             "or say with --set num_reference_images=N that another is meant"
         )
     channels, height, width = images[0].shape
     if (channels, height, width) != (scored.channels, scored.size, scored.size):
-        raise ValueError(
+        raise UserError(
             f"--reference {reference}: found images {width}×{height} with {channels} channel(s), expected "
             f"{scored.size}×{scored.size} with {scored.channels}, as what is scored: resize or convert one of them"
         )

@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..config import Evaluate, Stats
+from ..errors import UserError
 from ..models.encoders import ENCODERS, load_encoder, load_text_encoder
 from ..models.image_text import holds_image_text, load_image_text
 from ..storage.tensors import hash_tensors
@@ -151,12 +152,12 @@ def check_weights(metric: str, name: str, settings: Evaluate | Stats) -> None:
     """Require that the settings say where the weights are of the network that a metric is measured on.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     kind = EXTRACTORS[name]
     if kind.setting is not None and weights_of(name, settings) is None:
         needed, example = kind.weights
-        raise ValueError(
+        raise UserError(
             f"metric {metric!r} needs {needed}: set evaluate.{kind.setting} of a config, or deme evaluate --set "
             f"{kind.setting}=…, to {example}"
         )
@@ -173,7 +174,7 @@ def load_extractor(name: str, device: torch.device, weights: Weights | None = No
             an image–text model of ours.
 
     Raises:
-        ValueError: the weights are missing, damaged or those of another network.
+        UserError: the weights are missing, damaged or those of another network.
     """
     # Networks draw weights before they load theirs.
     with torch.random.fork_rng(devices=[]):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..errors import UserError
+
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 # The outputs that images are compared in, with their widths; the logits are for the Inception Score.
 OUTPUTS = {"features": 2048, "spatial": 17 * 17 * 7}
@@ -102,20 +104,20 @@ def resize_tensorflow1(x: Float[Tensor, "n c h w"], side: int = 299) -> Float[Te
 def _read_weights(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     advice = f"expected {WEIGHTS_NAME}, a plain state dict: download it (again) from the pytorch-fid project's releases"
     if not path.is_file():
-        raise ValueError(f"Inception weights: there is no file {path}; {advice}")
+        raise UserError(f"Inception weights: there is no file {path}; {advice}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        raise ValueError(
+        raise UserError(
             f"Inception weights: {path} is damaged or holds pickled code ({type(error).__name__}); {advice}"
         ) from error
     if not isinstance(state, dict):
-        raise ValueError(f"Inception weights: {path} holds a {type(state).__name__}; {advice}")
+        raise UserError(f"Inception weights: {path} holds a {type(state).__name__}; {advice}")
     # Batch counts are of use in training only, and PyTorch before 0.4.1 did not write them.
     state = {name: value for name, value in state.items() if not str(name).endswith(".num_batches_tracked")}
     found = {name: tuple(value.shape) if isinstance(value, Tensor) else "no tensor" for name, value in state.items()}
     if wrong := [name for name in expected | found if found.get(name) != expected.get(name)]:
-        raise ValueError(
+        raise UserError(
             f"Inception weights: {path} has {len(wrong)} missing, unknown or misshapen entries, first {wrong[0]} "
             f"(found {found.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}); {advice}"
         )
@@ -133,7 +135,7 @@ class InceptionFeatures(nn.Module):
         weights: pt_inception-2015-12-05-6726825d.pth or another state dict with the same names and shapes.
 
     Raises:
-        ValueError: the file is missing, damaged, pickled with code, or has other names or shapes.
+        UserError: the file is missing, damaged, pickled with code, or has other names or shapes.
     """
 
     def __init__(self, weights: Path) -> None:
@@ -183,10 +185,10 @@ class InceptionFeatures(nn.Module):
             the Inception Score.
 
         Raises:
-            ValueError: the images have neither one nor three channels.
+            UserError: the images have neither one nor three channels.
         """
         if images.shape[1] not in (1, 3):
-            raise ValueError(f"images have {images.shape[1]} channels, expected 3 (RGB) or 1 (grey): convert them")
+            raise UserError(f"images have {images.shape[1]} channels, expected 3 (RGB) or 1 (grey): convert them")
         x = (resize_tensorflow1(images.float()) - 128) / 128
         x = x.expand(-1, 3, -1, -1)
         for name, layer in self.named_children():

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import Evaluate, Stats
+from ..errors import UserError
 from .distances import (
     FeatureStats,
     Moments,
@@ -137,17 +138,17 @@ def check_known(metric: str) -> None:
     """Refuse a metric that doesn't exist.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     if metric not in METRICS:
-        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
+        raise UserError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
 
 
 def check_metrics(metrics: list[str], settings: Evaluate | Stats) -> None:
     """Refuse metrics that don't exist or whose weights the settings don't name.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     for metric in metrics:
         check_known(metric)
@@ -158,11 +159,11 @@ def check_is_distance(metric: str, where: str) -> None:
     """Refuse what is no distance as the number by which models are chosen.
 
     Raises:
-        ValueError: it is none.
+        UserError: it is none.
     """
     check_known(metric)
     if not METRICS[metric].is_distance:
-        raise ValueError(
+        raise UserError(
             f"{where} is {metric!r}, expected a distance, which is smaller for better images, such as fd_effnetlite0"
         )
 
@@ -174,8 +175,8 @@ def check_num_images(metric: str, num_images: int, where: str = "") -> None:
         where: the setting that says how many; empty where they were counted.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     if num_images < (least := METRICS[metric].min_images):
         found = f"{where} is {num_images}" if where else f"found {num_images} image(s) to score"
-        raise ValueError(f"{found}, expected at least {least} for {metric}: take more, or another metric")
+        raise UserError(f"{found}, expected at least {least} for {metric}: take more, or another metric")

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import UserError
+
 
 def squared_distances(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
     """Compute ‖a_i - b_j‖² in float64."""
@@ -15,10 +17,10 @@ def squared_radii(features: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]
     """Compute the squared distance of every row to its k-th nearest other row, 1,024 rows at a time.
 
     Raises:
-        ValueError: there are not more than k rows.
+        UserError: there are not more than k rows.
     """
     if len(features) <= k:
-        raise ValueError(f"found {len(features)} features, expected more than k = {k}: each needs k neighbours")
+        raise UserError(f"found {len(features)} features, expected more than k = {k}: each needs k neighbours")
     # Once, and not for every block.
     features = features.double()
     radii = []
@@ -40,7 +42,7 @@ def precision_recall(real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"]
         Both, in [0, 1]. They depend on the numbers of features: compare only equal numbers.
 
     Raises:
-        ValueError: a sample has no more than k features.
+        UserError: a sample has no more than k features.
     """
     real, generated = real.double(), generated.double()
     real_radii, generated_radii = squared_radii(real, k), squared_radii(generated, k)
@@ -62,10 +64,10 @@ def density_coverage(real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"]
         Density, at least 0 and about 1 for equal distributions, and coverage in [0, 1].
 
     Raises:
-        ValueError: there are no more than k real features, or no generated ones.
+        UserError: there are no more than k real features, or no generated ones.
     """
     if len(generated) == 0:
-        raise ValueError("found no generated features, expected at least 1")
+        raise UserError("found no generated features, expected at least 1")
     real, generated = real.double(), generated.double()
     radii = squared_radii(real, k)
     num_pairs, covered = 0, torch.zeros(len(real), dtype=torch.bool)

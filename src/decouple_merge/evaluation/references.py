@@ -16,6 +16,7 @@ from ..config import Evaluate, Stats
 from ..data.arrays import read_array
 from ..data.images import ArrayImages, Images
 from ..data.sources import open_images
+from ..errors import UserError
 from ..executors.devices import default_device
 from ..storage.files import atomic_path, cache_folder, read_tensors, write_tensors
 from .distances import FeatureStats, Moments, matrix_root
@@ -62,25 +63,25 @@ def check_reference(metric: str, reference: Reference | None) -> None:
     """Require that a reference has what a metric compares with.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     needs, output = METRICS[metric].needs, METRICS[metric].output
     if needs is None:
         return
     if reference is None:
-        raise ValueError(f"{metric} needs a reference to compare with: give --reference")
+        raise UserError(f"{metric} needs a reference to compare with: give --reference")
     if needs == "moments":
         if output not in reference.moments:
-            raise ValueError(
+            raise UserError(
                 f"{metric} needs the reference's {output} statistics (mu_s, sigma_s); {reference.name} has none: give "
                 "images, or a file of deme stats"
             )
         return
     if needs not in reference.rows:
-        raise ValueError(f"{metric} needs the reference's images; {reference.name} holds only mean and covariance")
+        raise UserError(f"{metric} needs the reference's images; {reference.name} holds only mean and covariance")
     found, least = len(reference.rows[needs]), METRICS[metric].min_reference_images
     if found < least:
-        raise ValueError(f"{reference.name}: found {found} image(s), expected at least {least} for {metric}: take more")
+        raise UserError(f"{reference.name}: found {found} image(s), expected at least {least} for {metric}: take more")
 
 
 def open_compared(
@@ -101,11 +102,11 @@ def make_reference(name: str, images: Images, extractor: Extractor, num_images: 
     The cache's key is the hash of the data, of the extractor and the number of images.
 
     Raises:
-        ValueError: there are fewer than two images.
+        UserError: there are fewer than two images.
     """
     num = min(num_images or len(images), len(images))
     if num < 2:
-        raise ValueError(f"{name}: found {num} image(s), expected at least 2 to compare with")
+        raise UserError(f"{name}: found {num} image(s), expected at least 2 to compare with")
     key = f"{images.sha256} {extractor.label} {num} {sorted(extractor.outputs)} {NUM_ROWS}"
     path = cache_folder() / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
     if not path.exists():
@@ -159,7 +160,7 @@ def write_statistics(reference: Reference, path: Path) -> None:
     Those of Inception's spatial features are ``mu_s`` and ``sigma_s``, as in ADM's files.
     """
     if path.suffix != ".npz":
-        raise ValueError(f"{path}: expected a name that ends in .npz")
+        raise UserError(f"{path}: expected a name that ends in .npz")
     arrays: dict[str, Any] = {}
     for output, moments in reference.moments.items():
         for array, values in zip(NPZ_NAMES[output], (moments.mean, moments.covariance), strict=True):
@@ -175,12 +176,12 @@ def write_reference(images: str, out: Path, metric: str, settings: Stats) -> Non
         metric: whose features are meant.
 
     Raises:
-        ValueError: there is no such metric or it compares with no statistics, its weights or the images are wrong.
+        UserError: there is no such metric or it compares with no statistics, its weights or the images are wrong.
     """
     check_metrics([metric], settings)
     name = METRICS[metric].extractor
     if METRICS[metric].needs == "texts":
-        raise ValueError(f"{metric} compares images with texts, for which there are no statistics; take another metric")
+        raise UserError(f"{metric} compares images with texts, for which there are no statistics; take another metric")
     extractor = load_extractor(name, default_device(), weights_of(name, settings))
     write_statistics(make_reference(images, open_images(images, settings.image_size), extractor), out)
 
@@ -189,7 +190,7 @@ def holds_statistics(path: Path) -> bool:
     """Say whether a file is an npz with statistics, as opposed to images alone.
 
     Raises:
-        ValueError: it is an npz file that can't be opened.
+        UserError: it is an npz file that can't be opened.
     """
     if path.suffix != ".npz" or not path.is_file():
         return False
@@ -197,7 +198,7 @@ def holds_statistics(path: Path) -> bool:
         with np.load(path, allow_pickle=False) as file:
             return "mu" in file.files
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: can't be read as an npz file ({error})") from error
+        raise UserError(f"{path}: can't be read as an npz file ({error})") from error
 
 
 def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -> Reference:
@@ -207,7 +208,7 @@ def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -
         with_rows: also compute features of the images in ``arr_0``, if the file has it.
 
     Raises:
-        ValueError: the file is damaged, lacks the two arrays, or is of another extractor's size.
+        UserError: the file is damaged, lacks the two arrays, or is of another extractor's size.
     """
     arrays: dict[str, Tensor] = {}
     try:
@@ -218,7 +219,7 @@ def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -
                     if output == "features" or array in file.files:
                         arrays[array] = torch.from_numpy(file[array]).double()
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected an npz file with arrays mu and sigma ({error})") from error
+        raise UserError(f"{path}: expected an npz file with arrays mu and sigma ({error})") from error
     with path.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     moments = {}
@@ -227,9 +228,9 @@ def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -
         if mean is None or covariance is None:
             continue
         if mean.shape != (width,) or covariance.shape != (width, width):
-            raise ValueError(f"{path}: found {tuple(mean.shape)} features, expected {width}: made by another extractor")
+            raise UserError(f"{path}: found {tuple(mean.shape)} features, expected {width}: made by another extractor")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise ValueError(f"{path}: mean or covariance has NaN or infinity; make the file again")
+            raise UserError(f"{path}: mean or covariance has NaN or infinity; make the file again")
         moments[output] = Moments(mean, covariance, _cached_root(covariance, f"{digest}-{output}"))
     rows = {}
     if with_rows and has_images:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from ..errors import UserError
 from .distances import FeatureStats
 from .extractors import Extractor
 from .metrics import METRICS, Metric, check_num_images
@@ -33,7 +34,7 @@ def score(
         compared: the extractors that the metrics need, each with its reference.
 
     Raises:
-        ValueError: a reference lacks what a metric needs, the images are not uint8, or there are too few.
+        UserError: a reference lacks what a metric needs, the images are not uint8, or there are too few.
     """
     return score_features(extract(batches, [extractor for extractor, _ in compared]), metrics, compared)[0]
 
@@ -42,11 +43,11 @@ def extract(batches: Iterable[UInt8[Tensor, "_ c h w"]], extractors: list[Extrac
     """Run the extractors over the images; features stay on their device, which may not be done with them.
 
     Raises:
-        ValueError: the images are not uint8.
+        UserError: the images are not uint8.
     """
     for batch in batches:
         if batch.dtype != torch.uint8:
-            raise ValueError(f"found {batch.dtype} images, expected uint8 [N, C, H, W], 0 to 255: quantise them")
+            raise UserError(f"found {batch.dtype} images, expected uint8 [N, C, H, W], 0 to 255: quantise them")
         yield {(e.name, output): found for e in extractors for output, found in e.extract(batch).items()}
 
 

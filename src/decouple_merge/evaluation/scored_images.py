@@ -13,6 +13,7 @@ from ..data.captions import texts_of
 from ..data.decoding import RESIZE, resize_images
 from ..data.prompts import load_prompts
 from ..data.sources import open_images
+from ..errors import UserError
 from ..executors.devices import default_device
 from ..sampling.model import is_run, open_model
 from ..sampling.sampler import seed_batches
@@ -58,7 +59,7 @@ def open_scored(model: str | Iterable[Tensor], settings: Protocol, with_texts: b
         with_texts: also find the texts that images of files show.
 
     Raises:
-        ValueError: there is no such model, nor images; or what is drawn would be enlarged.
+        UserError: there is no such model, nor images; or what is drawn would be enlarged.
     """
     if not isinstance(model, str):
         scored = _open_batches(model, settings.text)
@@ -74,7 +75,7 @@ def _open_batches(given: Iterable[Tensor], text: Text) -> Scored:
     first = next(batches, None)
     if not isinstance(first, Tensor) or first.ndim != 4 or first.dtype != torch.uint8:
         found = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
-        raise ValueError(f"the first batch is {found}, expected uint8 [N, C, H, W], 0 to 255: quantise the images")
+        raise UserError(f"the first batch is {found}, expected uint8 [N, C, H, W], 0 to 255: quantise the images")
     prompts, whole = load_prompts(text), chain([first], batches)
     return Scored(lambda share: whole, first.shape[1], first.shape[2], prompts=prompts, texts=prompts)
 
@@ -100,7 +101,7 @@ def _open_files(name: str, settings: Protocol, with_texts: bool) -> Scored:
     images = open_images(name, settings.image_size)
     num = settings.num_images or len(images)
     if num > len(images):
-        raise ValueError(f"{name}: found {len(images)} images, expected at least --num-images {num}")
+        raise UserError(f"{name}: found {len(images)} images, expected at least --num-images {num}")
     numbers = torch.arange(num).split(256)
     scored = Scored(
         lambda share: (images.stack(batch.tolist()) for batch in numbers[share]),
@@ -119,7 +120,7 @@ def _open_files(name: str, settings: Protocol, with_texts: bool) -> Scored:
 
 def _resized(scored: Scored, size: int) -> Scored:
     if scored.size < size:
-        raise ValueError(
+        raise UserError(
             f"found images {scored.size}×{scored.size}, which image_size {size} would enlarge; expected at least as "
             "large ones: set image_size to null, and take a reference of their size"
         )

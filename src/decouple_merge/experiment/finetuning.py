@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from ..config import Finetune, Projection
 from ..data.latents import Latents
 from ..diffusion.timesteps import TimestepRange
+from ..errors import UserError
 from ..evaluation.metrics import METRICS
 from ..executors.local import run_all
 from ..training.acceleration import main_process_first
@@ -35,11 +36,11 @@ def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[str | Step
     """Finetune the experts, or one of them, and the baseline where the config asks for it.
 
     Raises:
-        ValueError: there is no range of that index.
+        UserError: there is no range of that index.
     """
     settings, num = plan.config.finetune, len(plan.ranges)
     if only is not None and not 0 <= only < num:
-        raise ValueError(f"range {only} doesn't exist, expected 0 to {num - 1}")
+        raise UserError(f"range {only} doesn't exist, expected 0 to {num - 1}")
     calls = [(plan, expert_task(plan, i), settings, plan.run.expert(i)) for i in range(num) if only in (None, i)]
     if settings.baseline and only is None:
         # It is the longest, so it starts first.

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 
 from ..data.batches import training_batches
+from ..errors import UserError
 from ..executors.devices import default_device
 from ..models.base import tensors_sha256
 from ..seeds import stream_seed
@@ -18,10 +19,10 @@ def write_fishers(plan: Plan, num_batches: int = 10) -> Iterator[str]:
     A file that was made from the same expert and as many images is kept. Batches are ``finetune.batch_size`` images.
 
     Raises:
-        ValueError: ``num_batches`` is below 1, or an expert is missing, damaged, or of another base.
+        UserError: ``num_batches`` is below 1, or an expert is missing, damaged, or of another base.
     """
     if num_batches < 1:
-        raise ValueError(f"num_batches is {num_batches}, expected at least 1")
+        raise UserError(f"num_batches is {num_batches}, expected at least 1")
     config, experts, size = plan.config, load_experts(plan), plan.config.finetune.batch_size
     for index, (expert, own) in enumerate(zip(experts, plan.ranges, strict=True)):
         path = plan.run.fisher(index)

@@ -10,6 +10,7 @@ import torch
 from .. import __version__
 from ..config import Config, dump_config, load_config
 from ..data.batches import Examples
+from ..errors import UserError
 from ..executors.devices import default_device
 from ..models.base import Base
 from ..storage.files import write_json, write_text
@@ -23,12 +24,12 @@ def check_owner(run: Run, config: Config) -> None:
         old = load_config(run.config).model_dump(mode="json")
         differing = sorted(_differing_keys(old, config.model_dump(mode="json")))
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{run.folder} belongs to another config, which differs in {', '.join(differing)}; "
                 "give another --out, or remove the folder"
             )
     elif run.folder.exists() and any(p for p in run.folder.iterdir() if not p.name.startswith(".")):
-        raise ValueError(f"{run.folder} is not empty and not a run folder (no config.yaml); give another --out")
+        raise UserError(f"{run.folder} is not empty and not a run folder (no config.yaml); give another --out")
 
 
 def claim(run: Run, config: Config, record: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from ..data.latents import Latents
 from ..data.sources import load_images
 from ..data.split import split
 from ..diffusion.timesteps import TimestepRange, split_timesteps
+from ..errors import UserError
 from ..evaluation.alignment import NUM_FEATURES, describe
 from ..evaluation.extractors import load_extractor
 from ..executors.devices import default_device
@@ -63,7 +64,7 @@ def _text_from_nothing(config: Config, settings: Pretrain, out: Path) -> Generat
     data, seed, size = config.data, config.seed, settings.model.get("sample_size")
     vae = create_vae(settings.vae.model, seed)
     if not isinstance(size, int):
-        raise ValueError(f"pretrain.model.sample_size is {size!r}, expected the side of the latents, one integer")
+        raise UserError(f"pretrain.model.sample_size is {size!r}, expected the side of the latents, one integer")
     images = load_images(data, vae.config["in_channels"], size * vae_downscale(vae.config))
     split(images, data)
     captions = load_captions(images, data)
@@ -128,7 +129,7 @@ def pretrain(config: Config, out: Path) -> Iterator[str | StepRecord]:
     """
     settings = config.pretrain
     if settings is None:
-        raise ValueError("the config has no section pretrain, which holds the model's and the training's settings")
+        raise UserError("the config has no section pretrain, which holds the model's and the training's settings")
     check_owner(Run(out), config)
     if settings.vae is None:
         plan = _from_nothing(config, settings, out)

@@ -1,4 +1,4 @@
 """Weights in, weights out: rules, task arithmetic, merges that a network holds, files merged out of core, recipes.
 
-Imports config, storage, seeds.
+Imports config, errors, seeds, storage.
 """

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .keys import group_keys
 from .rules import RULES, Context, check_method, combine
 
@@ -21,11 +22,11 @@ def merge(
     counts as a task vector around the identity.
 
     Raises:
-        ValueError: there is no such rule, or there are not as many weights as experts.
+        UserError: there is no such rule, or there are not as many weights as experts.
     """
     check_method(method)
     if len(weights) != len(experts):
-        raise ValueError(f"{len(weights)} weights for {len(experts)} experts, expected one each")
+        raise UserError(f"{len(weights)} weights for {len(experts)} experts, expected one each")
     merged = {}
     for key, (start, *others) in versions(base, experts):
         if start.is_floating_point():
@@ -52,7 +53,7 @@ def cut_blocks(base: Tensors, experts: list[Tensors], patterns: Sequence[str]) -
     """Cut base and experts into the blocks of ``group_keys``, which have merging weights of their own.
 
     Raises:
-        ValueError: as ``group_keys``.
+        UserError: as ``group_keys``.
     """
 
     def part(tensors: Tensors, keys: list[str]) -> Tensors:

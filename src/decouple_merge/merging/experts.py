@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..storage.tensors import Entry, TensorFiles, model_files
 from .keys import check_same_keys
 
@@ -48,7 +49,7 @@ class Lora:
                 self.factors.setdefault(f"{found['module']}.weight", {})[side] = key
         halves = [k for k, pair in self.factors.items() if len(pair) != 2]
         if halves:
-            raise ValueError(f"{path}: a LoRA with only one factor for {', '.join(halves[:3])}")
+            raise UserError(f"{path}: a LoRA with only one factor for {', '.join(halves[:3])}")
         config = path.parent / "adapter_config.json" if path.is_file() else path / "adapter_config.json"
         self.config: dict[str, Any] = json.loads(config.read_text()) if config.is_file() else {}
 
@@ -56,10 +57,10 @@ class Lora:
         """Require that the base has what the factors change.
 
         Raises:
-            ValueError: names the keys that it doesn't have.
+            UserError: names the keys that it doesn't have.
         """
         if unknown := [k for k in self.factors if k not in base]:
-            raise ValueError(
+            raise UserError(
                 f"{name} doesn't fit the base: unknown: {', '.join(unknown[:5])}; expected a LoRA of this base"
             )
 
@@ -87,7 +88,7 @@ def open_expert(path: Path) -> Expert:
     """Open an expert: a pipeline, one of its networks, an expert folder of a run, a weights file or a LoRA.
 
     Raises:
-        ValueError: there are no weights, they are damaged, a pickle, or quantised.
+        UserError: there are no weights, they are damaged, a pickle, or quantised.
     """
     opened = TensorFiles(model_files(path))
     return Lora(opened, path) if any(LORA_KEY.match(k) for k in opened.entries) else Checkpoint(opened)

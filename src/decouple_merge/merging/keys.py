@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Protocol, runtime_checkable
 
+from ..errors import UserError
+
 TRUNK_PROJECTION = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.projection\.weight")
 
 
@@ -30,7 +32,7 @@ def check_same_keys(base: Mapping[str, HasShape], expert: Mapping[str, HasShape]
     """Require that an expert has the base's keys and shapes; trunk projections may be extra, or lack.
 
     Raises:
-        ValueError: names the keys that are missing, unknown or of another shape.
+        UserError: names the keys that are missing, unknown or of another shape.
     """
     problems = {
         "missing": [k for k in base if k not in expert and not is_trunk_projection(k)],
@@ -39,7 +41,7 @@ def check_same_keys(base: Mapping[str, HasShape], expert: Mapping[str, HasShape]
     }
     found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys)
     if found:
-        raise ValueError(f"{name} doesn't fit the base: {found}; expected an expert finetuned from this base")
+        raise UserError(f"{name} doesn't fit the base: {found}; expected an expert finetuned from this base")
 
 
 def group_keys(keys: Sequence[str], patterns: Sequence[str]) -> list[list[str]]:
@@ -49,15 +51,15 @@ def group_keys(keys: Sequence[str], patterns: Sequence[str]) -> list[list[str]]:
         The keys of each pattern, in their order.
 
     Raises:
-        ValueError: a key is matched by no pattern, or a pattern gets no key.
+        UserError: a key is matched by no pattern, or a pattern gets no key.
     """
     groups: list[list[str]] = [[] for _ in patterns]
     for key in keys:
         index = next((i for i, pattern in enumerate(patterns) if fnmatchcase(key, pattern)), None)
         if index is None:
-            raise ValueError(f"no pattern of {', '.join(patterns)} matches {key}; end them with * for all other keys")
+            raise UserError(f"no pattern of {', '.join(patterns)} matches {key}; end them with * for all other keys")
         groups[index].append(key)
     for pattern, group in zip(patterns, groups, strict=True):
         if not group:
-            raise ValueError(f"no key is left for the pattern {pattern!r}; keys are like {keys[0]}")
+            raise UserError(f"no key is left for the pattern {pattern!r}; keys are like {keys[0]}")
     return groups

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from ..errors import UserError
 from ..storage.tensors import hash_tensors
 from .arithmetic import Tensors, cast, cut_blocks
 from .stacked import Stacked, Trimmed
@@ -64,12 +65,12 @@ class Merger:
             Floating tensors in ``dtype``.
 
         Raises:
-            ValueError: there are more or fewer weights.
+            UserError: there are more or fewer weights.
         """
         num = len(self.experts)
         rows = [weights[i : i + num] for i in range(0, len(weights), num)]
         if len(weights) != len(self.zeros):
-            raise ValueError(f"{len(weights)} weights for {num} experts and {len(self.patterns)} patterns")
+            raise UserError(f"{len(weights)} weights for {num} experts and {len(self.patterns)} patterns")
         merged: Tensors = {}
         for block, row in zip(self._blocks, rows, strict=True):
             merged |= block.merge(row)
@@ -93,7 +94,7 @@ class Merger:
         """Merge the experts into the network's own storage; returns the hash of the merged tensors.
 
         Raises:
-            ValueError: as ``merge``.
+            UserError: as ``merge``.
         """
         merged = self.merge(weights)
         self._copy(merged)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import Merge, validate
+from ..errors import UserError
 from ..storage.hub import pipeline_folder
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
@@ -33,13 +34,13 @@ def merge_models(
         expected_sha256: of the base and of each expert, where a recipe says what they were.
 
     Raises:
-        ValueError: there is no such rule, the counts differ, a file is missing or damaged, keys or shapes don't fit
+        UserError: there is no such rule, the counts differ, a file is missing or damaged, keys or shapes don't fit
             the base's, an expert is of another base, an input is not the expected one, or has NaN or infinity.
     """
     check_method(settings.method)
     folder = pipeline_folder(base)
     if folder.is_file() != (out.suffix == ".safetensors"):
-        raise ValueError(
+        raise UserError(
             f"--out is {out}, expected a {'.safetensors file' if folder.is_file() else 'folder'}, as the base is one"
         )
     sources = Sources(folder, experts, settings)
@@ -49,7 +50,7 @@ def merge_models(
     inputs = zip([base, *experts], [sources.base, *(e.files for e in sources.experts)], strict=True)
     for (path, files), expected in zip(inputs, expected_sha256 or [], strict=expected_sha256 is not None):
         if (sha256 := files.sha256()) != expected and widened_sha256(files) != expected:
-            raise ValueError(
+            raise UserError(
                 f"{path} is not what the recipe was made with: found {sha256[:16]}, expected {expected[:16]}"
             )
     if dry_run:
@@ -74,7 +75,7 @@ def repeat_merge(recipe: Path, out: Path, dry_run: bool = False) -> Iterator[str
     """Do a merge again, to the same bytes, from its merge.json or from that of a run.
 
     Raises:
-        ValueError: the file is no recipe, or an input is gone or is not what it was.
+        UserError: the file is no recipe, or an input is gone or is not what it was.
     """
     try:
         record = json.loads(recipe.read_text())
@@ -82,7 +83,7 @@ def repeat_merge(recipe: Path, out: Path, dry_run: bool = False) -> Iterator[str
         settings = validate(Merge, record["settings"], str(recipe))
         expected = [record["base"]["sha256"], *record["experts_sha256"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{recipe}: expected the merge.json of a deme merge or of a run ({error})") from error
+        raise UserError(f"{recipe}: expected the merge.json of a deme merge or of a run ({error})") from error
     yield from merge_models(base, experts, settings, out, dry_run, expected)
 
 

@@ -15,6 +15,8 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 Coefficients = list[float | Tensor]
 
 # Elements whose sum stays in a core's cache while the tensors pass through it. A sum of a whole tensor would also spend
@@ -130,12 +132,12 @@ def fisher(base: Tensor, experts: list[Tensor], weights: list[float], context: C
     """Fisher-weighted average, Σ w_i·F_i·θ_i / Σ w_i·F_i (Matena and Raffel 2022, Eq. 3); θ where all F are 0.
 
     Raises:
-        ValueError: there are not as many Fisher tensors as experts, or a weight is negative.
+        UserError: there are not as many Fisher tensors as experts, or a weight is negative.
     """
     if len(context.fishers) != len(experts):
-        raise ValueError(f"{context.key}: {len(context.fishers)} Fisher tensors for {len(experts)} experts")
+        raise UserError(f"{context.key}: {len(context.fishers)} Fisher tensors for {len(experts)} experts")
     if min(weights) < 0:
-        raise ValueError(f"Fisher weights are {weights}, expected none below 0: the merge is an average")
+        raise UserError(f"Fisher weights are {weights}, expected none below 0: the merge is an average")
     shares = [w * f.to(_wide(base)) for w, f in zip(weights, context.fishers, strict=True)]
     total = sum(shares, torch.zeros_like(base, dtype=_wide(base)))
     averaged: Coefficients = [torch.where(total > 0, s / total.where(total > 0, 1.0), 0.0) for s in shares]
@@ -149,10 +151,10 @@ def slerp(base: Tensor, experts: list[Tensor], weights: list[float], context: Co
     Nearly parallel tensors are interpolated linearly.
 
     Raises:
-        ValueError: there are more than two experts, or the weights of two add up to 0.
+        UserError: there are more than two experts, or the weights of two add up to 0.
     """
     if len(experts) > 2 or (len(experts) == 2 and sum(weights) == 0):
-        raise ValueError(f"slerp has {len(experts)} experts with weights {weights}, expected one, or two with a sum")
+        raise UserError(f"slerp has {len(experts)} experts with weights {weights}, expected one, or two with a sum")
     a, b = (base, experts[0]) if len(experts) == 1 else experts
     t = weights[0] if len(experts) == 1 else weights[1] / sum(weights)
     a, b = a.double().flatten(), b.double().flatten()
@@ -177,10 +179,10 @@ def check_method(name: str) -> None:
     """Require that a rule of this name is in ``RULES``.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     if name not in RULES:
-        raise ValueError(f"method: expected one of {', '.join(RULES)}, found {name!r}")
+        raise UserError(f"method: expected one of {', '.join(RULES)}, found {name!r}")
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

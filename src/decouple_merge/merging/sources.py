@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import Merge
+from ..errors import UserError
 from ..seeds import stream_seed
 from ..storage.tensors import DTYPES, Layout, TensorFiles, hash_tensors, network_folder, weight_files
 from .experts import open_expert
@@ -29,21 +30,19 @@ class Sources:
         self.experts = [open_expert(path) for path in experts]
         self.rule: Rule = RULES[settings.method]
         if len(settings.weights) != len(experts):
-            raise ValueError(f"{len(settings.weights)} weights for {len(experts)} experts, expected one each")
+            raise UserError(f"{len(settings.weights)} weights for {len(experts)} experts, expected one each")
         for pattern, weights in settings.blocks.items():
             if len(weights) != len(experts):
-                raise ValueError(f"blocks: {pattern!r} has {len(weights)} weights for {len(experts)} experts")
+                raise UserError(f"blocks: {pattern!r} has {len(weights)} weights for {len(experts)} experts")
             if not any(fnmatchcase(key, pattern) for key in self.base.entries):
-                raise ValueError(
-                    f"blocks: no tensor matches {pattern!r}; keys are like {next(iter(self.base.entries))}"
-                )
+                raise UserError(f"blocks: no tensor matches {pattern!r}; keys are like {next(iter(self.base.entries))}")
         for expert, path in zip(self.experts, experts, strict=True):
             expert.check_keys(self.base.entries, str(path))
         self._check_origin(experts)
         self.fishers = [TensorFiles(weight_files(path)) for path in settings.fishers]
         lacking = [k for f in self.fishers for k in self.base.entries if k not in f.entries]
         if lacking or (settings.method == "fisher" and len(self.fishers) != len(experts)):
-            raise ValueError(
+            raise UserError(
                 f"{len(self.fishers)} Fisher files for {len(experts)} experts, "
                 f"without {', '.join(lacking[:3]) or 'gaps'}; expected one for each expert, "
                 "with every key of the network"
@@ -68,7 +67,7 @@ class Sources:
         found = widened_sha256(self.base)
         for path, expected in origins:
             if found != expected:
-                raise ValueError(
+                raise UserError(
                     f"{path} was finetuned from another base: found {expected[:16]}, expected {found[:16]}; "
                     "merge it into the base that it came from"
                 )
@@ -84,7 +83,7 @@ class Sources:
         """Merge one tensor.
 
         Raises:
-            ValueError: an input has NaN or infinity, and the settings don't allow it.
+            UserError: an input has NaN or infinity, and the settings don't allow it.
         """
         base = torch.eye(self.projections[key][1][0]) if key in self.projections else self.base[key]
         if not base.is_floating_point():
@@ -112,4 +111,4 @@ def _widened(tensor: Tensor) -> Tensor:
 def _check_finite(key: str, tensor: Tensor) -> None:
     # One pass, and no mask of the tensor's size: a NaN goes through both ends, an infinity is one of them.
     if tensor.numel() and not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
-        raise ValueError(f"{key} has NaN or infinity; expected finite weights: mend the model, or allow it")
+        raise UserError(f"{key} has NaN or infinity; expected finite weights: mend the model, or allow it")

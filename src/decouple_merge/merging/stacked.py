@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .arithmetic import Tensors, versions
 from .rules import chunk_size, combine_into, ties_above, trim_floor
 
@@ -46,16 +47,16 @@ class Stacked:
         """Require a weight for each expert.
 
         Raises:
-            ValueError: there are more or fewer.
+            UserError: there are more or fewer.
         """
         if len(weights) != len(self.matrix) - 1:
-            raise ValueError(f"{len(weights)} weights for {len(self.matrix) - 1} experts, expected one each")
+            raise UserError(f"{len(weights)} weights for {len(self.matrix) - 1} experts, expected one each")
 
     def merge(self, weights: Sequence[float]) -> Tensors:
         """Compute what ``arithmetic.merge`` does, bit for bit, as views of ``merged``; the next call overwrites them.
 
         Raises:
-            ValueError: there are not as many weights as experts.
+            UserError: there are not as many weights as experts.
         """
         self.check_count(weights)
         combine_into(self.merged, self.matrix.unbind(), [1.0 - math.fsum(weights), *weights])
@@ -99,7 +100,7 @@ class Trimmed:
         """Compute what ``arithmetic.merge`` does by ``ties``, bit for bit; the next call overwrites the tensors.
 
         Raises:
-            ValueError: there are not as many weights as experts.
+            UserError: there are not as many weights as experts.
         """
         self.stack.check_count(weights)
         merged = self.stack.views(self.stack.merged)

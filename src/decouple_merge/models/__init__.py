@@ -1,4 +1,4 @@
 """The adapters to diffusers, peft and transformers: a base taken apart, run, changed and written.
 
-Imports config, diffusion, merging, storage, seeds.
+Imports config, diffusion, errors, merging, seeds, storage.
 """

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..diffusion.process import PREDICTION_TYPES, VP, Process
+from ..errors import UserError
 from ..storage.hub import pipeline_folder
 from ..storage.tensors import DTYPES, hash_tensors
 from .families import FAMILIES, stable_diffusion, unet
@@ -67,23 +68,23 @@ def load_base(name: str) -> Base:
     """Load a base model by folder or hub name; scheduler, prediction type and image size are its own.
 
     Raises:
-        ValueError: there is no such model, a file is damaged, its parts don't fit, or it is not ``SUPPORTED``.
+        UserError: there is no such model, a file is damaged, its parts don't fit, or it is not ``SUPPORTED``.
     """
     try:
         folder = pipeline_folder(name)
         if (kind := read_index(folder).get("_class_name")) is None:
-            raise ValueError(f"{folder} has no model_index.json that names a pipeline's class")
+            raise UserError(f"{folder} has no model_index.json that names a pipeline's class")
         # Others are refused below, before gigabytes are loaded.
         pipeline = FAMILIES[kind].load(folder) if kind in FAMILIES else None
     except (SafetensorError, EOFError) as error:
-        raise ValueError(f"base {name!r}: its weights file is damaged ({error}); fetch or copy it again") from error
+        raise UserError(f"base {name!r}: its weights file is damaged ({error}); fetch or copy it again") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"base {name!r} can't be loaded ({reason}); expected {SUPPORTED}, by folder or hub name"
         ) from error
     if pipeline is None:
-        raise ValueError(f"base {name!r} is a {kind}{_flow(folder)}; supported is {SUPPORTED}")
+        raise UserError(f"base {name!r} is a {kind}{_flow(folder)}; supported is {SUPPORTED}")
     family = FAMILIES[kind]
     network: Any = getattr(pipeline, family.component)
     _check(name, family, kind, network, pipeline.scheduler)
@@ -115,24 +116,24 @@ def _check(name: str, family: Family, kind: str, network: Any, scheduler: Any) -
     found_class: Any = type(network)
     if found_class is not family.network:
         found = found_class.__name__ if network is not None else f"no {family.component}"
-        raise ValueError(f"base {name!r} is a {kind} with {found}; supported is {SUPPORTED}")
+        raise UserError(f"base {name!r} is a {kind} with {found}; supported is {SUPPORTED}")
     channels, out_channels = network.config.in_channels, network.config.out_channels
     if out_channels != channels and not (family.has_variance and out_channels == 2 * channels):
         able = sorted(pipeline for pipeline, other in FAMILIES.items() if other.has_variance)
-        raise ValueError(
+        raise UserError(
             f"base {name!r} maps {channels} channels to {out_channels}, expected as many out as in: models that "
             f"predict a variance are not supported, but for {', '.join(able)}"
         )
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
     if getattr(scheduler, "alphas_cumprod", None) is None or prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
+        raise UserError(
             f"base {name!r} has a {type(scheduler).__name__} with prediction type {prediction_type!r}; expected a VP "
             f"schedule, which has ᾱ_t, and {', '.join(PREDICTION_TYPES)}"
         )
     try:
         square_side(network.config.sample_size)
     except ValueError as error:
-        raise ValueError(f"base {name!r}: its {error}") from error
+        raise UserError(f"base {name!r}: its {error}") from error
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -157,7 +158,7 @@ def create_base(
             PNDMScheduler; the channels of its latents and the width of its texts are theirs.
 
     Raises:
-        ValueError: diffusers doesn't accept the arguments.
+        UserError: diffusers doesn't accept the arguments.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -167,7 +168,7 @@ def create_base(
             else:
                 pipeline = stable_diffusion.create_pipeline(model, scheduler, parts)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"pretrain.model or pretrain.scheduler: {error}") from error
+            raise UserError(f"pretrain.model or pretrain.scheduler: {error}") from error
     family = FAMILIES[type(pipeline).__name__]
     network: Any = getattr(pipeline, family.component)
     _check("pretrain.model", family, type(pipeline).__name__, network, pipeline.scheduler)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import UserError
 from ..storage.tensors import hash_tensors
 
 
@@ -92,10 +93,10 @@ class Encoder(nn.Module):
         """Resize to a square, normalise, encode.
 
         Raises:
-            ValueError: the images have neither one nor three channels.
+            UserError: the images have neither one nor three channels.
         """
         if images.shape[1] not in (1, 3):
-            raise ValueError(f"images have {images.shape[1]} channels, expected 3 (RGB) or 1 (grey): convert them")
+            raise UserError(f"images have {images.shape[1]} channels, expected 3 (RGB) or 1 (grey): convert them")
         x = self.kind.resize(images.float(), self.side).expand(-1, 3, -1, -1)
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.kind.mean, self.kind.std))
         output = self.network(pixel_values=(x / 255 - mean) / std)
@@ -126,7 +127,7 @@ def load_encoder(name: str, path: str) -> Encoder:
     """Load an encoder of ``ENCODERS`` by folder or hub name, from safetensors.
 
     Raises:
-        ValueError: there is no such model, it is of another family, or its files are damaged or lack weights.
+        UserError: there is no such model, it is of another family, or its files are damaged or lack weights.
     """
     kind = ENCODERS[name]
     network = _load(kind, path, "CLIPVisionModelWithProjection" if kind.part else "AutoModel")
@@ -143,17 +144,17 @@ def load_text_encoder(path: str) -> TextEncoder:
     """Load the text part of a CLIP by folder or hub name, from safetensors, with its tokenizer.
 
     Raises:
-        ValueError: as ``load_encoder``, or the tokenizer is missing or another model's.
+        UserError: as ``load_encoder``, or the tokenizer is missing or another model's.
     """
     kind = ENCODERS["clip_text"]._replace(part="text")
     network = _load(kind, path, "CLIPTextModelWithProjection")
     try:
         tokenizer = import_transformers("dinov2 and clip need").AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"clip {path}: its tokenizer can't be loaded ({_first_line(error)}); expected one") from error
+        raise UserError(f"clip {path}: its tokenizer can't be loaded ({_first_line(error)}); expected one") from error
     # Where there are no files, transformers makes a tokenizer that knows no words.
     if len(tokenizer) != network.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"clip {path}: its tokenizer has a vocabulary of {len(tokenizer)}, its text part reads "
             f"{network.config.vocab_size}; give files that belong together"
         )
@@ -166,7 +167,7 @@ def import_transformers(who: str) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(f"{who} transformers: pip install 'decouple-merge[encoders]'") from error
+        raise UserError(f"{who} transformers: pip install 'decouple-merge[encoders]'") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -177,7 +178,7 @@ def _load(kind: Kind, path: str, cls: str) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type not in kind.model_types:
-            raise ValueError(f"it is a {config.model_type}")
+            raise UserError(f"it is a {config.model_type}")
         if config.model_type == "clip":
             # Many published files state the width of the embedding right only here, outside of the parts.
             part = getattr(config, f"{kind.part}_config")
@@ -187,9 +188,9 @@ def _load(kind: Kind, path: str, cls: str) -> Any:
             path, config=config, use_safetensors=True, output_loading_info=True
         )
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"its files lack {len(missing)} weights, first {missing[0]}")
+            raise UserError(f"its files lack {len(missing)} weights, first {missing[0]}")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
+        raise UserError(
             f"{'clip' if kind.part else 'dinov2'} {path}: can't be loaded ({_first_line(error)}); expected a "
             f"{' or '.join(kind.model_types)} model of transformers with safetensors weights, such as {kind.example}"
         ) from error

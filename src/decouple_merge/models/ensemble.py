@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import Config, load_config
 from ..diffusion.timesteps import TimestepRange, check_ranges, choose_ranges, range_index
+from ..errors import UserError
 from ..merging.arithmetic import Tensors
 from ..merging.keys import check_same_keys, has_trunk
 from ..storage.files import read_tensors
@@ -34,7 +35,7 @@ class TimestepEnsemble(nn.Module):
             through the ranges once, so that a batch of images costs as many copies as there are experts.
 
     Raises:
-        ValueError: the ranges are no partition of [0, T), their number is not that of the experts, or weights don't
+        UserError: the ranges are no partition of [0, T), their number is not that of the experts, or weights don't
             fit the network.
     """
 
@@ -49,7 +50,7 @@ class TimestepEnsemble(nn.Module):
         check_ranges(list(ranges), num_train_timesteps)
         num = len(networks if weights is None else weights)
         if num != len(ranges):
-            raise ValueError(f"{num} experts for {len(ranges)} ranges, expected one each")
+            raise UserError(f"{num} experts for {len(ranges)} ranges, expected one each")
         for index, tensors in enumerate(weights or ()):
             check_same_keys(networks[0].state_dict(), tensors, f"expert {index}")
         self.networks, self.ranges, self.weights = nn.ModuleList(networks), list(ranges), weights
@@ -59,13 +60,13 @@ class TimestepEnsemble(nn.Module):
         """Run the expert for ``timestep``, the second argument: a number, or a tensor [] or [batch].
 
         Raises:
-            ValueError: a timestep lies in no range, or those of the batch in several.
+            UserError: a timestep lies in no range, or those of the batch in several.
         """
         timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
         # Some samplers visit fractional timesteps up to T - 1.
         first, last = (range_index(self.ranges, int(t)) for t in timestep.aminmax())
         if first != last:
-            raise ValueError(
+            raise UserError(
                 f"the timesteps of a batch are {timestep.tolist()}, of the ranges {self.ranges[first]} to "
                 f"{self.ranges[last]}; expected those of one range: call once for each"
             )
@@ -133,7 +134,7 @@ def load_ensemble(
         one_resident: hold one expert in memory, and read the others from their files when t comes to them.
 
     Raises:
-        ValueError: the model is no run and no experts are given, one is missing, damaged or of another architecture
+        UserError: the model is no run and no experts are given, one is missing, damaged or of another architecture
             or base, or the ranges are no partition.
     """
     if experts:
@@ -144,7 +145,7 @@ def load_ensemble(
         _, base, parts, found = open_run(Path(model))
     with_trunk = [has_trunk(tensors) for tensors in found]
     if any(with_trunk) and not all(with_trunk):
-        raise ValueError(f"{sum(with_trunk)} of {len(found)} experts have trunk projections; expected all or none")
+        raise UserError(f"{sum(with_trunk)} of {len(found)} experts have trunk projections; expected all or none")
 
     def build() -> nn.Module:
         return new_network(base, "trunk" if all(with_trunk) else "none").requires_grad_(False).eval()
@@ -161,11 +162,11 @@ def open_run(folder: Path) -> RunEnsemble:
     """Open what a run's ensemble is made of; experts are memory-mapped.
 
     Raises:
-        ValueError: the folder is no run, or an expert is missing, damaged or of another base.
+        UserError: the folder is no run, or an expert is missing, damaged or of another base.
     """
     run = Run(folder)
     if not run.config.exists():
-        raise ValueError(
+        raise UserError(
             f"{folder} is not a run folder (no config.yaml); give one, or the experts of a base and their ranges"
         )
     config = load_config(run.config)
@@ -184,13 +185,13 @@ def load_expert(folder: Path, base: Base) -> Tensors:
     """Read an expert of a run, memory-mapped.
 
     Raises:
-        ValueError: it is missing, damaged, or was finetuned from another base.
+        UserError: it is missing, damaged, or was finetuned from another base.
     """
     if not (folder / "model.safetensors").exists():
-        raise ValueError(f"{folder} has no finished expert; run deme finetune first")
+        raise UserError(f"{folder} has no finished expert; run deme finetune first")
     record = json.loads((folder / "expert.json").read_text())
     if record["base_sha256"] != base.sha256:
-        raise ValueError(
+        raise UserError(
             f"{folder} was finetuned from another base: found {record['base_sha256'][:16]}, expected "
             f"{base.sha256[:16]}; finetune again from this one, into another --out"
         )

@@ -10,6 +10,8 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class Encoders:
@@ -93,7 +95,7 @@ class Family:
             name: of the base, for messages.
 
         Raises:
-            ValueError: a part is missing, or doesn't fit the network.
+            UserError: a part is missing, or doesn't fit the network.
         """
         raise NotImplementedError
 
@@ -157,9 +159,9 @@ def square_side(size: Any) -> int:
     """Read the side of what a network denoises from its sample_size, a number or two that are equal.
 
     Raises:
-        ValueError: it is neither.
+        UserError: it is neither.
     """
     sides = [size] if isinstance(size, int) else list(size or ())
     if not sides or not all(isinstance(side, int) for side in sides) or len(sides) > 2 or len(set(sides)) > 1:
-        raise ValueError(f"sample_size is {size!r}, expected one integer, or two that are equal: square images")
+        raise UserError(f"sample_size is {size!r}, expected one integer, or two that are equal: square images")
     return sides[0]

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import UserError
 from ..storage.files import atomic_path, read_tensors, write_tensors
 from .text_encoders import load_text_parts, tokenize
 
@@ -83,10 +84,10 @@ def load_image_text(folder: Path) -> ImageTextModel:
     """Read a model that ``save_image_text`` wrote.
 
     Raises:
-        ValueError: the folder is none, or a file is damaged.
+        UserError: the folder is none, or a file is damaged.
     """
     if not holds_image_text(str(folder)):
-        raise ValueError(f"{folder} has no {WEIGHTS}; expected an image–text model, such as models/emoji-judge")
+        raise UserError(f"{folder} has no {WEIGHTS}; expected an image–text model, such as models/emoji-judge")
     tensors, _ = read_tensors(folder / WEIGHTS)
     try:
         num_features, width = len(tensors["image_projection.0.weight"]), len(tensors["text_projection.weight"])
@@ -94,5 +95,5 @@ def load_image_text(folder: Path) -> ImageTextModel:
         model.load_state_dict(tensors)
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{folder}: not a whole image–text model ({reason}); fetch or make it again") from error
+        raise UserError(f"{folder}: not a whole image–text model ({reason}); fetch or make it again") from error
     return model.requires_grad_(False).eval()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Lora
+from ..errors import UserError
 from ..seeds import stream_seed
 from .family import Family
 
@@ -20,14 +21,14 @@ def check_lora(network: nn.Module, settings: Lora) -> None:
     """Require that peft is installed, and that the network has the modules.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     if find_spec("peft") is None:
-        raise ValueError("finetune.lora needs peft, which isn't installed: pip install decouple-merge[lora]")
+        raise UserError("finetune.lora needs peft, which isn't installed: pip install decouple-merge[lora]")
     names = [name for name, _ in network.named_modules()]
     missing = [t for t in settings.target_modules if not any(f".{name}".endswith(f".{t}") for name in names)]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"finetune.lora.target_modules: the base has no module {', '.join(missing)}; its attention layers are "
             f"called {', '.join(sorted({n.rpartition('.')[2] for n in names if n.endswith(('to_q', 'to_k', 'to_v'))}))}"
         )

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..config import Text
+from ..errors import UserError
 from .family import Encoders, load_parts, tokenizer_of
 
 
@@ -16,7 +17,7 @@ def check_classes(encoders: Encoders, texts: Iterable[str]) -> None:
     """Require of a class-conditional pipeline that texts are its classes.
 
     Raises:
-        ValueError: one is not.
+        UserError: one is not.
     """
     classes = encoders.classes
     unknown = [] if classes is None else sorted(set(texts) - classes.keys())
@@ -24,7 +25,7 @@ def check_classes(encoders: Encoders, texts: Iterable[str]) -> None:
         names = [name for name in classes if name and not name.isdecimal()]
         near = difflib.get_close_matches(unknown[0], names) or names[:3]
         known = f", or a name such as {', '.join(map(repr, near))}" if names else ""
-        raise ValueError(
+        raise UserError(
             f"{encoders.folder} has no class {', '.join(map(repr, unknown[:5]))}; expected a number below "
             f"{num_classes(classes)}{known}"
         )
@@ -39,10 +40,10 @@ def check_caption_dropout(encoders: Encoders, caption_dropout: float) -> None:
     """Require that no caption is dropped where the network has nothing to put in its place.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     if caption_dropout and encoders.family.guidance != "classifier-free":
-        raise ValueError(
+        raise UserError(
             f"data.caption_dropout is {caption_dropout:g}, which puts a null class in the place of classes, and the "
             f"{encoders.family.network.__name__} of {encoders.folder} has none: set it to 0"
         )
@@ -52,13 +53,13 @@ def texts_to_encode(encoders: Encoders, prompts: Sequence[str], settings: Text) 
     """List what a model is told to draw prompts: them, and what guidance leads away from.
 
     Raises:
-        ValueError: one is no class of a class-conditional model, or there is guidance and nothing to lead away from.
+        UserError: one is no class of a class-conditional model, or there is guidance and nothing to lead away from.
     """
     texts = list(prompts)
     if encoders.family.guidance == "classifier-free":
         texts.append(settings.negative_prompt)
     elif settings.guidance_scale != 1:
-        raise ValueError(
+        raise UserError(
             f"text.guidance_scale is {settings.guidance_scale:g}, which leads away from a null class, and the "
             f"{encoders.family.network.__name__} of {encoders.folder} has none: set it to 1"
         )
@@ -75,14 +76,14 @@ def create_vae(arguments: dict[str, Any], seed: int) -> Any:
     """Make an untrained AutoencoderKL from diffusers' own arguments.
 
     Raises:
-        ValueError: diffusers doesn't accept the arguments.
+        UserError: diffusers doesn't accept the arguments.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             return AutoencoderKL(**arguments)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"pretrain.vae.model: {error}") from error
+            raise UserError(f"pretrain.vae.model: {error}") from error
 
 
 def load_vae(encoders: Encoders, device: torch.device) -> Any:
@@ -97,7 +98,7 @@ def load_text_encoders(encoders: Encoders, device: torch.device) -> Any:
     """Load tokenizers and text encoders, as a pipeline without its other parts.
 
     Raises:
-        ValueError: a tokenizer is another text encoder's.
+        UserError: a tokenizer is another text encoder's.
     """
     pipeline = load_parts(encoders.folder, *encoders.text_parts)
     for name in encoders.family.text_encoders:
@@ -107,7 +108,7 @@ def load_text_encoders(encoders: Encoders, device: torch.device) -> Any:
             ("pads to a length of", tokenizer.model_max_length, config.max_position_embeddings),
         ):
             if found > most:
-                raise ValueError(
+                raise UserError(
                     f"{encoders.folder}: its {tokenizer_of(name)} {what} {found}, its {name} reads {most}; give parts "
                     "that belong together"
                 )

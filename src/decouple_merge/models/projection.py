@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..errors import UserError
 from .family import Family
 
 
@@ -40,12 +41,12 @@ def check_placement(network: nn.Module, family: Family, placement: str) -> None:
     """Require that a network can have projections so placed.
 
     Raises:
-        ValueError: the placement is none of folded, trunk and none, or trunk for a transformer.
+        UserError: the placement is none of folded, trunk and none, or trunk for a transformer.
     """
     if placement not in ("folded", "trunk", "none"):
-        raise ValueError(f"projection placement is {placement!r}, expected folded, trunk or none")
+        raise UserError(f"projection placement is {placement!r}, expected folded, trunk or none")
     if placement == "trunk" and not family.trunk_channels(network):
-        raise ValueError(
+        raise UserError(
             f"projection placement is trunk, the paper's layout for the feature maps of U-Nets, and the network is a "
             f"{type(network).__name__}; expected folded or none"
         )
@@ -58,7 +59,7 @@ def attach_projections(network: nn.Module, family: Family, placement: str) -> No
     a layer after the block, on the trunk only, so that skips carry un-projected features. ``none`` does nothing.
 
     Raises:
-        ValueError: as ``check_placement``.
+        UserError: as ``check_placement``.
     """
     check_placement(network, family, placement)
     if placement == "trunk":

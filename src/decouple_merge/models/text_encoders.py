@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ..errors import UserError
 from .encoders import import_transformers
 
 
@@ -52,7 +53,7 @@ def create_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
             texts have no more pairs.
 
     Raises:
-        ValueError: transformers isn't installed.
+        UserError: transformers isn't installed.
     """
     transformers = import_transformers("a text encoder needs")
     from tokenizers.pre_tokenizers import ByteLevel
@@ -80,7 +81,7 @@ def create_text_encoder(tokenizer: Any, arguments: dict[str, Any], seed: int) ->
         arguments: of CLIPTextConfig.
 
     Raises:
-        ValueError: transformers doesn't accept the arguments.
+        UserError: transformers doesn't accept the arguments.
     """
     transformers = import_transformers("a text encoder needs")
     ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -91,7 +92,7 @@ def create_text_encoder(tokenizer: Any, arguments: dict[str, Any], seed: int) ->
             text_encoder = transformers.CLIPTextModel(config)
         # transformers wraps its ValueError in an error of another kind.
         except (TypeError, ValueError, StrictDataclassError) as error:
-            raise ValueError(f"pretrain.text_encoder.model: {error}") from error
+            raise UserError(f"pretrain.text_encoder.model: {error}") from error
     tokenizer.model_max_length = config.max_position_embeddings
     return text_encoder
 

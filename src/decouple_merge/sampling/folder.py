@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import Sample, Text
+from ..errors import UserError
 from ..executors.devices import default_device
 from ..executors.local import run_all, shares
 from ..storage.files import atomic_path
@@ -33,13 +34,13 @@ def sample_model(
         num_processes: share the batches, each with the model in its memory; the images are those of one process.
 
     Raises:
-        ValueError: as ``open_model``, the model and its prompts don't fit, or neither the number nor prompts are given.
+        UserError: as ``open_model``, the model and its prompts don't fit, or neither the number nor prompts are given.
     """
     settings, text = settings or Sample(), text or Text()
     opened = open_model(model, settings, text, seed)
     num = num_images or len(opened.prompts)
     if num == 0:
-        raise ValueError(f"{model}: no prompts say how many images there are; give --num-images, or --prompts")
+        raise UserError(f"{model}: no prompts say how many images there are; give --num-images, or --prompts")
     seeds = range(seed, seed + num)
     opened.check(seeds)
     dealt = shares(len(seed_batches(seeds, settings.batch_size)), num_processes)

@@ -14,6 +14,7 @@ from ..config import Sample, Text
 from ..data.images import to_pixels
 from ..data.latents import DTYPES, open_texts
 from ..diffusion.timesteps import TimestepRange
+from ..errors import UserError
 from ..models.base import Base
 from ..models.ensemble import TimestepEnsemble
 from ..models.family import Encoders
@@ -162,7 +163,7 @@ def sample_images(
         share: of the batches; other processes draw the others, to the same bits as one would.
 
     Raises:
-        ValueError: such a base has no prompts, or another has some.
+        UserError: such a base has no prompts, or another has some.
     """
     check_prompts(base, prompts is not None)
     steps = num_steps or settings.num_steps
@@ -205,11 +206,11 @@ def check_prompts(base: Base, has_prompts: bool) -> None:
     """Require prompts for a text-to-image or class-conditional base, and none for another.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     if has_prompts != (base.encoders is not None):
         kind = type(base.pipeline).__name__
-        raise ValueError(
+        raise UserError(
             f"found prompts for a {kind}, which takes no text: leave them out"
             if has_prompts
             else f"found no prompts for a {kind}, which draws what they say: give a file with one prompt a line"

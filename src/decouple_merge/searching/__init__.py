@@ -1,4 +1,4 @@
 """The search for merging weights: strategies, levels, the workers' queue, the scorer, learned weights.
 
-Imports config, data, diffusion, evaluation, merging, models, sampling, training, seeds.
+Imports config, data, diffusion, errors, evaluation, merging, models, sampling, seeds, training.
 """

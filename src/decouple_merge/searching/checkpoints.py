@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..config import Search
+from ..errors import UserError
 from ..merging.arithmetic import Tensors
 from ..merging.keys import check_same_keys
 from ..models.base import Base
@@ -13,12 +14,12 @@ def load_checkpoints(settings: Search, base: Base) -> list[Tensors]:
     """Read the checkpoints that a search combines in place of the experts.
 
     Raises:
-        ValueError: one is missing, damaged, or doesn't fit the base.
+        UserError: one is missing, damaged, or doesn't fit the base.
     """
     found = []
     for name in settings.checkpoints:
         if not Path(name).exists():
-            raise ValueError(f"search.checkpoints: {name} doesn't exist; expected pipelines, folders or weight files")
+            raise UserError(f"search.checkpoints: {name} doesn't exist; expected pipelines, folders or weight files")
         found.append(load_network(Path(name)))
         check_same_keys(base.network.state_dict(), found[-1], name)
     return found

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..diffusion.timesteps import TimestepRange
+from ..errors import UserError
 from ..merging.arithmetic import Tensors, cut_blocks
 from ..merging.keys import check_same_keys
 from ..merging.stacked import Stacked
@@ -54,7 +55,7 @@ class DenoisingLoss:
         stacks: base and experts in float32, one for each pattern, where they are in memory already.
 
     Raises:
-        ValueError: an expert doesn't have the base's keys and shapes, the patterns don't fit the keys, or the timestep
+        UserError: an expert doesn't have the base's keys and shapes, the patterns don't fit the keys, or the timestep
             weights are negative or not one for each timestep.
     """
 
@@ -70,7 +71,7 @@ class DenoisingLoss:
         num = base.num_train_timesteps
         self.timestep_weights = torch.ones(num) if timestep_weights is None else timestep_weights
         if len(self.timestep_weights) != num or not bool((self.timestep_weights >= 0).all()):
-            raise ValueError(
+            raise UserError(
                 f"found {len(self.timestep_weights)} timestep weights, the least {self.timestep_weights.min():g}; "
                 f"expected {num}, one for each timestep, none below 0"
             )
@@ -86,11 +87,11 @@ class DenoisingLoss:
         """Merge the experts; the next call overwrites the tensors.
 
         Raises:
-            ValueError: there are not as many rows as patterns and columns as experts.
+            UserError: there are not as many rows as patterns and columns as experts.
         """
         expected = (len(self.stacks), self.num_experts)
         if weights.shape != expected:
-            raise ValueError(
+            raise UserError(
                 f"weights are {tuple(weights.shape)}, expected {expected}: a row for each pattern, a column for each "
                 "expert"
             )
@@ -128,22 +129,22 @@ def learn_weights(
         batches: training images; one is taken for each step.
 
     Raises:
-        ValueError: a start weight is out of bounds, the batches end too early, or the loss is no longer finite.
+        UserError: a start weight is out of bounds, the batches end too early, or the loss is no longer finite.
     """
     low, high = bounds
     if not bool(((start >= low) & (start <= high)).all()):
-        raise ValueError(f"start weights are {start.tolist()}, expected all within the bounds {low} to {high}")
+        raise UserError(f"start weights are {start.tolist()}, expected all within the bounds {low} to {high}")
     everything = TimestepRange(0, loss.base.num_train_timesteps)
     weights = start.detach().double().clone()
     optimizer = torch.optim.Adam([weights], lr=learning_rate)
     for step in range(num_steps):
         images = next(batches, None)
         if images is None:
-            raise ValueError(f"the batches ended after {step}, expected one for each of {num_steps} steps")
+            raise UserError(f"the batches ended after {step}, expected one for each of {num_steps} steps")
         batch = noisy_batch(loss.base, images, everything, generator(seed, "merging weights", step))
         value, weights.grad = loss(weights, batch)
         if not math.isfinite(value):
-            raise ValueError(
+            raise UserError(
                 f"the loss is {value} at step {step} with weights {weights.tolist()}; narrow the bounds, or check the "
                 "experts for NaN and infinity"
             )

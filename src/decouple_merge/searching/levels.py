@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from ..config import Config, Search
+from ..errors import UserError
 from ..seeds import stream_seed
 from .strategies import Space, Strategy, Weights, axis, cma_es, coordinate, evolution, greedy_soup, grid, uniform_random
 from .study import Study, evaluate_all, evaluate_next, give_up_own, sampled, trials
@@ -45,26 +46,24 @@ def check_weights(settings: Search, num_experts: int) -> None:
     """Require that frozen weights and start points belong to experts and agree.
 
     Raises:
-        ValueError: they don't, or the strategy can't hold a weight.
+        UserError: they don't, or the strategy can't hold a weight.
     """
     num_weights = num_experts * len(settings.blocks)
     for index in settings.frozen:
         if index >= num_weights:
-            raise ValueError(
-                f"search.frozen fixes weight {index}, which doesn't exist: expected 0 to {num_weights - 1}"
-            )
+            raise UserError(f"search.frozen fixes weight {index}, which doesn't exist: expected 0 to {num_weights - 1}")
     for point in settings.start:
         if len(point) != num_weights:
-            raise ValueError(
+            raise UserError(
                 f"search.start holds {point}, expected {num_weights} weights, one for each expert and block"
             )
         if moved := [i for i, w in settings.frozen.items() if point[i] != w]:
-            raise ValueError(
+            raise UserError(
                 f"search.start holds {point}, whose weight {moved[0]} search.frozen fixes at "
                 f"{settings.frozen[moved[0]]:g}"
             )
     if settings.frozen and settings.strategy == "greedy":
-        raise ValueError("search.frozen fixes weights, and strategy greedy, a soup of equal ones, can't: take another")
+        raise UserError("search.frozen fixes weights, and strategy greedy, a soup of equal ones, can't: take another")
 
 
 def ranked(found: list[Trial], frozen: Mapping[int, float] = {}) -> list[Trial]:

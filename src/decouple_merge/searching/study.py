@@ -22,6 +22,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 
+from ..errors import UserError
 from ..seeds import stream_seed
 from .strategies import Known, Space, Strategy, Weights
 from .trial import Level, Objective, Trial
@@ -38,7 +39,7 @@ def open_storage(url: str) -> RDBStorage:
     """Connect to a study storage by URL, SQLite or any other that SQLAlchemy reaches.
 
     Raises:
-        ValueError: there is nothing at the URL that answers, or its driver isn't installed.
+        UserError: there is nothing at the URL that answers, or its driver isn't installed.
     """
     is_file = url.startswith("sqlite")
     try:
@@ -46,7 +47,7 @@ def open_storage(url: str) -> RDBStorage:
         storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if is_file else {})
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"search.storage is {url!r}, which doesn't open ({type(error).__name__}: {reason}); expected a URL such as "
             "postgresql://user@host/database, with the server running and its driver (psycopg2-binary) installed"
         ) from error

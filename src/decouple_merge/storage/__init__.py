@@ -1,4 +1,4 @@
 """Files that are whole or not there: records, safetensors, run folders, models by name.
 
-Imports nothing.
+Imports errors.
 """

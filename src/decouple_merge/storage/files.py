@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import UserError
+
 
 def cache_folder() -> Path:
     """Say where downloads and reference statistics are kept: $DEME_CACHE, or the system's cache folder."""
@@ -32,7 +34,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``, a file's or a folder's, and rename it into place on success.
 
     Raises:
-        ValueError: the disk is full; nothing that was there before is lost.
+        UserError: the disk is full; nothing that was there before is lost.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +51,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException as error:
         _remove(temporary)
         if is_disk_full(error):
-            raise ValueError(
+            raise UserError(
                 f"{path}: the disk is full; what was finished is safe: make room and run the same command again"
             ) from error
         raise
@@ -107,10 +109,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file and its metadata.
 
     Raises:
-        ValueError: the file is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: no whole safetensors file ({error}); remove it to make it again") from error
+        raise UserError(f"{path}: no whole safetensors file ({error}); remove it to make it again") from error

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..errors import UserError
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -69,7 +71,7 @@ class TensorFiles:
             try:
                 file = self._open[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: no whole safetensors file ({error}); fetch or copy it again") from error
+                raise UserError(f"{path}: no whole safetensors file ({error}); fetch or copy it again") from error
             self.metadata = self.metadata or file.metadata() or {}
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
@@ -78,7 +80,7 @@ class TensorFiles:
                     continue
                 self.entries[name] = Entry(path, name, DTYPES[part.get_dtype()], tuple(part.get_shape()))
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"{files[0]}: {len(unknown)} tensors are of a kind that can't be added, {unknown[0]} among them; "
                 f"expected {', '.join(DTYPES)}: merge the unquantised model and quantise the result"
             )
@@ -124,15 +126,15 @@ def weight_files(path: Path) -> list[Path]:
     """Find a model's safetensors: a file, an index of shards, or a folder that holds either.
 
     Raises:
-        ValueError: there are none, several, or a shard is missing; or the weights are a pickle.
+        UserError: there are none, several, or a shard is missing; or the weights are a pickle.
     """
     if path.suffix in PICKLES:
-        raise ValueError(f"{path} is a pickle, expected safetensors: convert it with diffusers' save_pretrained")
+        raise UserError(f"{path} is a pickle, expected safetensors: convert it with diffusers' save_pretrained")
     if path.name.endswith(".index.json") and path.is_file():
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         missing = [n for n in names if not (path.parent / n).is_file()]
         if missing:
-            raise ValueError(f"{path}: {len(missing)} of {len(names)} shards are missing, {missing[0]} among them")
+            raise UserError(f"{path}: {len(missing)} of {len(names)} shards are missing, {missing[0]} among them")
         return [path.parent / n for n in names]
     if path.is_file():
         return [path]
@@ -147,7 +149,7 @@ def weight_files(path: Path) -> list[Path]:
     reason = (
         f"which of {candidates} is meant?" if candidates else f"only pickles: {pickled}" if pickled else "no weights"
     )
-    raise ValueError(
+    raise UserError(
         f"{path}: {reason}; expected a .safetensors file, an .index.json, or a folder with one of either: a pipeline, "
         "one of its networks, or an expert"
     )
@@ -157,14 +159,14 @@ def network_folder(path: Path) -> Path:
     """Find the denoiser's folder in a pipeline's; any other path is its own answer.
 
     Raises:
-        ValueError: the pipeline has no denoiser we know.
+        UserError: the pipeline has no denoiser we know.
     """
     if not (path / "model_index.json").is_file():
         return path
     for name in DENOISERS:
         if (path / name).is_dir():
             return path / name
-    raise ValueError(f"{path} is a pipeline without {', '.join(DENOISERS)}; give the folder of the network itself")
+    raise UserError(f"{path} is a pipeline without {', '.join(DENOISERS)}; give the folder of the network itself")
 
 
 def model_files(path: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import torch
 
 from ..config import Finetune, Training
 from ..diffusion.weightings import check_weighting
+from ..errors import UserError
 from ..models.base import Base
 from ..models.lora import check_lora
 from ..models.projection import check_placement
@@ -15,7 +16,7 @@ def check_training(settings: Training, base: Base, device: torch.device) -> None
     """Require that this machine has what a training asks for, and that the loss is defined on the base's schedule.
 
     Raises:
-        ValueError: the precision needs a GPU, the optimiser isn't installed, or the weighting has no finite weights.
+        UserError: the precision needs a GPU, the optimiser isn't installed, or the weighting has no finite weights.
     """
     check_weighting(settings.weighting, settings.weighting_options, base.process)
     _check_precision(settings, device)
@@ -26,7 +27,7 @@ def check_finetune(settings: Finetune, base: Base, device: torch.device) -> None
     """Require that a base's experts can be trained on this machine.
 
     Raises:
-        ValueError: as ``check_training``, or the network has no place for the projections or the adapters.
+        UserError: as ``check_training``, or the network has no place for the projections or the adapters.
     """
     check_training(settings, base, device)
     check_placement(base.network, base.family, settings.projection.placement)
@@ -37,15 +38,13 @@ def check_finetune(settings: Finetune, base: Base, device: torch.device) -> None
 def _check_precision(settings: Training, device: torch.device) -> None:
     """Refuse fp16 training on a CPU, where Accelerate would silently train in float32."""
     if settings.mixed_precision == "fp16" and device.type == "cpu":
-        raise ValueError(
-            "mixed_precision is fp16, which needs a GPU, and this machine has none: set it to bf16 or fp32"
-        )
+        raise UserError("mixed_precision is fp16, which needs a GPU, and this machine has none: set it to bf16 or fp32")
 
 
 def _check_optimizer(settings: Training) -> None:
     """Require that the optimiser is installed."""
     if settings.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
-        raise ValueError(
+        raise UserError(
             "optimizer is adamw8bit, which needs bitsandbytes, and that isn't installed: pip install "
             "'decouple-merge[8bit]', or set it to adamw"
         )

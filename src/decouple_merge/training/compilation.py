@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 
 def differing_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     """Name the parameters whose gradient is missing or off by over half its norm; rounding stays far below."""
@@ -22,7 +24,7 @@ def check_compiled(gradients: Callable[[], dict[str, Tensor]], device: torch.dev
         gradients: computes them by name, each time on the same batch.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     found = []
     for stance in ("default", "force_eager"):
@@ -31,7 +33,7 @@ def check_compiled(gradients: Callable[[], dict[str, Tensor]], device: torch.dev
             found.append(gradients())
     wrong = differing_gradients(*found)
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"torch.compile changes the gradients of {len(wrong)} parameters, {', '.join(wrong[:3])} among them, "
             f"which is a fault of torch {torch.__version__} on {device}: set compile to false"
         )

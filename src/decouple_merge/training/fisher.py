@@ -6,6 +6,7 @@ import torch
 
 from ..data.batches import Batch
 from ..diffusion.timesteps import TimestepRange
+from ..errors import UserError
 from ..merging.arithmetic import Tensors, cast
 from ..merging.keys import check_same_keys
 from ..models.base import Base
@@ -33,7 +34,7 @@ def fisher_information(
         doesn't depend on a tensor.
 
     Raises:
-        ValueError: the expert doesn't have the base's keys and shapes, or there are no images.
+        UserError: the expert doesn't have the base's keys and shapes, or there are no images.
     """
     check_same_keys(base.network.state_dict(), expert, "the expert")
     network = frozen_copy(base, [expert], device)
@@ -48,6 +49,6 @@ def fisher_information(
             torch._foreach_addcmul_(sums, gradients, gradients)
         num_samples += len(images)
     if num_samples == 0:
-        raise ValueError("found no images, expected at least one batch: the information is a mean over samples")
+        raise UserError("found no images, expected at least one batch: the information is a mean over samples")
     means = {key: total / num_samples for key, total in zip(leaves, sums, strict=True)}
     return {k: means[k].float().cpu() if k in means else torch.zeros(v.shape) for k, v in expert.items()}

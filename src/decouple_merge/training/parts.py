@@ -12,6 +12,7 @@ from ..config import Data, PartTraining, Vae
 from ..data.batches import training_batches
 from ..data.images import Images, to_model
 from ..data.split import Split, split
+from ..errors import UserError
 from ..models.image_text import ImageTextModel
 from ..models.text_encoders import tokenize
 from ..seeds import generator, stream_seed
@@ -39,7 +40,7 @@ def fit(
         validate: called with the module in evaluation mode.
 
     Raises:
-        ValueError: the loss is no longer finite, or a checkpoint is damaged.
+        UserError: the loss is no longer finite, or a checkpoint is damaged.
     """
     path, state = folder / f"{name}.safetensors", folder / f"{name}-state.safetensors"
     if path.exists():
@@ -56,7 +57,7 @@ def fit(
         if num_done % settings.checkpoint_every and num_done < num_updates:
             continue
         if not loss.isfinite():
-            raise ValueError(
+            raise UserError(
                 f"{name}: the loss is {loss.item()} at update {num_done}; lower pretrain.{name}.learning_rate "
                 f"({settings.learning_rate:g})"
             )

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import UserError
 from ..storage.files import read_records, write_records
 from .schedule import learning_rate_at
 from .trainer import Trainer
@@ -37,12 +38,12 @@ def step_record(trainer: Trainer, seconds_per_update: float) -> StepRecord:
     """Say how far a training is.
 
     Raises:
-        ValueError: the loss is no longer finite.
+        UserError: the loss is no longer finite.
     """
     settings, task = trainer.settings, trainer.task
     loss, consistency_loss = trainer.mean_losses()
     if not math.isfinite(loss):
-        raise ValueError(
+        raise UserError(
             f"{task.name}: the loss is {loss} at update {trainer.num_done}; lower the learning rate "
             f"({settings.learning_rate:g}) or raise the precision ({settings.mixed_precision})"
         )

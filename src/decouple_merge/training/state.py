@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..storage.files import read_tensors, write_tensors
 
 
@@ -40,14 +41,14 @@ def load_state(path: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Op
     """Read into the tensors and the optimiser, in place, what ``save_state`` wrote; returns the record.
 
     Raises:
-        ValueError: the file is missing, damaged or of another network.
+        UserError: the file is missing, damaged or of another network.
     """
     stored, metadata = read_tensors(path)
     of_optimizer = {key: stored.pop(key) for key in list(stored) if key.startswith("optimizer.")}
     found, expected = ({k: tuple(v.shape) for k, v in side.items()} for side in (stored, tensors))
     if found != expected:
         first = next(k for k in {**expected, **found} if found.get(k) != expected.get(k))
-        raise ValueError(
+        raise UserError(
             f"{path} is of another network: {first} is {found.get(first, 'missing')}, expected "
             f"{expected.get(first, 'none')}; remove the folder to start over"
         )

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...errors import UserError
 from ..family import Encoders, Family, read_index, square_side, tokenizer_of
 from ..parts import vae_downscale
 
@@ -52,21 +53,21 @@ class Latent(Family):
         def read(part: str, file: str = "config") -> dict[str, Any]:
             path = folder / part / f"{file}.json"
             if not path.is_file():
-                raise ValueError(f"base {name!r}: there is no {path}, expected {kind} with all of its parts")
+                raise UserError(f"base {name!r}: there is no {path}, expected {kind} with all of its parts")
             return json.loads(path.read_text(encoding="utf-8"))
 
         vae, texts = read("vae"), [read(text) for text in self.text_encoders]
         for text in self.text_encoders:
             read(tokenizer_of(text), "tokenizer_config")
         if vae.get("_class_name") != self.vae:
-            raise ValueError(f"base {name!r}: its vae is {vae.get('_class_name')}, expected {self.vae}")
+            raise UserError(f"base {name!r}: its vae is {vae.get('_class_name')}, expected {self.vae}")
         if others := self.other_inputs(config):
-            raise ValueError(
+            raise UserError(
                 f"base {name!r}: its {self.component} needs other inputs than {kind}'s: {', '.join(others)}"
             )
         for what, found, expected in self.fits(config, vae, texts):
             if found != expected:
-                raise ValueError(f"base {name!r}: its {what.format(found, expected)}; give parts that belong together")
+                raise UserError(f"base {name!r}: its {what.format(found, expected)}; give parts that belong together")
         size = square_side(config.sample_size) * vae_downscale(vae)
         zeros = bool(index.get("force_zeros_for_empty_prompt"))
         return Encoders(self, folder, vae["out_channels"], size, zeros, self.classes(config, index))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from ...errors import UserError
 from ..family import Encoders, Family
 from ..unet_blocks import unet_channels, unet_output_layers
 
@@ -25,7 +26,7 @@ class UNet(Family):
     def find_encoders(self, name: str, folder: Path, network: Any) -> Encoders | None:
         config = network.config
         if config.class_embed_type is not None:
-            raise ValueError(
+            raise UserError(
                 f"base {name!r}: its unet has class_embed_type {config.class_embed_type!r}, expected none: classes are "
                 "numbers below num_class_embeds"
             )
