@@ -10,8 +10,9 @@ from ..errors import UserError
 from ..storage.hub import pipeline_folder
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
-from .experts import Lora, open_expert
+from .experts import open_expert
 from .files import NUM_AHEAD, Progress, merge_files
+from .lora import Lora
 from .record import merge_record
 from .rules import check_method
 from .sources import Sources, widened_sha256
@@ -44,6 +45,8 @@ def merge_models(
             f"--out is {out}, expected a {'.safetensors file' if folder.is_file() else 'folder'}, as the base is one"
         )
     sources = Sources(folder, experts, settings)
+    for expert in sources.experts:
+        yield from expert.notes
     yield from _merge_plan(sources, settings)
     if dry_run and expected_sha256 is None:
         return
