@@ -33,7 +33,7 @@ ADAPTERS = {
     "optuna": ["searching.study"],
     "cmaes": ["searching.strategies"],
     "datasets": ["data.hub"],
-    "matplotlib": ["analysis"],
+    "matplotlib": ["analysis", "experiment.analyses"],
     "yaml": ["config"],
     "pydantic": ["config"],
     "diffusers": ["models", "storage.hub"],

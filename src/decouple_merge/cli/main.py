@@ -6,13 +6,13 @@ import typer
 
 from .files import info, merge
 from .images import sample
-from .runs import finetune, fisher, pretrain, run, search
+from .runs import analyze, finetune, fisher, pretrain, run, search
 from .scores import evaluate, stats
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
-for verb in (run, finetune, search, fisher, merge, info, sample, evaluate, stats, pretrain):
+for verb in (run, finetune, search, analyze, fisher, merge, info, sample, evaluate, stats, pretrain):
     app.command()(verb)
 
 

@@ -1,4 +1,4 @@
-"""The verbs of a run folder: ``run``, ``finetune``, ``search``, ``fisher`` and ``pretrain``."""
+"""The verbs of a run folder: ``run``, ``finetune``, ``search``, ``fisher``, ``analyze`` and ``pretrain``."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,6 +84,23 @@ def fisher(
     from ..experiment.fisher import write_fishers
 
     show(write_fishers(plan.prepare(load_config(run_folder / "config.yaml"), run_folder), num_batches))
+
+
+def analyze(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with finished experts")],
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NAME", help="Such as task-vectors; all where not given")
+    ] = None,
+) -> None:
+    """Compute the tables and figures that show why a run's merge works.
+
+    Example: `deme analyze runs/fashion-quick --only task-vectors`
+    """
+    from ..config import load_config
+    from ..experiment import plan
+    from ..experiment.analyses import analyze as analyze_run
+
+    show(analyze_run(plan.prepare(load_config(run_folder / "config.yaml"), run_folder), only or ()))
 
 
 def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None) -> None:

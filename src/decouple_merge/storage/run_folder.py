@@ -50,6 +50,12 @@ class Run:
     def sample_figure(self) -> Path:
         return self.folder / "figures" / "samples.png"
 
+    def analysis(self, file: str) -> Path:
+        return self.folder / "analysis" / file
+
+    def figure(self, file: str) -> Path:
+        return self.folder / "figures" / file
+
     def search_figure(self, name: str) -> Path:
         return self.folder / "figures" / f"search-{name}.png"
 
