@@ -114,7 +114,9 @@ def draw(finding: Finding) -> Any:
     limit = max(0.1, float(np.abs(off).max(initial=0.0)))
     image = left.imshow(np.where(np.eye(len(matrix)), np.nan, matrix), cmap="RdBu_r", vmin=-limit, vmax=limit)
     for i, j in np.ndindex(*matrix.shape):
-        left.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=9)
+        is_dark = i != j and abs(matrix[i, j]) > 0.6 * limit
+        colour = "white" if is_dark else "black"
+        left.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=9, color=colour)
     left.set(xticks=range(len(labels)), yticks=range(len(labels)), title="cosine of task vectors")
     left.set_xticklabels(labels, rotation=30, ha="right")
     left.set_yticklabels(labels)
