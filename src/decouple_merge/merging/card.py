@@ -2,12 +2,15 @@
 
 from typing import Any
 
+TASK = "unconditional-image-generation"
+EXAMPLE = 'pipeline(num_inference_steps=50).images[0].save("image.png")'
+TRUNK = (
+    "It keeps its channel-wise projections (placement: trunk) in `projections.safetensors`, which stock diffusers "
+    "ignores: load it with decouple_merge.\n\n"
+)
 
-def model_card(
-    record: dict[str, Any],
-    task: str = "unconditional-image-generation",
-    example: str = 'pipeline(num_inference_steps=50).images[0].save("image.png")',
-) -> str:
+
+def model_card(record: dict[str, Any], task: str = TASK, example: str = EXAMPLE) -> str:
     """Write the README.md of a merged pipeline from its merge.json.
 
     Args:
@@ -27,12 +30,7 @@ def model_card(
         f"Tensors that match `{pattern}` have the weights {', '.join(f'{w:.4f}' for w in weights)}.\n\n"
         for pattern, weights in record["settings"]["blocks"].items()
     )
-    trunk = (
-        "It keeps its channel-wise projections (placement: trunk) in `projections.safetensors`, which stock diffusers "
-        "ignores: load it with decouple_merge.\n\n"
-        if record.get("projection") == "trunk"
-        else ""
-    )
+    trunk = TRUNK if record.get("projection") == "trunk" else ""
     how = (
         "by task arithmetic, θ + Σ w_i (θ_i - θ)" if record["method"] == "linear" else f"by {record['method'].upper()}"
     )

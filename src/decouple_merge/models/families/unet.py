@@ -7,6 +7,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ...errors import UserError
+from ...merging.card import EXAMPLE, TASK
 from ..family import Encoders, Family
 from ..unet_blocks import unet_channels, unet_output_layers
 
@@ -44,7 +45,7 @@ class UNet(Family):
 
     def usage(self, encoders: Encoders | None) -> tuple[str, str]:
         if encoders is None:
-            return "unconditional-image-generation", 'pipeline(num_inference_steps=50).images[0].save("image.png")'
+            return TASK, EXAMPLE
         return (
             "class-conditional-image-generation",
             "# No pipeline of diffusers draws classes with a UNet2DModel: in the scheduler's loop, for each x and t,\n"
