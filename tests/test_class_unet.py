@@ -126,7 +126,7 @@ def test_the_whole_job(class_config: MakeConfig, tmp_path: Path) -> None:
     assert torch.equal(draw(base), by_hand(unet, [2, 0, 1]))
     assert "class_labels=torch.tensor([0])" in (folder / "merged/README.md").read_text()
     # The run's ensemble draws as the command does, in the order of the data's own classes.
-    sample_model(str(folder), tmp_path / "drawn", 2, 0, 3, "DDIM")
+    sample_model(str(folder), tmp_path / "drawn", 2, 0, Sample(num_steps=3))
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
 
 
@@ -184,7 +184,9 @@ def test_a_class_that_the_base_does_not_have_is_refused(
     with pytest.raises(ValueError, match=r"no class '3'; expected a number below 3$"):
         draw(base, classes=["3"])
     with pytest.raises(ValueError, match=r"text.guidance_scale is 7.5"):
-        sample_model(str(tmp_path / "other"), tmp_path / "out", 1, 0, 2, "DDIM", Text(prompts=_prompts(tmp_path)))
+        sample_model(
+            str(tmp_path / "other"), tmp_path / "out", 1, 0, Sample(num_steps=2), Text(prompts=_prompts(tmp_path))
+        )
 
 
 def _prompts(folder: Path) -> Path:
