@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from decouple_merge import executors
 from decouple_merge.executors.local import in_order, run_all, shares
 
 
@@ -110,3 +111,20 @@ def test_numbered_items_are_put_in_order_as_soon_as_they_can() -> None:
             yield number, "abcde"[number]
 
     assert [(item, len(taken)) for item in in_order(numbered())] == [("a", 2), ("b", 2), ("c", 4), ("d", 4), ("e", 5)]
+
+
+def test_an_executor_is_found_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "backwards.py").write_text(
+        "def run_all(function, calls, num_processes):\n"
+        "    for call in reversed(calls):\n"
+        "        yield from function(*call)\n"
+    )
+    monkeypatch.setattr(executors, "__path__", [*executors.__path__, str(tmp_path)])
+    calls = [(0, 1), (10, 1)]
+    assert [i for i, _ in executors.run_all(count_up, calls, 1, "backwards")] == [10, 0]
+    assert [i for i, _ in executors.run_all(count_up, calls, 1)] == [0, 10]
+
+
+def test_an_unknown_executor_is_refused() -> None:
+    with pytest.raises(ValueError, match="executor is 'slurm', expected one of local"):
+        next(executors.run_all(count_up, [(0, 1)], 1, "slurm"))

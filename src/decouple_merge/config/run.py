@@ -13,11 +13,18 @@ from .section import Section
 
 
 class Config(Section):
-    """A whole run. ``base`` is a pipeline folder or a hub name; ``num_processes`` experts or shards run at once."""
+    """A whole run.
+
+    Attributes:
+        base: a pipeline folder or a hub name.
+        num_processes: experts or shards that run at once.
+        executor: where they run, a file of ``executors/`` by name: ``local`` is this machine.
+    """
 
     seed: NonNegativeInt = 0
     base: str = "models/fashion-ddpm"
     num_processes: PositiveInt = 1
+    executor: str = "local"
     data: Data = Data()
     finetune: Finetune = Finetune()
     sample: Sample = Sample()

@@ -12,8 +12,9 @@ from ..config import Protocol
 from ..data.images import ArrayImages, Images
 from ..data.sources import open_images
 from ..errors import UserError
+from ..executors import run_all
 from ..executors.devices import default_device
-from ..executors.local import in_order, run_all, shares
+from ..executors.local import in_order, shares
 from ..storage.files import append_record
 from .extractors import Extractor, load_extractor, weights_of
 from .metrics import METRICS, check_metrics, check_num_images, extractors_of

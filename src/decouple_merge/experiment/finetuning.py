@@ -8,7 +8,7 @@ from ..data.latents import Latents
 from ..diffusion.timesteps import TimestepRange
 from ..errors import UserError
 from ..evaluation.metrics import METRICS
-from ..executors.local import run_all
+from ..executors import run_all
 from ..training.acceleration import main_process_first
 from ..training.records import StepRecord
 from ..training.trainer import Task
@@ -59,4 +59,4 @@ def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[str | Step
                 yield from plan.images.fill()
             if settings.distance is not None:
                 compared_of(plan, METRICS[settings.distance.metric].extractor)
-    yield from run_all(train_watched, unfinished, plan.config.num_processes)
+    yield from run_all(train_watched, unfinished, plan.config.num_processes, plan.config.executor)

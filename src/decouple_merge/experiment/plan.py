@@ -16,6 +16,7 @@ from ..data.sources import load_images
 from ..data.split import split
 from ..diffusion.timesteps import TimestepRange, choose_ranges
 from ..evaluation.checks import check_evaluate, check_watched
+from ..executors import check_executor
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..models.base import Base, load_base
@@ -64,6 +65,7 @@ def check(config: Config, out: Path) -> Plan:
     Raises:
         ValueError: base, data, ranges, sampler, metrics or seeds are wrong, or ``out`` belongs to another config.
     """
+    check_executor(config.executor)
     base = load_base(config.base)
     ranges = choose_ranges(base.num_train_timesteps, config.finetune.num_ranges, config.finetune.ranges)
     check_sample(base, config.sample)

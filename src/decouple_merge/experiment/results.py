@@ -13,8 +13,8 @@ from ..evaluation.metrics import METRICS, extractors_of
 from ..evaluation.records import make_record
 from ..evaluation.references import Compared, names_of, text_reference
 from ..evaluation.score import score
+from ..executors import run_all
 from ..executors.devices import default_device
-from ..executors.local import run_all
 from ..merging.arithmetic import Tensors
 from ..models.network import build_network, load_network, num_parameters
 from ..sampling.folder import write_images
@@ -101,7 +101,7 @@ def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
     for name in extractors_of([m for *_, missing in calls for m in missing]):
         if not EXTRACTORS[name].reads_texts:
             compared_of(plan, name)
-    for record in run_all(_evaluate_model, calls, config.num_processes):
+    for record in run_all(_evaluate_model, calls, config.num_processes, config.executor):
         append_record(plan.run.metrics, record)
         yield record
     for model in report_models(plan):

@@ -5,8 +5,8 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 from ..evaluation.metrics import METRICS
+from ..executors import run_all
 from ..executors.devices import default_device
-from ..executors.local import run_all
 from ..merging.arithmetic import Tensors
 from ..merging.merger import Merger
 from ..models.base import tensors_sha256
@@ -65,7 +65,7 @@ def search_weights(plan: Plan) -> Iterator[Event]:
     first = level_opener(plan, hashes)("screen")
     # Whoever helps waits for candidates; nobody need wait for a search that is finished.
     num = 1 if first.user_attrs.get("finished") else plan.config.num_processes
-    yield from run_all(_lead_or_help, [(plan, hashes, i == 0) for i in range(num)], num)
+    yield from run_all(_lead_or_help, [(plan, hashes, i == 0) for i in range(num)], num, plan.config.executor)
 
 
 def help_search(plan: Plan) -> Iterator[Trial]:

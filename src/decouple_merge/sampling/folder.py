@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..config import Sample, Text
 from ..errors import UserError
+from ..executors import run_all
 from ..executors.devices import default_device
-from ..executors.local import run_all, shares
+from ..executors.local import shares
 from ..storage.files import atomic_path
 from .model import OpenedModel, open_model
 from .sampler import seed_batches
