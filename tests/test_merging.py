@@ -135,8 +135,7 @@ def test_the_order_of_experts_changes_no_method(tmp_path: Path, method: str) -> 
     for name, order, weights in (("x", paths, [0.3, 0.9]), ("y", paths[::-1], [0.9, 0.3])):
         run(origin, order, tmp_path / f"{name}.safetensors", weights=weights, method=method, density=0.5)
     x, y = (load_file(tmp_path / f"{name}.safetensors") for name in "xy")
-    for key in x:
-        torch.testing.assert_close(x[key], y[key], rtol=1e-5, atol=1e-6)
+    assert equal(x, y)
     assert not equal(x, network(0))
 
 
@@ -406,6 +405,8 @@ def test_an_expert_of_another_base_is_refused_whatever_the_bases_dtype(tmp_path:
     [
         ({"nothing.*": [1.0]}, r"no tensor matches 'nothing\.\*'"),
         ({"blocks.*": [1.0, 2.0]}, "has 2 weights for 1 experts"),
+        ({"blocks.*": [1.0], "blocks.0.*": [0.0]}, r"matches 'blocks\.0\.\*' matches an earlier pattern"),
+        ({"*0*": [1.0], "blocks.1.*": [1.0], "blocks*": [0.0]}, r"matches 'blocks\*' matches an earlier pattern"),
     ],
 )
 def test_blocks_that_match_nothing_or_have_other_counts_are_refused(

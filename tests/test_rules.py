@@ -1,6 +1,8 @@
 """Merge rules: their laws, and their agreement with definitions written out entry by entry in float64."""
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from decouple_merge.merging.rules import RULES, Coefficients, Context, combine, linear
+from decouple_merge.merging.order import summing_order
+from decouple_merge.merging.rules import RULES, Coefficients, Context, combine, linear, merge_tensor
 
 DENSITIES = st.sampled_from([0.2, 0.5, 0.7, 1.0])
 WEIGHTS = st.lists(st.floats(-2, 2), min_size=3, max_size=3)
@@ -47,18 +50,64 @@ def test_one_expert_with_weight_one_is_the_merge(name: str, tensors: list[Tensor
     assert torch.equal(merged(name, tensors, [1.0]), tensors[1])
 
 
-@pytest.mark.parametrize("name", ["linear", "ties", "dare", "dare_ties", "fisher"])
-@settings(deadline=None, max_examples=25)
-@given(versions(4), WEIGHTS, st.permutations(range(3)), DENSITIES)
-def test_experts_may_come_in_any_order(
-    name: str, tensors: list[Tensor], weights: list[float], order: list[int], density: float
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("weights", [[0.1, 0.2, 0.3, 0.4], [0.25] * 4, [0.7, 0.3, 0.3, 0.7], [1.0, 0.2, 0.2, 0.0]])
+def test_experts_may_come_in_any_order_bit_for_bit(name: str, dtype: torch.dtype, weights: list[float]) -> None:
+    draws = torch.Generator().manual_seed(0)
+    base = torch.randn(3000, generator=draws).to(dtype)
+    # Steps of few values: many votes cancel, and many entries of the experts are equal.
+    experts = [base + (torch.randint(-3, 4, (3000,), generator=draws) / 64).to(dtype) for _ in range(4)]
+    experts[3] = experts[2].clone()
+    fishers, num = [torch.rand(3000, generator=draws) for _ in range(4)], 2 if name == "slerp" else 4
+    seeds = [7, 8, 9, 10]
+
+    def merged_in(order: Sequence[int]) -> Tensor:
+        context = Context("w", 0.7, [seeds[i] for i in order], [fishers[i] for i in order])
+        return merge_tensor(RULES[name], base, [experts[i] for i in order], [weights[i] for i in order], context)
+
+    found = [merged_in(order) for order in itertools.permutations(range(num))]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@settings(deadline=None, max_examples=100)
+@given(versions(4), WEIGHTS, st.permutations(range(3)), st.sampled_from(sorted(RULES)), st.sampled_from(FLOATS))
+def test_any_values_and_weights_may_come_in_any_order(
+    tensors: list[Tensor], weights: list[float], order: list[int], name: str, dtype: torch.dtype
 ) -> None:
-    weights = [abs(w) for w in weights] if name == "fisher" else weights
-    straight = merged(name, tensors, weights, density)
-    permuted = merged(
-        name, [tensors[0], *(tensors[1 + i] for i in order)], [weights[i] for i in order], density, tuple(order)
-    )
-    torch.testing.assert_close(straight, permuted, rtol=1e-5, atol=1e-5)
+    num, weights = 2 if name == "slerp" else 3, [abs(w) + 0.001 for w in weights]
+    base, *experts = [t.to(dtype) for t in tensors[: num + 1]]
+    fishers, order = [(e - base).abs() for e in experts], [i for i in order if i < num]
+
+    def merged_in(order: Sequence[int]) -> Tensor:
+        context = Context("w", 0.5, [i + 7 for i in order], [fishers[i] for i in order])
+        return merge_tensor(RULES[name], base, [experts[i] for i in order], [weights[i] for i in order], context)
+
+    assert torch.equal(merged_in(range(num)), merged_in(order))
+
+
+def test_equal_tensors_are_in_the_order_of_their_fisher_information() -> None:
+    a, rare = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])
+    assert summing_order([a, a], [0.5, 0.5], fishers=[rare, a]) == [1, 0]
+    assert summing_order([rare, a], [0.5, 0.5]) == [1, 0]
+    assert summing_order([a, rare], [0.5, 0.5], seeds=[2, 1]) == [1, 0]
+    assert summing_order([a, torch.full((2,), math.nan), -a], [0.5] * 3) == [2, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ["ties", "dare_ties"])
+def test_votes_that_cancel_elect_nobody(name: str, dtype: torch.dtype) -> None:
+    # 0.1 + 0.2 - 0.3 isn't 0 in floating point.
+    base = torch.tensor([1.0, 0.5, -2.0, 0.0], dtype=dtype)
+    step = torch.tensor([0.25, -0.5, 0.125, 2.0], dtype=dtype)
+    experts = [base + step, base + step, base - step]
+    context = Context("w", 1.0, [7, 8, 9])
+    assert torch.equal(merge_tensor(RULES[name], base, experts, [0.1, 0.2, 0.3], context).to(dtype), base)
+    moved = merge_tensor(RULES[name], base, experts, [0.1, 0.2, 0.2999], context) - base
+    assert torch.equal(moved.sign(), step.sign().to(moved))
 
 
 def ties_by_entry(

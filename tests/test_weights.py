@@ -1,5 +1,7 @@
 """Task arithmetic: exact at its corners, linear between them, and pure."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -72,9 +74,37 @@ def test_merging_is_linear_in_the_weights(tensors: list[Tensors], w: list[float]
 @given(state_dicts(4), st.permutations(range(3)), st.lists(st.floats(-2, 2), min_size=3, max_size=3))
 def test_the_order_of_experts_does_not_matter(tensors: list[Tensors], order: list[int], w: list[float]) -> None:
     base, *experts = tensors
-    straight, permuted = merge(base, experts, w), merge(base, [experts[i] for i in order], [w[i] for i in order])
-    for k in base:
-        torch.testing.assert_close(straight[k], permuted[k], rtol=1e-5, atol=2e-3)
+    assert same_bits(merge(base, experts, w), merge(base, [experts[i] for i in order], [w[i] for i in order]))
+
+
+@pytest.mark.parametrize("weights", [[0.1, 0.2, 0.3, 0.4], [0.25] * 4])
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_stack_is_merged_alike_in_any_order(name: str, method: str, weights: list[float]) -> None:
+    base, *experts = [random_tensors(i, FLOATS[name]) for i in range(5)]
+    found = []
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
+        chosen, given_weights = [experts[i] for i in order], [weights[i] for i in order]
+        stack = Stacked(base, chosen, torch.device("cpu"))
+        found.append({k: v.clone() for k, v in stack.merge(given_weights).items()})
+        if method == "ties":
+            found[-1] = {k: v.clone() for k, v in Trimmed(stack, 0.7).merge(given_weights).items()}
+    assert same_bits(found[0], found[1])
+    assert same_bits(found[0], found[2])
+
+
+@pytest.mark.parametrize("weights", [[math.nan, 1.0], [1.0, -math.inf]])
+def test_weights_that_are_no_numbers_are_refused(weights: list[float]) -> None:
+    base, *experts = [random_tensors(i) for i in range(3)]
+    stacked = Stacked(base, experts, torch.device("cpu"))
+    calls = (
+        lambda: merge(base, experts, weights),
+        lambda: stacked.merge(weights),
+        lambda: Trimmed(stacked, 1.0).merge(weights),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"weights are \[.*\], expected finite numbers"):
+            call()
 
 
 @settings(deadline=None, max_examples=100)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
 from .section import Section
 
@@ -20,15 +20,17 @@ class Merge(Section):
         fishers: a file for each expert with its diagonal Fisher information under the network's keys, for ``fisher``.
         dtype: of the floating tensors written, F64, F32, F16 or BF16; None keeps the base's.
         max_shard_bytes: a larger network is written as several files with an index.
-        allow_non_finite: merge NaN and infinity as they come.
+        allow_non_finite: merge NaN and infinity as they come, and let sums overflow.
+        min_delta_cosine: between the change that the merge wants and what its dtype leaves of it; below, it is refused.
     """
 
     method: str = "linear"
-    weights: list[float] = Field(min_length=1)
-    blocks: dict[str, list[float]] = {}
+    weights: list[FiniteFloat] = Field(min_length=1)
+    blocks: dict[str, list[FiniteFloat]] = {}
     density: float = Field(1.0, gt=0, le=1)
     seed: NonNegativeInt = 0
     fishers: list[Path] = []
     dtype: Literal["F64", "F32", "F16", "BF16"] | None = None
     max_shard_bytes: PositiveInt = 10_000_000_000
     allow_non_finite: bool = False
+    min_delta_cosine: float = Field(0.9, ge=-1, le=1)

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from .keys import group_keys
-from .rules import RULES, Context, check_method, combine
+from .rules import RULES, Context, check_method, check_weights, merge_tensor
 
 Tensors = dict[str, Tensor]
 
@@ -18,20 +17,18 @@ def merge(
     """Merge every floating tensor by a rule, θ + Σ w_i·(θ_i - θ) by default (DeMe, Eq. 8; Ilharco et al. 2023).
 
     Sums are float32, then cast to the base's dtype: with weights 0 the result is the base, with a single 1 it is
-    that expert, both bit for bit. Integer tensors are the base's. A projection W, which the base doesn't have,
-    counts as a task vector around the identity.
+    that expert, both bit for bit, and experts may come in any order. Integer tensors are the base's. A projection W,
+    which the base doesn't have, counts as a task vector around the identity.
 
     Raises:
-        UserError: there is no such rule, or there are not as many weights as experts.
+        UserError: there is no such rule, or not a finite weight for each expert.
     """
     check_method(method)
-    if len(weights) != len(experts):
-        raise UserError(f"{len(weights)} weights for {len(experts)} experts, expected one each")
+    check_weights(weights, len(experts))
     merged = {}
     for key, (start, *others) in versions(base, experts):
         if start.is_floating_point():
-            coefficients = RULES[method](start, others, weights, Context(key, density))
-            merged[key] = combine([start, *others], coefficients, start.dtype)
+            merged[key] = merge_tensor(RULES[method], start, others, weights, Context(key, density)).to(start.dtype)
         else:
             merged[key] = start.clone()
     return merged

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..storage.files import atomic_path
 from ..storage.tensors import (
+    NAMES,
     PROJECTIONS_FILE,
     Layout,
     TensorFiles,
@@ -29,6 +30,7 @@ from ..storage.tensors import (
 )
 from .experts import open_expert
 from .sources import Sources
+from .survival import NUM_WORST, check_survival, survival_line, survival_record
 
 # Tensors computed ahead of the one that is written: reading, arithmetic and writing overlap, and memory stays bounded.
 NUM_AHEAD = 2
@@ -44,7 +46,7 @@ class Progress:
 
 def merge_files(
     base: Path, out: Path, sources: Sources, record: dict[str, Any], card: Callable[[dict[str, Any]], str]
-) -> Iterator[Progress]:
+) -> Iterator[str | Progress]:
     """Write the merge; ``out`` appears whole or not at all.
 
     The inputs are hashed while they are merged, in the same order, so that the disk is read once.
@@ -56,7 +58,8 @@ def merge_files(
             of the result, and as a model card; a file carries it in its metadata under ``merge``.
 
     Raises:
-        ValueError: an input has NaN or infinity.
+        UserError: an input has NaN or infinity, a sum is too large for its dtype, or rounding leaves too little of the
+            change.
     """
     total, done = sum(num_bytes_of(*tensor) for tensor in sources.output.values()), 0
     metadata = {"format": "pt", **sources.base.metadata}
@@ -64,7 +67,7 @@ def merge_files(
         if not base.is_dir():
             files = {temporary: shards(sources.output, total)[0]}
             # The header is written first, and the hashes are known last: their place is kept.
-            metadata["merge"] = json.dumps(_with_hashes(record, ["0" * 64] * (1 + len(sources.experts))))
+            metadata["merge"] = json.dumps(_unfinished(record, sources))
         else:
             network = network_folder(base)
             # Weights in other formats and precisions would be stale copies of the base's.
@@ -78,6 +81,11 @@ def merge_files(
                 done += num_bytes
                 yield Progress(done, total)
         record = _with_hashes(record, [found.result() for found in hashes])
+        if sources.changes:
+            record["delta"] = survival_record(sources.changes)
+            dtypes = {NAMES[sources.output[k][0]] for k in sources.changes if k in sources.output}
+            check_survival(record["delta"], "/".join(sorted(dtypes)), sources.settings.min_delta_cosine)
+            yield survival_line(record["delta"])
         if not base.is_dir():
             replace_metadata(temporary, metadata | {"merge": json.dumps(record)})
         else:
@@ -88,6 +96,14 @@ def merge_files(
 
 def _with_hashes(record: dict[str, Any], found: list[str]) -> dict[str, Any]:
     return {**record, "base": {**record["base"], "sha256": found[0]}, "experts_sha256": found[1:]}
+
+
+def _unfinished(record: dict[str, Any], sources: Sources) -> dict[str, Any]:
+    """Make a record no shorter than the one that will be: with hashes, and the tensors of the longest names."""
+    longest = {"cosine": -0.1234, "unchanged": 0.1234}
+    keys = sorted(sources.output, key=lambda key: len(json.dumps(key)))[-NUM_WORST:]
+    record = _with_hashes(record, ["0" * 64] * (1 + len(sources.experts)))
+    return {**record, "delta": {**longest, "worst": dict.fromkeys(keys, longest)}}
 
 
 @contextmanager

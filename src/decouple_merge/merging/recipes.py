@@ -65,8 +65,10 @@ def merge_models(
 def _merge_plan(sources: Sources, settings: Merge) -> Iterator[str]:
     largest = max(math.prod(shape) for _, shape in sources.output.values())
     num_bytes = sum(num_bytes_of(*tensor) for tensor in sources.output.values())
-    # Base, sum and a temporary in float32 for each tensor in the making, whatever the number of experts.
-    memory = (NUM_AHEAD + 1) * 3 * 4 * largest * (1 if settings.method == "linear" else 1 + len(sources.experts))
+    # Base, sum and a temporary in float32 for each tensor in the making; other rules hold coefficients, and votes in
+    # float64.
+    floats = 3 if settings.method == "linear" else 9 + 3 * len(sources.experts)
+    memory = (NUM_AHEAD + 1) * 4 * floats * largest
     yield (
         f"{settings.method} merge of {len(sources.experts)} experts: {len(sources.output):,} tensors, "
         f"{num_bytes / 1e9:.3g} GB to write, {sum(e.files.num_bytes for e in sources.experts) / 1e9:.3g} GB of experts "

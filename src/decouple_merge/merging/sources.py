@@ -10,10 +10,11 @@ from torch import Tensor
 from ..config import Merge
 from ..errors import UserError
 from ..seeds import stream_seed
-from ..storage.tensors import DTYPES, Layout, TensorFiles, hash_tensors, network_folder, weight_files
+from ..storage.tensors import DTYPES, NAMES, Layout, TensorFiles, hash_tensors, network_folder, weight_files
 from .experts import open_expert
 from .keys import is_trunk_projection
-from .rules import RULES, Context, Rule, combine
+from .rules import RULES, Context, Rule, check_weights, merge_tensor
+from .survival import Change, change_of
 
 
 class Sources:
@@ -22,31 +23,22 @@ class Sources:
     Attributes:
         output: key to dtype and shape of what will be written, without projections.
         projections: the same of the projections that experts of the trunk placement carry and the base doesn't.
+        changes: of the tensors that were merged so far and written in a coarser dtype than they were computed in.
     """
 
     def __init__(self, base: Path, experts: list[Path], settings: Merge) -> None:
         self.settings = settings
+        self.changes: dict[str, Change] = {}
         self.base = TensorFiles(weight_files(network_folder(base)))
         self.experts = [open_expert(path) for path in experts]
         self.rule: Rule = RULES[settings.method]
-        if len(settings.weights) != len(experts):
-            raise UserError(f"{len(settings.weights)} weights for {len(experts)} experts, expected one each")
-        for pattern, weights in settings.blocks.items():
-            if len(weights) != len(experts):
-                raise UserError(f"blocks: {pattern!r} has {len(weights)} weights for {len(experts)} experts")
-            if not any(fnmatchcase(key, pattern) for key in self.base.entries):
-                raise UserError(f"blocks: no tensor matches {pattern!r}; keys are like {next(iter(self.base.entries))}")
+        check_weights(settings.weights, len(experts))
+        self._check_blocks()
         for expert, path in zip(self.experts, experts, strict=True):
             expert.check_keys(self.base.entries, str(path))
         self._check_origin(experts)
         self.fishers = [TensorFiles(weight_files(path)) for path in settings.fishers]
-        lacking = [k for f in self.fishers for k in self.base.entries if k not in f.entries]
-        if lacking or (settings.method == "fisher" and len(self.fishers) != len(experts)):
-            raise UserError(
-                f"{len(self.fishers)} Fisher files for {len(experts)} experts, "
-                f"without {', '.join(lacking[:3]) or 'gaps'}; expected one for each expert, "
-                "with every key of the network"
-            )
+        self._check_fishers()
         # Masks go with an expert's content, not with its place in the list.
         self.identities = [e.files.sha256() for e in self.experts] if settings.method.startswith("dare") else []
         asked = None if settings.dtype is None else DTYPES[settings.dtype]
@@ -58,6 +50,47 @@ class Sources:
         self.projections: Layout = {
             k: (e.dtype, e.shape) for k, e in sorted(extra.items()) if k not in self.base.entries
         }
+
+    def _check_blocks(self) -> None:
+        left, num = list(self.base.entries), len(self.experts)
+        for pattern, weights in self.settings.blocks.items():
+            if len(weights) != num:
+                raise UserError(f"blocks: {pattern!r} has {len(weights)} weights for {num} experts")
+            if not any(fnmatchcase(key, pattern) for key in self.base.entries):
+                raise UserError(f"blocks: no tensor matches {pattern!r}; keys are like {next(iter(self.base.entries))}")
+            if not any(fnmatchcase(key, pattern) for key in left):
+                raise UserError(
+                    f"blocks: every tensor that matches {pattern!r} matches an earlier pattern, and the first counts; "
+                    "put it before them, or leave it out"
+                )
+            left = [key for key in left if not fnmatchcase(key, pattern)]
+
+    def _check_fishers(self) -> None:
+        expected = {k: e.shape for k, e in self.base.entries.items()}
+        lacking = [k for f in self.fishers for k in expected if k not in f.entries]
+        if lacking or (self.settings.method == "fisher" and len(self.fishers) != len(self.experts)):
+            raise UserError(
+                f"{len(self.fishers)} Fisher files for {len(self.experts)} experts, "
+                f"without {', '.join(lacking[:3]) or 'gaps'}; expected one for each expert, "
+                "with every key of the network"
+            )
+        for path, found in zip(self.settings.fishers, self.fishers, strict=True):
+            if unlike := [k for k, shape in expected.items() if found.entries[k].shape != shape]:
+                raise UserError(
+                    f"{path}: {unlike[0]} has shape {found.entries[unlike[0]].shape}, expected {expected[unlike[0]]}, "
+                    "as in the base: the information of an expert of this base"
+                )
+
+    def _read_fishers(self, key: str) -> list[Tensor]:
+        found = []
+        for path, file in zip(self.settings.fishers, self.fishers, strict=True):
+            if key in file.entries:
+                found.append(file[key])
+                if not _is_finite(found[-1]) or bool((found[-1] < 0).any()):
+                    raise UserError(
+                        f"{path}: {key} has NaN, infinity or numbers below 0; expected squares, as deme fisher writes"
+                    )
+        return found
 
     def _check_origin(self, experts: list[Path]) -> None:
         records = [(p, p / "expert.json" if p.is_dir() else p.parent / "expert.json") for p in experts]
@@ -83,20 +116,28 @@ class Sources:
         """Merge one tensor.
 
         Raises:
-            UserError: an input has NaN or infinity, and the settings don't allow it.
+            UserError: an input or Fisher information has NaN or infinity, or the sum is too large for the dtype.
         """
         base = torch.eye(self.projections[key][1][0]) if key in self.projections else self.base[key]
         if not base.is_floating_point():
             return base
         versions = [e.tensor(key, base) for e in self.experts]
+        fishers = self._read_fishers(key)
         if not self.settings.allow_non_finite:
             for version in [base, *versions]:
                 _check_finite(key, version)
-        weights = self.weights_of(key)
         seeds = [stream_seed(self.settings.seed, sha256, key) for sha256 in self.identities]
-        fishers = [f[key] for f in self.fishers if key in f.entries]
         context = Context(key, self.settings.density, seeds, fishers)
-        return combine([base, *versions], self.rule(base, versions, weights, context), dtype)
+        merged = merge_tensor(self.rule, base, versions, self.weights_of(key), context)
+        written = merged.to(dtype)
+        if not (self.settings.allow_non_finite or _is_finite(written)):
+            raise UserError(
+                f"{key}: the merge has values up to {merged.abs().max():.4g}, and {NAMES[dtype]} holds none beyond "
+                f"{torch.finfo(dtype).max:.4g}; take smaller weights, or --set dtype=F32 or BF16"
+            )
+        if dtype.itemsize < merged.dtype.itemsize:
+            self.changes[key] = change_of(base, versions, merged, written)
+        return written
 
 
 def widened_sha256(files: TensorFiles) -> str:
@@ -108,7 +149,11 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _check_finite(key: str, tensor: Tensor) -> None:
+def _is_finite(tensor: Tensor) -> bool:
     # One pass, and no mask of the tensor's size: a NaN goes through both ends, an infinity is one of them.
-    if tensor.numel() and not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+
+
+def _check_finite(key: str, tensor: Tensor) -> None:
+    if not _is_finite(tensor):
         raise UserError(f"{key} has NaN or infinity; expected finite weights: mend the model, or allow it")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from .arithmetic import Tensors, versions
-from .rules import chunk_size, combine_into, ties_above, trim_floor
+from .order import summing_order
+from .rules import check_weights, chunk_size, combine_into, ties_above, trim_floor
 
 
 class Stacked:
@@ -16,7 +16,9 @@ class Stacked:
 
     Attributes:
         matrix: [N + 1, P] of ``dtype``, the base's row first; P counts the elements of all floating tensors.
+        rows: the tensors of each of its rows, by key.
         merged: [P], the last merge.
+        ranks: by key, for each expert its place in ``summing_order`` where weights are equal.
     """
 
     def __init__(
@@ -24,18 +26,21 @@ class Stacked:
     ) -> None:
         self.fixed: Tensors = {}
         self.shapes: dict[str, torch.Size] = {}
-        for key, (start, *_) in versions(base, experts):
+        self.ranks: dict[str, list[int]] = {}
+        for key, (start, *others) in versions(base, experts):
             if start.is_floating_point():
                 self.shapes[key] = start.shape
+                order = summing_order(others, [0.0] * len(others))
+                self.ranks[key] = [order.index(i) for i in range(len(order))]
             else:
                 self.fixed[key] = start.to(device)
         total = sum(shape.numel() for shape in self.shapes.values())
         self.matrix = torch.empty(len(experts) + 1, total, device=device, dtype=dtype)
         self.merged = torch.empty(total, device=device, dtype=dtype)
-        rows = [self.views(row) for row in self.matrix]
+        self.rows = [self.views(row) for row in self.matrix]
         for key, found in versions(base, experts):
             if key in self.shapes:
-                for row, tensor in zip(rows, found, strict=True):
+                for row, tensor in zip(self.rows, found, strict=True):
                     row[key].copy_(tensor)
 
     def views(self, flat: Tensor) -> Tensors:
@@ -43,24 +48,27 @@ class Stacked:
         parts = flat.split([shape.numel() for shape in self.shapes.values()])
         return {key: part.view(shape) for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
-    def check_count(self, weights: Sequence[float]) -> None:
-        """Require a weight for each expert.
+    def check(self, weights: Sequence[float]) -> None:
+        """Require a finite weight for each expert; raises a UserError as ``check_weights``."""
+        check_weights(weights, len(self.matrix) - 1)
 
-        Raises:
-            UserError: there are more or fewer.
-        """
-        if len(weights) != len(self.matrix) - 1:
-            raise UserError(f"{len(weights)} weights for {len(self.matrix) - 1} experts, expected one each")
+    def order(self, key: str, weights: Sequence[float]) -> list[int]:
+        """Say in which order the experts' versions of a tensor are summed, as ``summing_order`` does."""
+        return sorted(range(len(weights)), key=lambda i: (weights[i], self.ranks[key][i]))
 
     def merge(self, weights: Sequence[float]) -> Tensors:
         """Compute what ``arithmetic.merge`` does, bit for bit, as views of ``merged``; the next call overwrites them.
 
         Raises:
-            UserError: there are not as many weights as experts.
+            UserError: there is not a finite weight for each expert.
         """
-        self.check_count(weights)
-        combine_into(self.merged, self.matrix.unbind(), [1.0 - math.fsum(weights), *weights])
-        return self.views(self.merged) | self.fixed
+        self.check(weights)
+        merged, rest = self.views(self.merged), 1.0 - math.fsum(weights)
+        for key, out in merged.items():
+            order = self.order(key, weights)
+            tensors = [row[key].view(-1) for row in (self.rows[0], *(self.rows[1 + i] for i in order))]
+            combine_into(out.view(-1), tensors, [rest, *(weights[i] for i in order)])
+        return merged | self.fixed
 
     def inner_products(self, gradients: Tensors) -> Tensor:
         """Compute ⟨g, θ_i - θ⟩ of each expert over all floating tensors: by the chain rule, ∂L/∂w_i of ``merge``.
@@ -91,8 +99,7 @@ class Trimmed:
     """
 
     def __init__(self, stack: Stacked, density: float) -> None:
-        self.stack = stack
-        self.rows = [stack.views(row) for row in stack.matrix]
+        self.stack, self.rows = stack, stack.rows
         base, *experts = self.rows
         self.floors = {k: [trim_floor(e[k] - base[k], density) for e in experts] for k in base}
 
@@ -100,14 +107,16 @@ class Trimmed:
         """Compute what ``arithmetic.merge`` does by ``ties``, bit for bit; the next call overwrites the tensors.
 
         Raises:
-            UserError: there are not as many weights as experts.
+            UserError: there is not a finite weight for each expert.
         """
-        self.stack.check_count(weights)
+        self.stack.check(weights)
         merged = self.stack.views(self.stack.merged)
         for key, floors in self.floors.items():
-            out, *tensors = (t.view(-1) for t in (merged[key], *(row[key] for row in self.rows)))
-            size = chunk_size(out)
+            order = self.stack.order(key, weights)
+            rows = [self.rows[0], *(self.rows[1 + i] for i in order)]
+            out, *tensors = (t.view(-1) for t in (merged[key], *(row[key] for row in rows)))
+            size, ordered = chunk_size(out), [float(weights[i]) for i in order]
             for target, *chunks in zip(*(t.split(size) for t in (out, *tensors)), strict=True):
                 start, *others = chunks
-                combine_into(target, chunks, ties_above(start, others, list(weights), floors))
+                combine_into(target, chunks, ties_above(start, others, ordered, [floors[i] for i in order]))
         return merged | self.stack.fixed
