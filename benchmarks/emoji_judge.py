@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 from decouple_merge.config import Data, PartTraining
 from decouple_merge.data.emoji import Emoji, read_emoji
 from decouple_merge.data.sources import load_images
-from decouple_merge.data.split import split
+from decouple_merge.data.split import Split
 from decouple_merge.evaluation.alignment import NUM_FEATURES, describe
 from decouple_merge.evaluation.distances import clip_score, r_precision
 from decouple_merge.evaluation.extractors import load_extractor
@@ -132,7 +132,8 @@ def main() -> None:
             num_updates=arguments.num_updates, batch_size=256, weight_decay=0.1, checkpoint_every=100
         )
         with tempfile.TemporaryDirectory() as folder:
-            pairs = split(captions, Data(num_held_out=256))
+            num = len(captions) - 256
+            pairs = Split(range(num), range(num, len(captions)))
             for line in train_image_text(model, described, captions, pairs, settings, arguments.seed, Path(folder)):
                 print(line, flush=True)
         save_image_text(model, arguments.out)

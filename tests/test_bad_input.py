@@ -227,7 +227,7 @@ def test_one_image_of_another_size_among_many_is_named(tiny_config: MakeConfig, 
 
 def test_an_empty_folder_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: found no images, expected files ending in \.bmp, \.jpeg"):
+    with pytest.raises(ValueError, match=r"empty: found no images, expected files ending in \.apng, .*\.bmp, .*\.jpeg"):
         check(tiny_config(data={"source": str(tmp_path / "empty")}), tmp_path / "run")
 
 

@@ -29,7 +29,7 @@ def numbers_of_all(several: list[torch.Tensor]) -> list[int]:
 def batches(
     first: int, last: int, *, batch_size: int = 8, seed: int = 0, rank: int = 0, world: int = 1, **data: object
 ) -> list[torch.Tensor]:
-    settings = Data.model_validate({"num_held_out": HELD_OUT, **data})
+    settings = Data.model_validate({"num_held_out": HELD_OUT, "held_out": "last", **data})
     return list(training_batches(numbered(), settings, batch_size, seed, first, last, rank, world))
 
 
@@ -76,7 +76,7 @@ def test_epochs_follow_each_other_without_loss_where_batches_do_not_divide_them(
 
 def test_held_out_images_are_never_trained_on() -> None:
     seen = set(numbers_of_all(batches(0, 30)))
-    held_out = numbers(held_out_images(numbered(), Data(num_held_out=HELD_OUT)))
+    held_out = numbers(held_out_images(numbered(), Data(num_held_out=HELD_OUT, held_out="last")))
     assert held_out == list(range(NUM_IMAGES - HELD_OUT, NUM_IMAGES))
     assert seen.isdisjoint(held_out)
 

@@ -20,6 +20,7 @@ COMMON = {
     "precision": "fp32",
     "prompts": "24 texts 0123456789abcdef, guidance 7",
     "resize": "256, centre square, Lanczos of Pillow",
+    "decoding": 2,
 }
 
 

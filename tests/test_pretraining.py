@@ -12,10 +12,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from conftest import WORDS, stock_images
-from decouple_merge.config import Config, Data, Evaluate, PartTraining, Protocol, Text
+from decouple_merge.config import Config, Evaluate, PartTraining, Protocol, Text
 from decouple_merge.data.latents import Latents
 from decouple_merge.data.sources import load_images
-from decouple_merge.data.split import split
+from decouple_merge.data.split import Split, split
 from decouple_merge.evaluation.alignment import NUM_FEATURES, describe
 from decouple_merge.evaluation.checks import check_extractors
 from decouple_merge.evaluation.distances import clip_score, r_precision
@@ -142,7 +142,7 @@ def test_latents_of_a_trained_vae_have_unit_scale(
         config.data,
         torch.device("cpu"),
     )
-    means = latents.stack(range(20)).moments[:, 0, 0]
+    means = latents.stack(split(images, config.data).trained).moments[:, 0, 0]
     assert means.std().item() == pytest.approx(1, rel=1e-4)
     assert vae["scaling_factor"] != 0.18215
 
@@ -175,7 +175,7 @@ def test_a_text_encoder_learns_which_image_is_which(tmp_path: Path) -> None:
     described = torch.randn(2, 6, NUM_FEATURES)
     settings = PartTraining(num_updates=60, batch_size=5, learning_rate=5e-3, checkpoint_every=60)
     before = model.eval().embed_images(described[0, :5]) @ model.embed_texts(WORDS[:5]).T
-    pairs = split(WORDS, Data(num_held_out=len(WORDS) - 5))
+    pairs = Split(range(5), range(5, len(WORDS)))
     list(parts.train_image_text(model, described, WORDS, pairs, settings, 0, tmp_path))
     model.eval()
     after = model.embed_images(described[1, :5]) @ model.embed_texts(WORDS[:5]).T

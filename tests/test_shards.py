@@ -162,7 +162,7 @@ def cut(path: Path) -> None:
             "",
             r"no shards; expected a folder of \.tar files, or their path with a range such as \{000\.\.127\}",
         ),
-        (no_images, "", r"found no images, expected members ending in \.bmp, "),
+        (no_images, "", r"found no images, expected members ending in \.apng, .*\.bmp, "),
         (compressed, "", r"one\.tar: no whole \.zip or plain \.tar archive .*unpack a compressed tar"),
         (cut, "", r"one\.tar: no whole \.zip or plain \.tar archive"),
         (no_images, "/{0..2}.tar", r"3 of 3 shards don't exist, .*/0\.tar among them"),

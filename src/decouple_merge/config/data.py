@@ -25,7 +25,9 @@ class Data(Section):
         caption_dropout: share of the captions that training replaces by the empty one, so that guidance stays
             possible.
         cache_precision: of the cached latents and text embeddings.
-        num_held_out: images at the end of the data that are never trained on; the validation loss uses them.
+        num_held_out: images that are never trained on; the validation loss uses them.
+        held_out: ``random`` takes them from everywhere, by class where images lie in folders by class, and the same
+            whatever the run's seed; ``last`` takes the end of the data, as the bases in models/ were trained.
         skip_damaged: leave out images that can't be decoded; otherwise they end the run before it starts.
         num_workers: data loader processes; 0 loads in the training process.
     """
@@ -40,5 +42,6 @@ class Data(Section):
     caption_dropout: float = Field(0.1, ge=0, lt=1)
     cache_precision: Precision = "fp32"
     num_held_out: PositiveInt = 512
+    held_out: Literal["random", "last"] = "random"
     skip_damaged: bool = False
     num_workers: NonNegativeInt = 0

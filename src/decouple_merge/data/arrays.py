@@ -12,6 +12,9 @@ from ..errors import UserError
 from .decoding import resize_images
 from .images import ArrayImages, Source, file_stamp
 
+# What NumPy raises of a file that is cut, is no array, or claims to be larger than memory.
+UNREADABLE = (OSError, ValueError, EOFError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error)
+
 
 class ArraySource(Source):
     """A source whose file is read into memory whole."""
@@ -38,16 +41,18 @@ class ArraySource(Source):
 
     def images(self, channels: int, size: int) -> ArrayImages:
         pixels, name = self.read(), self.data.source
+        if len(pixels) == 0:
+            raise UserError(f"{name}: holds no images")
         if pixels.shape[1:] != (channels, size, size):
-            if self.data.fit == "exact":
+            # As with files, nothing is lost where grey becomes colour or transparency is laid on white.
+            is_converted = channels == 3 and pixels.shape[1] in (1, 4) and pixels.shape[2:] == (size, size)
+            if self.data.fit == "exact" and not is_converted:
                 raise UserError(
                     f"{name}: found images {pixels.shape[3]}×{pixels.shape[2]} with {pixels.shape[1]} channel(s), "
                     f"expected {size}×{size} with {channels}, as the base model has; set data.fit: resize to crop, "
                     "resize and convert"
                 )
             pixels = resize_images(torch.from_numpy(pixels), size, channels).numpy()
-        if len(pixels) == 0:
-            raise UserError(f"{name}: holds no images")
         images = ArrayImages(pixels)
         images.source = self
         return images
@@ -65,14 +70,15 @@ class ArrayFile(ArraySource):
         return read_array(self.path())
 
     def natural_shape(self) -> tuple[int, int]:
-        return self.read().shape[1:3]
+        channels, height = self.read().shape[1:3]
+        return min(channels, 3), height
 
 
 def read_array(path: Path) -> UInt8[np.ndarray, "n c h w"]:
     """Read the images of an npz (``arr_0``, or its first array) or npy file.
 
     Raises:
-        UserError: the file is damaged, or the array is not uint8 [N, H, W] or [N, H, W, C].
+        UserError: the file is damaged, or the array is not uint8 [N, H, W] or [N, H, W, C] of 1, 3 or 4 channels.
     """
     try:
         with path.open("rb") as file:
@@ -81,10 +87,11 @@ def read_array(path: Path) -> UInt8[np.ndarray, "n c h w"]:
                 # Where ADM's files have images, they are arr_0; the others are labels or statistics.
                 loaded = loaded["arr_0" if "arr_0" in loaded.files else loaded.files[0]]
             pixels = loaded
-    except (OSError, ValueError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (*UNREADABLE, IndexError) as error:
         raise UserError(f"{path}: can't be read as a plain array ({error})") from error
-    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,), (4,)):
         raise UserError(
-            f"{path}: found {pixels.dtype} of shape {pixels.shape}, expected uint8 [N, H, W] or [N, H, W, C]"
+            f"{path}: found {pixels.dtype} of shape {pixels.shape}, expected uint8 [N, H, W] or [N, H, W, C] with 1, 3 "
+            "or 4 channels"
         )
     return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)

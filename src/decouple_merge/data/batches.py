@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..config import Data
 from ..seeds import generator
 from .images import to_model
-from .split import split
+from .split import Labelled, split
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,10 @@ def mirror_images(images: UInt8[Tensor, "n c h w"], is_mirrored: Bool[Tensor, " 
 
 
 @runtime_checkable
-class Examples(Protocol):
+class Examples(Labelled, Protocol):
     """What a model is trained on, images or their latents; ``sha256`` identifies the content."""
 
     sha256: str
-
-    def __len__(self) -> int: ...
 
     def stack(self, indices: Sequence[int]) -> Batch:
         """Load several examples as one batch."""

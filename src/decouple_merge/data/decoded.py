@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+import multiprocessing
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,13 +13,25 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..errors import UserError
+from ..config import Data
 from ..storage.files import cache_folder, write_json
-from .decoding import DamagedError, Decoded, centre_square, decode, natural_shape
+from .decoding import VERSION, DamagedError, Decoded, centre_square, decode, has_colour, open_image
 from .images import Images, Source
+from .names import PassedOver
+
+_log = logging.getLogger(__name__)
 
 
 class EncodedSource(Source):
-    """A source whose images are files, or rows of a ``datasets`` data set: each is what ``decode`` takes."""
+    """A source whose images are files, or rows of a ``datasets`` data set: each is what ``decode`` takes.
+
+    Attributes:
+        passed_over: what else is there.
+    """
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.passed_over = PassedOver()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -26,7 +40,13 @@ class EncodedSource(Source):
         raise NotImplementedError
 
     def natural_shape(self) -> tuple[int, int]:
-        return natural_shape(self[0])
+        found = _remembered(repr((self.identity, VERSION)), self._look)
+        return found["channels"], found["width"]
+
+    def _look(self) -> dict[str, int]:
+        # One colour file makes all colour: the first may be a grey one by chance.
+        channels = 3 if any(has_colour(self[i]) for i in range(len(self))) else 1
+        return {"channels": channels, "width": open_image(self[0]).image.width}
 
     def images(self, channels: int, size: int) -> "DecodedImages":
         return DecodedImages(self, channels, size)
@@ -51,28 +71,35 @@ class DecodedImages(Images):
     def __init__(self, source: EncodedSource, channels: int, size: int) -> None:
         self.source = source
         self.channels, self.size, self.fit = channels, size, source.data.fit
-        key = repr((source.identity, channels, size, self.fit, source.data.skip_damaged))
-        known = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-        if not known.exists():
-            write_json(known, self._decode_all())
-        record = json.loads(known.read_text())
+        key = repr((source.identity, channels, size, self.fit, source.data.skip_damaged, VERSION))
+        record = _remembered(key, self._decode_all)
         self.sha256: str = record["sha256"]
         self.sizes: Sequence[Sequence[int]] = record["sizes"]
         left_out = set(record["damaged"])
         self.kept = [i for i in range(len(source)) if i not in left_out] if left_out else range(len(source))
         if not self.kept:
             raise UserError(f"{source.data.source}: none of the {len(source)} images can be used")
+        self._tell(len(left_out), record["num_first"])
+
+    def _tell(self, num_damaged: int, num_first: int) -> None:
+        """Say what of the source is not used, once for all processes of a command."""
+        notes = [f"passed over {self.source.passed_over}"] if self.source.passed_over else []
+        notes += [f"left out {num_damaged:,} that can't be decoded"] if num_damaged else []
+        notes += [f"of {num_first:,} files with several pictures the first is used"] if num_first else []
+        if notes and multiprocessing.parent_process() is None:
+            _log.warning("%s: %s images; %s", self.source.data.source, f"{len(self.kept):,}", "; ".join(notes))
 
     def _decode_all(self) -> dict[str, Any]:
-        damaged, sizes, digest = [], [], hashlib.sha256()
+        damaged, sizes, num_first, digest = [], [], 0, hashlib.sha256()
         with ThreadPoolExecutor() as pool:
             for index, found in enumerate(pool.map(self._try_decode, range(len(self.source)))):
                 if found is None:
                     damaged.append(index)
                 else:
                     sizes.append(found.original)
+                    num_first += found.is_first
                     digest.update(found.pixels.numpy().data)
-        return {"damaged": damaged, "sizes": sizes, "sha256": digest.hexdigest()}
+        return {"damaged": damaged, "sizes": sizes, "num_first": num_first, "sha256": digest.hexdigest()}
 
     def _try_decode(self, index: int) -> Decoded | None:
         try:
@@ -94,3 +121,10 @@ class DecodedImages(Images):
             left, top, side = centre_square(width, height)
             rows.append([height, width, round(top * self.size / side), round(left * self.size / side)])
         return torch.tensor([[*row, self.size, self.size] for row in rows], dtype=torch.float32)
+
+
+def _remembered(key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    known = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    if not known.exists():
+        write_json(known, compute())
+    return json.loads(known.read_text())

@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..seeds import generator
 from ..storage.files import cache_folder
 from .arrays import ArraySource
-from .decoding import decode, on_white
+from .decoding import decode
 
 NAME = "noto-emoji"
 SIZE = 64
@@ -63,6 +63,10 @@ class NotoEmoji(ArraySource):
     def natural_shape(self) -> tuple[int, int]:
         return 3, SIZE
 
+    @property
+    def groups(self) -> list[int]:
+        return [drawing.group for drawing in read_emoji(self.data.path)[0]]
+
     def captions(self, field: str, classes: dict[str, int] | None) -> list[str]:
         return [drawing.caption for drawing in read_emoji(self.data.path)[0]]
 
@@ -71,7 +75,7 @@ class NotoEmoji(ArraySource):
 def read_emoji(folder: Path | None) -> tuple[list[Emoji], UInt8[np.ndarray, "n 3 64 64"]]:
     """Read all 3,786 emoji, composited on white, in a fixed random order in which the skin tones of one stay together.
 
-    So the end of the data, which is held out, is a sample of emoji that nothing else shows.
+    So the end of the data, which ``held_out: last`` holds out, is a sample of emoji.
 
     Args:
         folder: where the package's ``.tgz`` lies, as ``npm pack`` leaves it; None downloads it once.
@@ -122,4 +126,4 @@ def _drawings(listed: dict[str, Any], group: int) -> list[Emoji]:
 
 
 def _pixels(png: bytes) -> UInt8[np.ndarray, "3 64 64"]:
-    return decode(on_white(io.BytesIO(png)), 3, SIZE, "exact").pixels.numpy()
+    return decode(io.BytesIO(png), 3, SIZE, "exact").pixels.numpy()

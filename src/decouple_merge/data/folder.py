@@ -1,14 +1,17 @@
 """Image files in a folder and below it, with their captions in metadata.jsonl or their classes as sub-folders."""
 
 import json
+import os
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config import Data
 from ..errors import UserError
+from ..config import Data
 from ..models.parts import num_classes
 from .decoded import EncodedSource
-from .names import IMAGE_SUFFIXES, has_suffix, no_images
+from .names import IMAGE_SUFFIXES, PassedOver, has_suffix, is_hidden, no_images
 from .prompts import read_lines
 
 METADATA = "metadata.jsonl"
@@ -17,8 +20,10 @@ METADATA = "metadata.jsonl"
 class Folder(EncodedSource):
     """The image files in a folder and below it, in the order of their paths.
 
+    Links are followed, but no folder is entered twice. A link to nothing is an image that can't be decoded.
+
     Raises:
-        UserError: there are none.
+        UserError: there are none, or a folder can't be read.
     """
 
     form = "a folder of images"
@@ -27,7 +32,7 @@ class Folder(EncodedSource):
     def __init__(self, data: Data) -> None:
         super().__init__(data)
         self.path = Path(data.source)
-        self.files = sorted(p for p in self.path.rglob("*") if has_suffix(p, IMAGE_SUFFIXES))
+        self.files = sorted(_image_files(self.path, self.passed_over))
         if not self.files:
             raise no_images(self.path)
 
@@ -43,8 +48,7 @@ class Folder(EncodedSource):
 
     @property
     def identity(self) -> str:
-        stats = ((str(p.relative_to(self.path)), p.stat()) for p in self.files)
-        return repr((str(self.path.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]))
+        return repr((str(self.path.resolve()), [(str(p.relative_to(self.path)), _stamp(p)) for p in self.files]))
 
     def captions(self, field: str, classes: dict[str, int] | None) -> list[Any]:
         if classes is not None and not (self.path / METADATA).is_file():
@@ -93,3 +97,44 @@ class Folder(EncodedSource):
             f"{self.path}: found {len(found)} sub-folders, of which {', '.join(unknown[:5])} are no classes of the "
             f"base; expected its names or numbers below {num}, or {num} sub-folders in the order of its classes"
         )
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _image_files(folder: Path, passed_over: PassedOver) -> Iterator[Path]:
+    """Find the image files below a folder, in no order; counts the others."""
+    entered, waiting = set[tuple[int, int]](), deque([folder])
+    while waiting:
+        path = waiting.popleft()
+        try:
+            stat, entries = path.stat(), sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{path}: can't be read ({error.strerror}); make it readable, or remove it") from error
+        if (stat.st_dev, stat.st_ino) in entered:
+            passed_over["links to folders that count already"] += 1
+            continue
+        entered.add((stat.st_dev, stat.st_ino))
+        for entry in entries:
+            if is_hidden(entry.name):
+                passed_over.add(entry.name)
+            elif os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
+                # Links come last: a folder that is there itself counts under its own name.
+                (waiting.append if entry.is_symlink() else waiting.appendleft)(path / entry.name)
+            elif has_suffix(entry.name, IMAGE_SUFFIXES):
+                if _is_file_or_broken(entry):
+                    yield path / entry.name
+                else:
+                    passed_over["no regular files"] += 1
+            elif path / entry.name != folder / METADATA:
+                passed_over.add(entry.name)
+
+
+def _is_file_or_broken(entry: os.DirEntry[str]) -> bool:
+    # Opening a pipe would wait for ever.
+    return (os.path.isfile(entry) or not os.path.exists(entry)) if entry.is_symlink() else entry.is_file()

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from ..config import Data
 from ..errors import UserError
+from ..config import Data
+from .archives import Member
 from .decoded import EncodedSource
-from .decoding import DamagedError
+from .decoding import DamagedError, is_jpeg
 
 PREFIX = "datasets:"
 
@@ -31,17 +32,16 @@ class Rows(EncodedSource):
             )
         if len(self.rows) == 0:
             raise UserError(f"data set {self.name!r}, split {data.split!r}: has no rows")
+        self.rows = _undecoded(self.rows, data.column, self.name)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        try:
-            return self.rows[index][self.data.column]
-        except (OSError, SyntaxError) as error:
-            raise DamagedError(
-                f"row {index} of the data set: can't be decoded ({error}); mend or remove it, or set data.skip_damaged"
-            ) from error
+        row, name = self.rows[index][self.data.column], f"row {index} of data set {self.name!r}"
+        if row is None:
+            raise DamagedError(f"{name}: has no image; remove it, or set data.skip_damaged")
+        return Path(row["path"]) if row["bytes"] is None else Member(row["bytes"], name)
 
     @property
     def identity(self) -> str:
@@ -50,7 +50,7 @@ class Rows(EncodedSource):
     @property
     def holds_jpeg(self) -> bool:
         """Whether the first image is JPEG: the others are not looked at."""
-        return getattr(self[0], "format", None) == "JPEG"
+        return is_jpeg(self[0])
 
     def captions(self, field: str, classes: dict[str, int] | None) -> list[Any]:
         if field not in self.rows.column_names:
@@ -69,3 +69,14 @@ def _open_rows(name: str, split: str) -> Any:
         return datasets.load_from_disk(name) if local else datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, from its own and from the hub's
         raise UserError(f"data set {name!r}, split {split!r}: {error}") from error
+
+
+def _undecoded(rows: Any, column: str, name: str) -> Any:
+    """Have images as files, which are decoded as those of any source."""
+    import datasets
+
+    if not isinstance(rows.features[column], datasets.Image):
+        raise UserError(
+            f"data set {name!r}: column {column!r} holds {rows.features[column]}, expected images: set data.column"
+        )
+    return rows.cast_column(column, datasets.Image(decode=False))

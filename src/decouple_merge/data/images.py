@@ -1,7 +1,7 @@
 """Images of one size as 8-bit pixels, the source they were opened from, and the scale that networks work in."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,16 @@ class Source:
         return []
 
     @property
+    def labels(self) -> Sequence[Hashable]:
+        """Classes of the images, where they are known: the folders that their files are in."""
+        return [name.parent for name in self.names]
+
+    @property
+    def groups(self) -> Sequence[Hashable]:
+        """Of each image the group of those that are never separated, where there are any."""
+        return []
+
+    @property
     def holds_jpeg(self) -> bool:
         """Whether files are JPEG, whose compression changes features."""
         return any(has_suffix(name, JPEG_SUFFIXES) for name in self.names)
@@ -53,7 +63,7 @@ class Source:
         """Open the images for a model of the given channels and size.
 
         Raises:
-            ValueError: there are none, or they are damaged, or of another size or channel count.
+            UserError: there are none, or they are damaged, or of another size or channel count.
         """
         raise NotImplementedError
 
@@ -65,7 +75,7 @@ class Source:
             classes: of a class-conditional base, by name and number.
 
         Raises:
-            ValueError: there are no captions, or one is missing or can't be read.
+            UserError: there are no captions, or one is missing or can't be read.
         """
         raise NotImplementedError
 
@@ -82,6 +92,20 @@ class Images(Dataset):
     sha256: str
     source: Source
     kept: Sequence[int]
+
+    @property
+    def labels(self) -> Sequence[Hashable]:
+        """Their classes, or nothing."""
+        return self._known("labels")
+
+    @property
+    def groups(self) -> Sequence[Hashable]:
+        """Of each the group of those that are never separated, or nothing."""
+        return self._known("groups")
+
+    def _known(self, what: str) -> Sequence[Hashable]:
+        known = getattr(self.source, what) if hasattr(self, "source") else []
+        return [known[i] for i in self.kept] if known else []
 
     def __len__(self) -> int:
         raise NotImplementedError

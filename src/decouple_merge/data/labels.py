@@ -1,7 +1,7 @@
 """Images with their classes, as a class-conditional network on pixels is trained."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from ..models.family import Encoders
 from .batches import LabelledBatch
@@ -18,8 +18,10 @@ class LabelledImages:
 
     def __init__(self, encoders: Encoders, images: Images, captions: list[str]) -> None:
         self.captions, self.images = captions, images
-        self.labels = ClassLabels(encoders, captions)
-        identity = f"images {images.sha256}, {self.labels.identity}, {captions}"
+        self.labels: Sequence[Hashable] = captions
+        self.groups = images.groups
+        self.classes = ClassLabels(encoders, captions)
+        identity = f"images {images.sha256}, {self.classes.identity}, {captions}"
         self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -27,4 +29,4 @@ class LabelledImages:
 
     def stack(self, indices: Sequence[int]) -> LabelledBatch:
         """Load several examples as one batch."""
-        return LabelledBatch(self.images.stack(indices), self.labels.embed([self.captions[i] for i in indices]))
+        return LabelledBatch(self.images.stack(indices), self.classes.embed([self.captions[i] for i in indices]))

@@ -1,7 +1,7 @@
 """Latents and text embeddings, computed once and kept in the cache folder, where all experts read them."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -171,6 +171,8 @@ class Latents:
         self, encoders: Encoders, images: Images, captions: list[str], size: int, data: Data, device: torch.device
     ) -> None:
         self.captions, self.images, self.sizes_input = captions, images, encoders.family.sizes_input
+        self.labels: Sequence[Hashable] = captions if encoders.classes else images.labels
+        self.groups = images.groups
         self.latents = ImageLatents(encoders, images, size, data, device)
         self.texts = open_texts(encoders, captions, data.cache_precision, device)
         identity = f"{self.latents.identity}, {self.texts.identity}, {captions}"

@@ -1,6 +1,7 @@
 """Images with captions in webdataset shards: tar files, in which the members of a sample share the start of a name."""
 
 import json
+import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -10,10 +11,12 @@ from ..errors import UserError
 from .archives import Archive, Member
 from .decoded import EncodedSource
 from .images import file_stamp
-from .names import IMAGE_SUFFIXES, no_images
+from .names import IMAGE_SUFFIXES, is_hidden, no_images
 
 PREFIX = "webdataset:"
 CAPTIONS = (".txt", ".json")
+# A range of more is a slip of the pen, and takes hours to look for.
+MAX_SHARDS = 100_000
 
 
 class _Sample(NamedTuple):
@@ -42,6 +45,8 @@ class Shards(EncodedSource):
         self._samples = [sample for path in self.paths for sample in _samples(path)]
         if not self._samples:
             raise no_images(place, "members")
+        for shard in {sample.shard.path: sample.shard for sample in self._samples}.values():
+            self.passed_over.update(shard.passed_over)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -115,14 +120,18 @@ def _samples(path: Path) -> list[_Sample]:
 
 def _shard_paths(source: str) -> list[Path]:
     """List the shards that are meant: a folder's, one, or those of a range such as ``{000..127}``."""
-    found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", source)
+    found = re.fullmatch(r"(.*)\{(\d{1,18})\.\.(\d{1,18})\}(.*)", source)
     if found is None:
         path = Path(source)
-        paths = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+        paths = sorted(p for p in path.glob("*.tar") if not is_hidden(p.name)) if os.path.isdir(path) else [path]
     else:
         start, first, last, end = found.groups()
+        if int(last) - int(first) >= MAX_SHARDS:
+            raise UserError(
+                f"{PREFIX}{source}: a range of {int(last) - int(first) + 1:,} shards, expected at most {MAX_SHARDS:,}"
+            )
         paths = [Path(f"{start}{i:0{len(first)}}{end}") for i in range(int(first), int(last) + 1)]
-    missing = [str(path) for path in paths if not path.is_file()]
+    missing = [str(path) for path in paths if not os.path.isfile(path)]
     if missing or not paths:
         what = f"{len(missing)} of {len(paths)} shards don't exist, {missing[0]} among them" if missing else "no shards"
         raise UserError(

@@ -1,5 +1,6 @@
 """The kinds of places that images come from, and the images that settings or a name open."""
 
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def kind_of(name: str) -> type[Source] | None:
     start, colon, _ = name.partition(":")
     key, path = start + colon, Path(name)
     if key not in KINDS:
-        key = FOLDER if path.is_dir() else path.suffix.lower() if path.is_file() else ""
+        # Unlike Path's methods, these take any text for a path.
+        key = FOLDER if os.path.isdir(name) else path.suffix.lower() if os.path.isfile(name) else ""
     return KINDS.get(key)
 
 

@@ -1,10 +1,35 @@
 """Which examples are trained on, and which are held out for validation."""
 
-from collections.abc import Sequence, Sized
-from typing import NamedTuple
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from ..config import Data
+import torch
+
 from ..errors import UserError
+from ..config import Data
+from ..seeds import generator
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """Examples, and what is known of them.
+
+    Attributes:
+        labels: the class of each; empty where there are none.
+        groups: of each the group that is not to be separated; empty where there are none.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def labels(self) -> Sequence[Hashable]: ...
+
+    @property
+    def groups(self) -> Sequence[Hashable]: ...
 
 
 class Split(NamedTuple):
@@ -14,16 +39,66 @@ class Split(NamedTuple):
     held_out: Sequence[int]
 
 
-def split(examples: Sized, data: Data) -> Split:
-    """Hold out the last ``data.num_held_out`` examples.
+@lru_cache(maxsize=2)
+def split(examples: Labelled, data: Data) -> Split:
+    """Hold out ``data.num_held_out`` examples, the last or a random sample as ``data.held_out`` says.
 
     Raises:
-        UserError: nothing is left to train on.
+        UserError: as ``hold_out``.
     """
-    num = len(examples) - data.num_held_out
-    if num <= 0:
+    num = len(examples)
+    if data.held_out == "random":
+        return hold_out(num, data.num_held_out, examples.labels, examples.groups)
+    _check(num, data.num_held_out)
+    return Split(range(num - data.num_held_out), range(num - data.num_held_out, num))
+
+
+def hold_out(num: int, num_held_out: int, labels: Sequence[Hashable] = (), groups: Sequence[Hashable] = ()) -> Split:
+    """Hold out a random sample, by class, without separating groups.
+
+    The sample is a function of the arguments alone, not of a run's seed: a base and all that is trained from it leave
+    out the same examples. Of each class it has the share that the class has of all; where it is large enough it has one
+    group of each class, and leaves one. Where groups don't fit it is smaller than asked for.
+
+    Args:
+        labels, groups: as in ``Labelled``. A group has the class of its first example.
+
+    Raises:
+        UserError: nothing is left to train on, or nothing to hold out.
+    """
+    _check(num, num_held_out)
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for i, group in enumerate(groups or range(num)):
+        members[group].append(i)
+    units = list(members.values())
+    order = torch.randperm(len(units), generator=generator("held out")).tolist()
+    classes = [labels[units[i][0]] if labels else None for i in order]
+    held_out: list[int] = []
+    for _, i in sorted(zip(_places(classes), order, strict=True), key=lambda pair: pair[0]):
+        if len(held_out) + len(units[i]) <= num_held_out:
+            held_out += units[i]
+    if not held_out:
         raise UserError(
-            f"the data has {len(examples)} images and data.num_held_out is {data.num_held_out}: nothing is left to "
+            f"data.num_held_out is {num_held_out}, less than the images that belong together, of which there are at "
+            f"least {min(map(len, units))}: hold out more"
+        )
+    others = set(held_out)
+    return Split([i for i in range(num) if i not in others], sorted(held_out))
+
+
+def _places(classes: list[Hashable]) -> Iterator[float]:
+    """Say of members of classes, in random order, where they stand in an order of which every start has all shares."""
+    sizes, ranks = Counter(classes), Counter[Hashable]()
+    for label in classes:
+        rank, size = ranks[label], sizes[label]
+        ranks[label] += 1
+        # The last of a class is left to train on, the first is held out before the others.
+        yield 1 if rank == size - 1 else 0 if rank == 0 else (rank + 0.5) / size
+
+
+def _check(num: int, num_held_out: int) -> None:
+    if num_held_out >= num:
+        raise UserError(
+            f"the data has {num} images and data.num_held_out is {num_held_out}: nothing is left to "
             "train on; give more images, or hold out fewer"
         )
-    return Split(range(num), range(num, len(examples)))

@@ -1,8 +1,6 @@
 """What images are compared with: moments and features of a data set, computed once and cached, or read from npz."""
 
 import hashlib
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import Evaluate, Stats
-from ..data.arrays import read_array
+from ..data.arrays import UNREADABLE, read_array
 from ..data.images import ArrayImages, Images
 from ..data.sources import open_images
 from ..errors import UserError
@@ -197,7 +195,7 @@ def holds_statistics(path: Path) -> bool:
     try:
         with np.load(path, allow_pickle=False) as file:
             return "mu" in file.files
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: can't be read as an npz file ({error})") from error
 
 
@@ -218,7 +216,7 @@ def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -
                 for array in NPZ_NAMES[output]:
                     if output == "features" or array in file.files:
                         arrays[array] = torch.from_numpy(file[array]).double()
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (*UNREADABLE, KeyError, TypeError) as error:
         raise UserError(f"{path}: expected an npz file with arrays mu and sigma ({error})") from error
     with path.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
