@@ -17,8 +17,8 @@ class Data(Section):
             ``my/{000..127}.tar``.
         path: folder with the files of a known data set, where they are not in their usual place.
         split, column: for ``datasets:`` sources.
-        fit: ``exact`` refuses images whose size or channels differ from the model's; ``resize`` crops them to a
-            square, resizes and converts them.
+        fit: ``exact`` refuses images whose size differs from the model's, and colour for a grey model; ``resize``
+            crops them to a square, resizes and converts them.
         caption_column: of a ``datasets`` source, or the field in metadata.jsonl or in a shard's .json; for
             text-to-image bases; for class-conditional ones of classes.
         flip: mirror half of the training images.

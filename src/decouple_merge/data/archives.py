@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError
 from ..config import Data
+from ..errors import UserError
 from .decoded import EncodedSource
 from .decoding import DamagedError
 from .images import file_stamp

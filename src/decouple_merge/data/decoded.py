@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ..errors import UserError
 from ..config import Data
+from ..errors import UserError
 from ..storage.files import cache_folder, write_json
 from .decoding import VERSION, DamagedError, Decoded, centre_square, decode, has_colour, open_image
 from .images import Images, Source

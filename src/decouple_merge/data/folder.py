@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..config import Data
+from ..errors import UserError
 from ..models.parts import num_classes
 from .decoded import EncodedSource
 from .names import IMAGE_SUFFIXES, PassedOver, has_suffix, is_hidden, no_images

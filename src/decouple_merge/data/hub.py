@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..config import Data
+from ..errors import UserError
 from .archives import Member
 from .decoded import EncodedSource
 from .decoding import DamagedError, is_jpeg

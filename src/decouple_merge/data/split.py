@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from ..errors import UserError
 from ..config import Data
+from ..errors import UserError
 from ..seeds import generator
 
 
