@@ -22,7 +22,8 @@ from decouple_merge.merging.experts import open_expert
 from decouple_merge.merging.recipes import describe_model, merge_models, repeat_merge
 from decouple_merge.merging.rules import RULES, Coefficients, Context
 from decouple_merge.merging.sources import Sources
-from decouple_merge.storage.tensors import TensorFiles, shards, weight_files
+from decouple_merge.storage.layouts import weight_files
+from decouple_merge.storage.tensors import TensorFiles, shards
 
 Tensors = dict[str, Tensor]
 

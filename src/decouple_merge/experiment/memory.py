@@ -18,7 +18,8 @@ from ..models.lora import attach_lora, check_lora
 from ..models.network import empty_network
 from ..models.projection import attach_projections
 from ..storage.hub import pipeline_folder
-from ..storage.tensors import PICKLES, TensorFiles, num_bytes_of, weight_files
+from ..storage.layouts import PICKLES, weight_files
+from ..storage.tensors import TensorFiles, num_bytes_of
 
 # Of bitsandbytes: smaller tensors keep moments of 32 bits, of larger ones a block shares a scale.
 MIN_8BIT_SIZE, BLOCK_SIZE, CODEBOOK_SIZE = 4096, 256, 256

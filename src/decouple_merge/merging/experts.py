@@ -5,7 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..storage.tensors import Entry, TensorFiles, model_files
+from ..storage.layouts import model_files
+from ..storage.tensors import Entry, TensorFiles
 from .adapter_keys import is_adapter
 from .keys import check_same_keys
 from .lora import Lora

@@ -1,7 +1,6 @@
 """Merge models of any size: one tensor at a time, from memory-mapped files to a stream."""
 
 import json
-import re
 import shutil
 import threading
 from collections import deque
@@ -15,17 +14,15 @@ from typing import Any
 from torch import Tensor
 
 from ..storage.files import atomic_path
+from ..storage.layouts import PROJECTIONS_FILE, STALE, network_folder, plain_name, weight_files
 from ..storage.tensors import (
     NAMES,
-    PROJECTIONS_FILE,
     Layout,
     TensorFiles,
     hash_tensors,
-    network_folder,
     num_bytes_of,
     replace_metadata,
     shards,
-    weight_files,
     write_stream,
 )
 from .experts import open_expert
@@ -71,7 +68,7 @@ def merge_files(
         else:
             network = network_folder(base)
             # Weights in other formats and precisions would be stale copies of the base's.
-            stale = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.index.json")
+            stale = shutil.ignore_patterns(*STALE)
             shutil.copytree(base, temporary, ignore=lambda d, names: stale(d, names) if Path(d) == network else set())
             files = _shard_files(temporary / network.relative_to(base), weight_files(network)[0], sources, total)
             if sources.projections:
@@ -123,7 +120,7 @@ def _hashing(sources: Sources) -> Iterator[list[Future[str]]]:
 
 def _shard_files(folder: Path, original: Path, sources: Sources, total: int) -> dict[Path, Layout]:
     """Name the files of a network after the base's, and write the index where they are several."""
-    stem = re.sub(r"-\d+-of-\d+", "", original.name.removesuffix(".safetensors"))
+    stem = plain_name(original)
     groups = shards(sources.output, sources.settings.max_shard_bytes)
     if len(groups) == 1:
         return {folder / f"{stem}.safetensors": groups[0]}

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..config import Merge
 from ..errors import UserError
 from ..seeds import stream_seed
-from ..storage.tensors import DTYPES, NAMES, Layout, TensorFiles, hash_tensors, network_folder, weight_files
+from ..storage.layouts import network_folder, weight_files
+from ..storage.tensors import DTYPES, NAMES, Layout, TensorFiles, hash_tensors
 from .experts import open_expert
 from .keys import is_trunk_projection
 from .rules import RULES, Context, Rule, check_weights, merge_tensor

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..storage.files import atomic_path
-from ..storage.tensors import PROJECTIONS_FILE
+from ..storage.layouts import PROJECTIONS_FILE
 from .base import Base
 from .network import new_network
 

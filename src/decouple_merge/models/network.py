@@ -1,6 +1,5 @@
 """Networks of a base: new ones, with weights, and what they say of noisy images."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..merging.keys import has_trunk
-from ..storage.tensors import DENOISERS, TensorFiles, model_files
+from ..storage.layouts import model_files, network_folder, read_json
+from ..storage.tensors import TensorFiles
 from .base import Base
 from .projection import attach_projections
 
@@ -41,8 +41,7 @@ def num_parameters(network: nn.Module) -> int:
 
 def empty_network(folder: Path) -> nn.Module:
     """Build the denoiser of a pipeline's folder from its config alone, on the meta device: shapes without memory."""
-    at = next((folder / name for name in DENOISERS if (folder / name).is_dir()), folder)
-    config = json.loads((at / "config.json").read_text(encoding="utf-8"))
+    config = read_json(network_folder(folder) / "config.json")
     with torch.device("meta"):
         return getattr(diffusers, config["_class_name"]).from_config(config)
 

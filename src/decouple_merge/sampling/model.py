@@ -17,7 +17,7 @@ from ..models.base import Base, load_base
 from ..models.ensemble import RunEnsemble, open_run
 from ..models.network import load_network, new_network
 from ..models.parts import texts_to_encode
-from ..storage.tensors import PROJECTIONS_FILE
+from ..storage.layouts import PROJECTIONS_FILE
 from .sampler import (
     Denoiser,
     Prompts,

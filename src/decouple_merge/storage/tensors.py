@@ -27,11 +27,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Trunk projections of a pipeline, which stock diffusers does not read.
-PROJECTIONS_FILE = "projections.safetensors"
-PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
-# The networks that a pipeline denoises with, in the order in which they are looked for.
-DENOISERS = ("unet", "transformer", "prior")
 # Attention layers of checkpoints older than diffusers 0.15, by what every diffusers since calls them.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -120,59 +115,6 @@ def _renamed(name: str) -> str:
     for old, new in OLD_NAMES.items():
         name = name.replace(old, new)
     return name
-
-
-def weight_files(path: Path) -> list[Path]:
-    """Find a model's safetensors: a file, an index of shards, or a folder that holds either.
-
-    Raises:
-        UserError: there are none, several, or a shard is missing; or the weights are a pickle.
-    """
-    if path.suffix in PICKLES:
-        raise UserError(f"{path} is a pickle, expected safetensors: convert it with diffusers' save_pretrained")
-    if path.name.endswith(".index.json") and path.is_file():
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        missing = [n for n in names if not (path.parent / n).is_file()]
-        if missing:
-            raise UserError(f"{path}: {len(missing)} of {len(names)} shards are missing, {missing[0]} among them")
-        return [path.parent / n for n in names]
-    if path.is_file():
-        return [path]
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    found = sorted(p for p in path.glob("*.safetensors") if p.name != PROJECTIONS_FILE)
-    if len(indices) == 1:
-        return weight_files(indices[0])
-    if not indices and len(found) == 1:
-        return found
-    candidates = ", ".join(p.name for p in indices or found)
-    pickled = ", ".join(sorted(p.name for p in path.glob("*") if p.suffix in PICKLES))
-    reason = (
-        f"which of {candidates} is meant?" if candidates else f"only pickles: {pickled}" if pickled else "no weights"
-    )
-    raise UserError(
-        f"{path}: {reason}; expected a .safetensors file, an .index.json, or a folder with one of either: a pipeline, "
-        "one of its networks, or an expert"
-    )
-
-
-def network_folder(path: Path) -> Path:
-    """Find the denoiser's folder in a pipeline's; any other path is its own answer.
-
-    Raises:
-        UserError: the pipeline has no denoiser we know.
-    """
-    if not (path / "model_index.json").is_file():
-        return path
-    for name in DENOISERS:
-        if (path / name).is_dir():
-            return path / name
-    raise UserError(f"{path} is a pipeline without {', '.join(DENOISERS)}; give the folder of the network itself")
-
-
-def model_files(path: Path) -> list[Path]:
-    """Find the files of a pipeline's denoiser with its projections, or of anything ``weight_files`` knows."""
-    files = weight_files(network_folder(path))
-    return [*files, path / PROJECTIONS_FILE] if (path / PROJECTIONS_FILE).is_file() else files
 
 
 def write_stream(
