@@ -342,7 +342,7 @@ WRONG: dict[str, tuple[Tensors, str]] = {
     "magnitude": ({"q.dora_scale": torch.ones(1, 4)}, r"q\.dora_scale has shape \(1, 4\)"),
     "bias": ({"q.lora_B.bias": torch.ones(4)}, "q.lora_B.bias has no place, expected a base with q.bias"),
     "whole": ({"q.weight": torch.ones(4, 5)}, r"q\.weight has shape \(4, 5\), expected \(4, 6\)"),
-    "unknown": ({"p.lora_A.weight": torch.ones(2, 6)}, r"1 keys are unknown: p\.weight \(of p\.lora_A\.weight\)"),
+    "unknown": ({"p.lora_A.weight": torch.ones(2, 6)}, r"unknown: p\.weight \(of p\.lora_A\.weight\)"),
     "unknown whole": ({"q.strange": torch.ones(2)}, r"unknown: q\.strange"),
     "unknown alpha": ({"p.alpha": torch.ones(())}, r"unknown: p\.weight \(of p\.alpha\)"),
     "twice": ({"q.lora_down.weight": torch.ones(2, 6)}, "q.lora_A.weight and q.lora_down.weight both change q.weight"),

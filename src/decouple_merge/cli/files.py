@@ -11,6 +11,20 @@ from .console import console, show_bytes
 if TYPE_CHECKING:
     from ..config import Merge
 
+MethodOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="linear, where not given, ties, dare, dare_ties, fisher or slerp")
+]
+ComponentOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The part of the pipelines that is merged; all denoisers if not given"),
+]
+ExtraKeysOption = Annotated[
+    str | None, typer.Option(metavar="error|keep|drop", help="What is done with tensors that only an expert has")
+]
+MissingKeysOption = Annotated[
+    str | None, typer.Option(metavar="error|base", help="What is done with tensors that an expert lacks")
+]
+
 
 def merge(
     out: Annotated[Path, typer.Option(help="Folder where BASE is one, .safetensors file where BASE is one")],
@@ -21,12 +35,13 @@ def merge(
         list[Path] | None, typer.Argument(metavar="EXPERT…", help="The same, runs' experts, LoRAs")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="One weight for each expert, separated by commas")] = None,
-    method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="linear, where not given, ties, dare, dare_ties, fisher or slerp")
-    ] = None,
+    method: MethodOption = None,
     blocks: Annotated[
         list[str] | None, typer.Option("--block", metavar="PATTERN=a,b,…", help="Weights of the keys that match")
     ] = None,
+    component: ComponentOption = None,
+    extra_keys: ExtraKeysOption = None,
+    missing_keys: MissingKeysOption = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -50,13 +65,14 @@ def merge(
     from ..merging import recipes
 
     if recipe is not None:
-        if base or weights or method or blocks or overrides:
+        if base or weights or method or blocks or component or extra_keys or missing_keys or overrides:
             raise UserError("--recipe says what is merged and how; give it alone, with --out and --dry-run")
         show_bytes(recipes.repeat_merge(recipe, out, dry_run))
     elif base is None or not experts or weights is None:
         raise UserError("expected BASE, at least one EXPERT and --weights, or --recipe")
     else:
-        settings = _settings(method, weights, blocks or [], overrides)
+        named = {"method": method, "component": component, "extra_keys": extra_keys, "missing_keys": missing_keys}
+        settings = _settings(named, weights, blocks or [], overrides)
         show_bytes(recipes.merge_models(base, experts, settings, out, dry_run))
     if not dry_run:
         console.print(f"merged model: {out}")
@@ -75,11 +91,11 @@ def info(
         console.print(line)
 
 
-def _settings(method: str | None, weights: str, blocks: list[str], overrides: list[str] | None) -> "Merge":
+def _settings(named: dict[str, str | None], weights: str, blocks: list[str], overrides: list[str] | None) -> "Merge":
     from ..config import Merge, validate
 
     given = {
-        "method": method or "linear",
+        **{name: value for name, value in named.items() if value is not None},
         "weights": _numbers("--weights", weights),
         "blocks": dict(_block(b) for b in blocks),
     }

@@ -22,6 +22,9 @@ class Merge(Section):
         max_shard_bytes: a larger network is written as several files with an index.
         allow_non_finite: merge NaN and infinity as they come, and let sums overflow.
         min_delta_cosine: between the change that the merge wants and what its dtype leaves of it; below, it is refused.
+        component: the part of the pipelines that is merged, such as text_encoder; None means all denoisers.
+        extra_keys: what is done with tensors that an expert has and the base doesn't: ``keep`` writes them as they are.
+        missing_keys: what is done with tensors that an expert lacks: ``base`` takes the base's.
     """
 
     method: str = "linear"
@@ -34,3 +37,6 @@ class Merge(Section):
     max_shard_bytes: PositiveInt = 10_000_000_000
     allow_non_finite: bool = False
     min_delta_cosine: float = Field(0.9, ge=-1, le=1)
+    component: str | None = None
+    extra_keys: Literal["error", "keep", "drop"] = "error"
+    missing_keys: Literal["error", "base"] = "error"

@@ -5,37 +5,76 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..storage.layouts import model_files
+from ..config import Merge
+from ..errors import UserError
+from ..storage.layouts import PROJECTIONS_FILE, denoisers, weight_files
 from ..storage.tensors import Entry, TensorFiles
 from .adapter_keys import is_adapter
-from .keys import check_same_keys
+from .keys import compare_keys, describe
 from .lora import Lora
 
 
 class Checkpoint:
-    """An expert as a whole set of weights."""
+    """An expert as a whole set of weights.
+
+    Attributes:
+        kept: keys that the base doesn't have, and that are written as they are.
+        notes: lines for the user: what of the expert isn't merged.
+    """
 
     def __init__(self, files: TensorFiles) -> None:
         self.files = files
+        self.kept: list[str] = []
         self.notes: list[str] = []
 
-    def check_keys(self, base: Mapping[str, Entry], name: str) -> None:
-        """Require that the expert has the base's keys and shapes; raises a UserError as ``check_same_keys``."""
-        check_same_keys(base, self.files.entries, name)
+    def check_keys(self, base: Mapping[str, Entry], name: str, component: str, settings: Merge) -> None:
+        """Require that the expert has the base's keys and shapes, but for what the settings allow.
+
+        Raises:
+            UserError: names the keys that are missing, unknown or of another shape.
+        """
+        problems, hints = compare_keys(base, self.files.entries), list[str]()
+        for kind, option, choice, others in (
+            ("missing", "--missing-keys", settings.missing_keys, "base"),
+            ("unknown", "--extra-keys", settings.extra_keys, "drop or keep"),
+        ):
+            if problems[kind] and choice != "error":
+                self.notes.append(f"{name}: {option} {choice} of {describe({kind: problems[kind]})}")
+                self.kept = problems[kind] if choice == "keep" else self.kept
+                problems[kind] = []
+            elif problems[kind]:
+                hints.append(f", or {option} {others}")
+        if found := describe(problems):
+            raise UserError(
+                f"{name} doesn't fit the base: {found}; expected an expert finetuned from this base{''.join(hints)}"
+            )
 
     def tensor(self, key: str, base: Tensor) -> Tensor:
-        """Read the expert's version of a tensor; a projection that it doesn't have is the identity."""
+        """Read the expert's version of a tensor; of one that it doesn't have it is the base's."""
         return self.files[key] if key in self.files.entries else base
 
 
 Expert = Checkpoint | Lora
 
 
-def open_expert(path: Path) -> Expert:
+def open_parts(parts: Mapping[str, Path]) -> TensorFiles:
+    """Open the networks in some folders or files, side by side."""
+    return TensorFiles.side_by_side({name: TensorFiles(weight_files(place)) for name, place in parts.items()})
+
+
+def open_expert(path: Path, parts: Mapping[str, Path] | None = None) -> Expert:
     """Open an expert: a pipeline, one of its networks, an expert folder of a run, a weights file or a LoRA.
+
+    Args:
+        parts: where what is merged lies, by name; where not given, all denoisers of a pipeline.
 
     Raises:
         UserError: there are no weights, they are damaged, a pickle, or quantised.
     """
-    opened = TensorFiles(model_files(path))
+    parts = denoisers(path) if parts is None else parts
+    projections = path / PROJECTIONS_FILE
+    if projections.is_file() and [*parts.values()] == [*denoisers(path).values()] and len(parts) == 1:
+        opened = TensorFiles([*weight_files(next(iter(parts.values()))), projections])
+    else:
+        opened = open_parts(parts)
     return Lora(opened, path) if is_adapter(opened.entries) else Checkpoint(opened)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..storage.files import atomic_path
-from ..storage.layouts import PROJECTIONS_FILE, STALE, network_folder, plain_name, weight_files
+from ..storage.layouts import PROJECTIONS_FILE, STALE, plain_name, weight_files
 from ..storage.tensors import (
     NAMES,
     Layout,
@@ -62,19 +62,13 @@ def merge_files(
     metadata = {"format": "pt", **sources.base.metadata}
     with atomic_path(out) as temporary, _hashing(sources) as hashes:
         if not base.is_dir():
-            files = {temporary: shards(sources.output, total)[0]}
+            files = {temporary: ("", shards(sources.output, total)[0])}
             # The header is written first, and the hashes are known last: their place is kept.
             metadata["merge"] = json.dumps(_unfinished(record, sources))
         else:
-            network = network_folder(base)
-            # Weights in other formats and precisions would be stale copies of the base's.
-            stale = shutil.ignore_patterns(*STALE)
-            shutil.copytree(base, temporary, ignore=lambda d, names: stale(d, names) if Path(d) == network else set())
-            files = _shard_files(temporary / network.relative_to(base), weight_files(network)[0], sources, total)
-            if sources.projections:
-                files[temporary / PROJECTIONS_FILE] = sources.projections
-        for path, layout in files.items():
-            for num_bytes in write_stream(path, layout, _ahead(sources, layout), metadata):
+            files = _copy_folder(base, temporary, sources)
+        for path, (prefix, layout) in files.items():
+            for num_bytes in write_stream(path, layout, _ahead(sources, prefix, layout), metadata):
                 done += num_bytes
                 yield Progress(done, total)
         record = _with_hashes(record, [found.result() for found in hashes])
@@ -86,7 +80,8 @@ def merge_files(
         if not base.is_dir():
             replace_metadata(temporary, metadata | {"merge": json.dumps(record)})
         else:
-            record = {**record, "merged_sha256": open_expert(temporary).files.sha256()}
+            places = {name: temporary / at.relative_to(base) for name, at in sources.parts.items()}
+            record = {**record, "merged_sha256": open_expert(temporary, places).files.sha256()}
             (temporary / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
             (temporary / "README.md").write_text(card(record))
 
@@ -118,25 +113,44 @@ def _hashing(sources: Sources) -> Iterator[list[Future[str]]]:
             stop.set()
 
 
-def _shard_files(folder: Path, original: Path, sources: Sources, total: int) -> dict[Path, Layout]:
-    """Name the files of a network after the base's, and write the index where they are several."""
-    stem = plain_name(original)
-    groups = shards(sources.output, sources.settings.max_shard_bytes)
+def _copy_folder(base: Path, out: Path, sources: Sources) -> dict[Path, tuple[str, Layout]]:
+    """Copy a folder but for the weights that are merged; returns what is to be written as ``_shard_files`` does."""
+    folders = [*sources.parts.values()]
+    # Weights in other formats and precisions would be stale copies of the base's.
+    stale = shutil.ignore_patterns(*STALE)
+    shutil.copytree(base, out, ignore=lambda at, names: stale(at, names) if Path(at) in folders else set())
+    files = {}
+    for name, folder in sources.parts.items():
+        files |= _shard_files(out / folder.relative_to(base), name, sources)
+    return files | ({out / PROJECTIONS_FILE: ("", sources.projections)} if sources.projections else {})
+
+
+def _shard_files(folder: Path, part: str, sources: Sources) -> dict[Path, tuple[str, Layout]]:
+    """Name the files of a part after the base's, and write the index where they are several.
+
+    Returns:
+        What stands before the file's keys in the merge's, and the file's layout.
+    """
+    prefix = f"{part}." if len(sources.parts) > 1 else ""
+    layout = {k.removeprefix(prefix): tensor for k, tensor in sources.output.items() if k.startswith(prefix)}
+    stem = plain_name(weight_files(sources.parts[part])[0])
+    groups = shards(layout, sources.settings.max_shard_bytes)
     if len(groups) == 1:
-        return {folder / f"{stem}.safetensors": groups[0]}
+        return {folder / f"{stem}.safetensors": (prefix, groups[0])}
     names = [f"{stem}-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
     places = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+    total = sum(num_bytes_of(*tensor) for tensor in layout.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return {folder / name: group for name, group in zip(names, groups, strict=True)}
+    return {folder / name: (prefix, group) for name, group in zip(names, groups, strict=True)}
 
 
-def _ahead(sources: Sources, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def _ahead(sources: Sources, prefix: str, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Merge tensors in threads, a few ahead of the one that is asked for."""
     with ThreadPoolExecutor(NUM_AHEAD) as pool:
         waiting: deque[tuple[str, Future[Tensor]]] = deque()
         for key, (dtype, _) in layout.items():
-            waiting.append((key, pool.submit(sources.merged, key, dtype)))
+            waiting.append((key, pool.submit(sources.merged, prefix + key, dtype)))
             if len(waiting) > NUM_AHEAD:
                 name, future = waiting.popleft()
                 yield name, future.result()

@@ -34,14 +34,26 @@ def check_same_keys(base: Mapping[str, HasShape], expert: Mapping[str, HasShape]
     Raises:
         UserError: names the keys that are missing, unknown or of another shape.
     """
-    problems = {
+    if found := describe(compare_keys(base, expert)):
+        raise UserError(f"{name} doesn't fit the base: {found}; expected an expert finetuned from this base")
+
+
+def compare_keys(base: Mapping[str, HasShape], expert: Mapping[str, HasShape]) -> dict[str, list[str]]:
+    """List the keys that are missing, unknown or of another shape; trunk projections may be extra, or lack."""
+    return {
         "missing": [k for k in base if k not in expert and not is_trunk_projection(k)],
         "unknown": [k for k in expert if k not in base and not is_trunk_projection(k)],
         "of another shape": [k for k in base if k in expert and tuple(base[k].shape) != tuple(expert[k].shape)],
     }
-    found = "; ".join(f"{what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys)
-    if found:
-        raise UserError(f"{name} doesn't fit the base: {found}; expected an expert finetuned from this base")
+
+
+def describe(problems: Mapping[str, Sequence[str]]) -> str:
+    """Name the first keys of every kind, and how many there are."""
+
+    def named(keys: Sequence[str]) -> str:
+        return ", ".join(keys[:5]) + (f", … ({len(keys)} in all)" if len(keys) > 5 else "")
+
+    return "; ".join(f"{what}: {named(keys)}" for what, keys in problems.items() if keys)
 
 
 def group_keys(keys: Sequence[str], patterns: Sequence[str]) -> list[list[str]]:

@@ -6,10 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..config import Merge
 from ..errors import UserError
+from ..storage.layouts import DENOISER
 from ..storage.tensors import Entry, TensorFiles
 from .adapter_config import AdapterConfig
 from .adapter_keys import AdapterKey, other_kind, parse_key, spellings
+from .keys import describe
 from .names import module_places
 
 # A part's key in the file, and what it says of its module.
@@ -33,13 +36,14 @@ class Lora:
         self.files, self.path = files, path
         self.parts: dict[str, Parts] = {}
         self.whole: dict[str, str] = {}
+        self.kept: list[str] = []
         self.notes: list[str] = []
 
-    def check_keys(self, base: Mapping[str, Entry], name: str, component: str = "denoiser") -> None:
+    def check_keys(self, base: Mapping[str, Entry], name: str, component: str, settings: Merge) -> None:
         """Find for every key what it changes in the base.
 
         Args:
-            component: what the base is of a pipeline.
+            component: what the base is of a pipeline; empty for a network or a file.
 
         Raises:
             ValueError: names the keys that change nothing there, whose factors don't fit, or that are of another kind.
@@ -51,13 +55,13 @@ class Lora:
             )
         self.config = AdapterConfig(self.files, self.path)
         unknown = self._place_keys(base, component)
+        found = describe({"unknown": [f"{target} (of {key})" for key, target in unknown.items()]})
+        if unknown and settings.extra_keys != "drop":
+            raise UserError(f"{name} doesn't fit the base: {found}; expected a LoRA of this base, or --extra-keys drop")
         if unknown:
-            found = ", ".join(f"{target} (of {key})" for target, key in list(unknown.items())[:5])
-            raise UserError(
-                f"{name} doesn't fit the base: {len(unknown)} keys are unknown: {found}; expected a LoRA of this base"
-            )
+            self.notes.append(f"{name}: --extra-keys drop of {found}")
         if not self.parts and not self.whole:
-            raise UserError(f"{name}: nothing of it is for {component}; " + "; ".join(self.notes))
+            raise UserError(f"{name}: nothing of it is for {component or 'the network'}; " + "; ".join(self.notes))
         self.config.check_covers({key.prefix for parts in self.parts.values() for _, key in parts.values()})
         for module, parts in self.parts.items():
             self._check_parts(base, module, parts, name)
@@ -68,28 +72,32 @@ class Lora:
                 )
 
     def _place_keys(self, base: Mapping[str, Entry], component: str) -> dict[str, str]:
-        """Sort the keys by the base's modules; returns those that have no place, by what they would change."""
+        """Sort the keys by the base's modules; returns those that have no place, with what they would change."""
+        keys = {name: parse_key(name) for name in self.files.entries}
+        # A file for Wan 2.2's second transformer may say no more than transformer, as one for the only network does.
+        asked, plain = component, not any(key.component == component for key in keys.values())
+        component = "denoiser" if component == "" or (DENOISER.fullmatch(component) and plain) else component
         places = module_places(base.keys(), component)
         components, elsewhere, unknown = {c for c, _ in places}, dict[str, list[str]](), dict[str, str]()
-        for name in self.files.entries:
-            key = parse_key(name)
+        for name, key in keys.items():
             owner = key.component or component
             if owner not in components and f"{key.prefix}{key.module}.weight" not in base:
                 elsewhere.setdefault(owner, []).append(name)
                 continue
             stem, _, kind = key.module.rpartition(".") if key.part == "whole" else (key.module, "", "weight")
             module = _find(base, places, key, owner, stem)
-            target = f"{module}.{kind}" if module and f"{module}.{kind}" in base else None
-            if target is None:
-                unknown[f"{stem}.{kind}"] = name
+            target = f"{module}.{kind}"
+            if module is None or target not in base:
+                unknown[name] = f"{stem}.{kind}"
             elif key.part == "whole":
                 self.whole[target] = name
-            elif key.part in (parts := self.parts.setdefault(str(module), {})):
+            elif key.part in (parts := self.parts.setdefault(module, {})):
                 raise UserError(f"{self.path}: {parts[key.part][0]} and {name} both change {target}")
             else:
                 parts[key.part] = name, key
+        target = asked or "the network"
         self.notes = [
-            f"{self.path}: {len(names)} tensors for {owner}, {names[0]} among them, are not merged into {component}"
+            f"{self.path}: {len(names)} tensors for {owner}, {names[0]} among them, are not merged into {target}"
             for owner, names in elsewhere.items()
         ]
         return unknown

@@ -10,9 +10,9 @@ from torch import Tensor
 from ..config import Merge
 from ..errors import UserError
 from ..seeds import stream_seed
-from ..storage.layouts import network_folder, weight_files
+from ..storage.layouts import chosen_part, denoisers, parts_like, weight_files
 from ..storage.tensors import DTYPES, NAMES, Layout, TensorFiles, hash_tensors
-from .experts import open_expert
+from .experts import open_expert, open_parts
 from .keys import is_trunk_projection
 from .rules import RULES, Context, Rule, check_weights, merge_tensor
 from .survival import Change, change_of
@@ -22,6 +22,7 @@ class Sources:
     """The opened and checked inputs of a merge.
 
     Attributes:
+        parts: where what is merged lies in the base, by name.
         output: key to dtype and shape of what will be written, without projections.
         projections: the same of the projections that experts of the trunk placement carry and the base doesn't.
         changes: of the tensors that were merged so far and written in a coarser dtype than they were computed in.
@@ -30,13 +31,18 @@ class Sources:
     def __init__(self, base: Path, experts: list[Path], settings: Merge) -> None:
         self.settings = settings
         self.changes: dict[str, Change] = {}
-        self.base = TensorFiles(weight_files(network_folder(base)))
-        self.experts = [open_expert(path) for path in experts]
+        component = settings.component
+        chosen = component is not None and (base / "model_index.json").is_file()
+        self.parts = {component: chosen_part(base, component)} if chosen and component else denoisers(base)
+        if component is not None and not chosen:
+            self.parts = {component: base}
+        self.base = open_parts(self.parts)
+        self.experts = [open_expert(path, parts_like(path, self.parts, component)) for path in experts]
         self.rule: Rule = RULES[settings.method]
         check_weights(settings.weights, len(experts))
         self._check_blocks()
         for expert, path in zip(self.experts, experts, strict=True):
-            expert.check_keys(self.base.entries, str(path))
+            expert.check_keys(self.base.entries, str(path), " and ".join(self.parts), settings)
         self._check_origin(experts)
         self.fishers = [TensorFiles(weight_files(path)) for path in settings.fishers]
         self._check_fishers()
@@ -47,6 +53,8 @@ class Sources:
             key: (asked if asked and e.dtype.is_floating_point else e.dtype, e.shape)
             for key, e in self.base.entries.items()
         }
+        self.kept = self._kept(experts)
+        self.output |= {k: (f.entries[k].dtype, f.entries[k].shape) for k, f in self.kept.items()}
         extra = {k: e for x in self.experts for k, e in x.files.entries.items() if is_trunk_projection(k)}
         self.projections: Layout = {
             k: (e.dtype, e.shape) for k, e in sorted(extra.items()) if k not in self.base.entries
@@ -93,6 +101,16 @@ class Sources:
                     )
         return found
 
+    def _kept(self, experts: list[Path]) -> dict[str, TensorFiles]:
+        """Find the tensors that the base lacks and that are written as an expert has them, and whose they are."""
+        kept: dict[str, TensorFiles] = {}
+        for expert, path in zip(self.experts, experts, strict=True):
+            for key in expert.kept:
+                first = kept.setdefault(key, expert.files)
+                if hash_tensors([(key, first[key])]) != hash_tensors([(key, expert.files[key])]):
+                    raise UserError(f"{path}: {key} differs from another expert's, and one can be kept; drop it")
+        return kept
+
     def _check_origin(self, experts: list[Path]) -> None:
         records = [(p, p / "expert.json" if p.is_dir() else p.parent / "expert.json") for p in experts]
         origins = [(p, json.loads(r.read_text())["base_sha256"]) for p, r in records if r.is_file()]
@@ -119,6 +137,8 @@ class Sources:
         Raises:
             UserError: an input or Fisher information has NaN or infinity, or the sum is too large for the dtype.
         """
+        if key in self.kept:
+            return self.kept[key][key]
         base = torch.eye(self.projections[key][1][0]) if key in self.projections else self.base[key]
         if not base.is_floating_point():
             return base

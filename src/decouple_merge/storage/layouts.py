@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,29 @@ def network_folder(path: Path) -> Path:
     if len(found) > 1:
         raise UserError(f"{path} denoises with {' and '.join(found)}, expected one; give the folder of one of them")
     return next(iter(found.values()))
+
+
+def parts_like(path: Path, names: Collection[str], component: str | None) -> dict[str, Path]:
+    """Find in a model the parts that are merged into a base.
+
+    Args:
+        names: of the base's parts; one without a name is a network or a file.
+        component: the part that was chosen, if one was.
+
+    Raises:
+        UserError: it has others.
+    """
+    if component is not None and (path / "model_index.json").is_file():
+        return {component: chosen_part(path, component)}
+    found = {"": path} if component is not None else denoisers(path)
+    if len(found) == len(names) == 1 and ("" in found or "" in names or [*found] == [*names]):
+        return {next(iter(names)): next(iter(found.values()))}
+    if {*found} == {*names}:
+        return found
+    mine, theirs = (" and ".join(each) if "" not in each else "one network" for each in (found, names))
+    raise UserError(
+        f"{path} is of {mine}, and the base of {theirs}; give a pipeline of the same, or choose a part with --component"
+    )
 
 
 def model_files(path: Path) -> list[Path]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,19 @@ class TensorFiles:
         if any(".proj_attn." in name for name in self.entries):
             self.entries = {_renamed(name): entry for name, entry in self.entries.items()}
         self.entries = dict(sorted(self.entries.items()))
+
+    @classmethod
+    def side_by_side(cls, parts: Mapping[str, "TensorFiles"]) -> "TensorFiles":
+        """Put several networks into one, the keys of each behind its name and a dot; one alone stays as it is."""
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        joined = cls([])
+        for name, files in parts.items():
+            joined.entries |= {f"{name}.{key}": entry for key, entry in files.entries.items()}
+            joined.metadata = joined.metadata or files.metadata
+            joined._open |= files._open
+        joined.entries = dict(sorted(joined.entries.items()))
+        return joined
 
     def __getitem__(self, key: str) -> Tensor:
         entry = self.entries[key]
