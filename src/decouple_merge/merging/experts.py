@@ -12,18 +12,21 @@ from ..storage.tensors import Entry, TensorFiles
 from .adapter_keys import is_adapter
 from .keys import compare_keys, describe
 from .lora import Lora
+from .names import pair_keys, part_of
 
 
 class Checkpoint:
     """An expert as a whole set of weights.
 
     Attributes:
+        names: the file's key of a tensor, by the base's key, where the two are in other layouts of Stable Diffusion.
         kept: keys that the base doesn't have, and that are written as they are.
         notes: lines for the user: what of the expert isn't merged.
     """
 
     def __init__(self, files: TensorFiles) -> None:
         self.files = files
+        self.names: dict[str, str] = {}
         self.kept: list[str] = []
         self.notes: list[str] = []
 
@@ -33,12 +36,13 @@ class Checkpoint:
         Raises:
             UserError: names the keys that are missing, unknown or of another shape.
         """
-        problems, hints = compare_keys(base, self.files.entries), list[str]()
+        problems = self._compare(base, name, component)
+        hints = list[str]()
         for kind, option, choice, others in (
             ("missing", "--missing-keys", settings.missing_keys, "base"),
-            ("unknown", "--extra-keys", settings.extra_keys, "drop or keep"),
+            ("unknown", "--extra-keys", settings.extra_keys, "drop" if self.names else "drop or keep"),
         ):
-            if problems[kind] and choice != "error":
+            if problems[kind] and choice in others:
                 self.notes.append(f"{name}: {option} {choice} of {describe({kind: problems[kind]})}")
                 self.kept = problems[kind] if choice == "keep" else self.kept
                 problems[kind] = []
@@ -49,9 +53,26 @@ class Checkpoint:
                 f"{name} doesn't fit the base: {found}; expected an expert finetuned from this base{''.join(hints)}"
             )
 
+    def _compare(self, base: Mapping[str, Entry], name: str, component: str) -> dict[str, list[str]]:
+        """List the keys that don't fit, after a translation where one is needed."""
+        pairs = pair_keys(base, self.files.entries, part_of(component))
+        if pairs is None:
+            return compare_keys(base, self.files.entries)
+        self.names = {key: pairs.expert.get(said, key) for said, key in pairs.base.items()}
+        # Under the base's name where it has one, so that what is missing or unknown is said in the file's own words.
+        found = {pairs.base.get(said, key): self.files.entries[key] for said, key in pairs.expert.items()}
+        for count, whose in (
+            (len(pairs.rest), "of it, for other parts, are not merged"),
+            (len(base) - len(pairs.base), "of the base, for other parts, stay as they are"),
+        ):
+            if count:
+                self.notes.append(f"{name}: in another layout than the base; {count} tensors {whose}")
+        return compare_keys({key: base[key] for key in pairs.base.values()}, found)
+
     def tensor(self, key: str, base: Tensor) -> Tensor:
         """Read the expert's version of a tensor; of one that it doesn't have it is the base's."""
-        return self.files[key] if key in self.files.entries else base
+        name = self.names.get(key, key)
+        return self.files[name] if name in self.files.entries else base
 
 
 Expert = Checkpoint | Lora

@@ -119,7 +119,7 @@ def _copy_folder(base: Path, out: Path, sources: Sources) -> dict[Path, tuple[st
     # Weights in other formats and precisions would be stale copies of the base's.
     stale = shutil.ignore_patterns(*STALE)
     shutil.copytree(base, out, ignore=lambda at, names: stale(at, names) if Path(at) in folders else set())
-    files = {}
+    files: dict[Path, tuple[str, Layout]] = {}
     for name, folder in sources.parts.items():
         files |= _shard_files(out / folder.relative_to(base), name, sources)
     return files | ({out / PROJECTIONS_FILE: ("", sources.projections)} if sources.projections else {})

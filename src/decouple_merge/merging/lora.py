@@ -8,12 +8,11 @@ from torch import Tensor
 
 from ..config import Merge
 from ..errors import UserError
-from ..storage.layouts import DENOISER
 from ..storage.tensors import Entry, TensorFiles
 from .adapter_config import AdapterConfig
 from .adapter_keys import AdapterKey, other_kind, parse_key, spellings
 from .keys import describe
-from .names import module_places
+from .names import module_places, part_of
 
 # A part's key in the file, and what it says of its module.
 Parts = dict[str, tuple[str, AdapterKey]]
@@ -76,7 +75,7 @@ class Lora:
         keys = {name: parse_key(name) for name in self.files.entries}
         # A file for Wan 2.2's second transformer may say no more than transformer, as one for the only network does.
         asked, plain = component, not any(key.component == component for key in keys.values())
-        component = "denoiser" if component == "" or (DENOISER.fullmatch(component) and plain) else component
+        component = part_of(component) if plain else component
         places = module_places(base.keys(), component)
         components, elsewhere, unknown = {c for c, _ in places}, dict[str, list[str]](), dict[str, str]()
         for name, key in keys.items():

@@ -2,6 +2,9 @@
 
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from ..storage.layouts import DENOISER
 
 # What holds the parts of a pipeline in a file of the original layout.
 PREFIXES = {
@@ -97,7 +100,27 @@ def _translated(keys: Iterable[str], names: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def module_places(keys: Collection[str], component: str = "denoiser") -> dict[tuple[str, str], set[str]]:
+def part_of(component: str) -> str:
+    """Say which part of a pipeline a component is: denoiser, whatever a pipeline calls it, or its own name."""
+    return "denoiser" if not component or DENOISER.fullmatch(component) else component
+
+
+def _parts(keys: Iterable[str], component: str) -> dict[tuple[str, str], list[str]]:
+    """Sort keys by their prefix and the part of a pipeline that it tells; without one they are of ``component``.
+
+    Returns:
+        The keys without their prefixes. What a file of the original layout has besides is of the part ``rest``.
+    """
+    parts: dict[tuple[str, str], list[str]] = {}
+    for key in keys:
+        prefix = next((p for p in PREFIXES if key.startswith(p)), "")
+        parts.setdefault((prefix, PREFIXES.get(prefix, component)), []).append(key.removeprefix(prefix))
+    if len(parts) > 1 and ("", component) in parts:
+        parts["", "rest"] = parts.pop(("", component))
+    return parts
+
+
+def module_places(keys: Collection[str], component: str) -> dict[tuple[str, str], set[str]]:
     """List under which names an adapter may mean a module of the base.
 
     Args:
@@ -108,14 +131,55 @@ def module_places(keys: Collection[str], component: str = "denoiser") -> dict[tu
         (component, name with ``_`` in place of dots) to the modules, of which there should be one.
     """
     places: dict[tuple[str, str], set[str]] = {}
-    parts: dict[tuple[str, str], list[str]] = {}
-    for key in keys:
-        prefix = next((p for p in PREFIXES if key.startswith(p)), "")
-        parts.setdefault((prefix, PREFIXES.get(prefix, component)), []).append(key.removeprefix(prefix))
-    for (prefix, part), names in parts.items():
+    for (prefix, part), names in _parts(keys, component).items():
         others = original_keys(names) | diffusers_keys(names)
         for name in names:
             for alias in {name, others.get(name, name)}:
                 module = alias.rpartition(".")[0].replace(".", "_")
                 places.setdefault((part, module), set()).add(prefix + name.rpartition(".")[0])
     return places
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The keys of a base and an expert in two layouts.
+
+    Attributes:
+        base: by diffusers' names, the keys of the part that both have.
+        expert: the same of the expert.
+        rest: what the expert has for other parts.
+    """
+
+    base: dict[str, str]
+    expert: dict[str, str]
+    rest: list[str]
+
+
+def pair_keys(base: Collection[str], expert: Collection[str], component: str) -> Pairs | None:
+    """Pair the keys of Stable Diffusion in the original layout with those in diffusers'.
+
+    Args:
+        component: what the base is of a pipeline: denoiser, text_encoder, …
+
+    Returns:
+        None where both are in one layout.
+    """
+    if _original_prefix(base) == _original_prefix(expert):
+        return None
+
+    def names(keys: Collection[str]) -> dict[str, str]:
+        for (prefix, part), found in _parts(keys, component).items():
+            if part == component:
+                others = diffusers_keys(found)
+                return {others.get(name, name): prefix + name for name in found}
+        return {}
+
+    theirs = names(expert)
+    return Pairs(names(base), theirs, [k for k in expert if k not in set(theirs.values())])
+
+
+def _original_prefix(keys: Collection[str]) -> str | None:
+    """Say what stands before the original code's names of a U-Net; None where there are none."""
+    if any(key.startswith("model.diffusion_model.") for key in keys):
+        return "model.diffusion_model."
+    return "" if any(key.startswith("input_blocks.0.0.") for key in keys) else None

@@ -59,6 +59,11 @@ class Sources:
         self.projections: Layout = {
             k: (e.dtype, e.shape) for k, e in sorted(extra.items()) if k not in self.base.entries
         }
+        if self.projections and not base.is_dir():
+            raise UserError(
+                f"{next(iter(self.projections))} is a trunk projection, and a file has no place for it; give the "
+                "pipeline as the base"
+            )
 
     def _check_blocks(self) -> None:
         left, num = list(self.base.entries), len(self.experts)
