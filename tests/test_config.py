@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from decouple_merge.config import Config, Data, Evaluate, Finetune, Search, Training, dump_config, load_config
+from decouple_merge.errors import UserError
 from decouple_merge.seeds import check_disjoint, generator, stream_seed
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -30,11 +31,21 @@ def write(tmp_path: Path, text: str) -> Path:
             "finetune.projection.learning_rate_scale",
         ),
         ("pretrain: {num_update: 10}", "pretrain.num_update", "pretrain.num_updates"),
+        ("evaluate: {sampler: DDIM}", "evaluate.sampler", "sample.sampler"),
+        ("search: {gamma: 5, source: a}", "search.source", "data.source"),
+        ("guidance_scale: 5", "guidance_scale", "text.guidance_scale"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_valid_one(tmp_path: Path, text: str, unknown: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"unknown key '{unknown}'; the nearest valid key is '{nearest}'"):
         load_config(write(tmp_path, text))
+
+
+def test_a_key_of_several_sections_names_them_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'learning_rate'; .* is 'finetune.learning_rate' or 'pretrain.learning_rate'"):
+        load_config(write(tmp_path, "learning_rate: 1.0e-4"))
+    with pytest.raises(UserError, match=r"'data.num_steps'; the nearest valid key is 'sample.num_steps' or 'search"):
+        load_config(write(tmp_path, "data: {num_steps: 4}"))
 
 
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
@@ -89,7 +100,7 @@ def test_overrides_change_values_at_any_depth(tmp_path: Path) -> None:
 
 
 def test_the_last_of_two_overrides_wins(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, ""), ["seed=1", "seed=2"]).seed == 2
+    assert load_config(write(tmp_path, "{}"), ["seed=1", "seed=2"]).seed == 2
 
 
 @pytest.mark.parametrize(
@@ -121,8 +132,11 @@ def test_a_dump_reads_back_equal(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, dump_config(config))) == config
 
 
-def test_an_empty_config_is_the_default(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, "")) == Config()
+@pytest.mark.parametrize("text", ["", "\n\n", "# base: models/fashion-ddpm\n", "---\n...\n", "~", "\ufeff"])
+def test_an_empty_config_is_refused_and_an_empty_section_is_the_default(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"config\.yaml is empty; write \{\} in it if every value shall be the default"):
+        load_config(write(tmp_path, text))
+    assert load_config(write(tmp_path, "{}")) == Config()
     assert load_config(write(tmp_path, dump_config(Config()))) == Config()
 
 

@@ -1,9 +1,11 @@
 """The command ``deme``: each verb is one function of the library. Heavy imports stay inside the handlers."""
 
+import errno
 import sys
 
 import typer
 
+from ..errors import UserError
 from .files import info, merge
 from .images import sample
 from .runs import analyze, finetune, fisher, pretrain, run, search
@@ -16,23 +18,46 @@ for verb in (run, finetune, search, analyze, fisher, merge, info, sample, evalua
     app.command()(verb)
 
 
+# What to do about a path that the operating system refuses.
+PATH_ERRORS = {
+    errno.ENOENT: "check the path",
+    errno.EACCES: "give a path that you may read and write, or change its permissions",
+    errno.EPERM: "give a path that you may read and write",
+    errno.EROFS: "give a path that can be written",
+    errno.EISDIR: "give the path of a file",
+    errno.ENOTDIR: "give a path whose parents are folders",
+    errno.EEXIST: "give another path, or remove what is there",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "mend the link, which leads to itself",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit status 2."""
     try:
         app(standalone_mode=True)
-    except ValueError as error:
-        print("deme: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:
-        from ..storage.files import is_disk_full
-
-        if not is_disk_full(error):
-            raise
-        print("deme: the disk is full; make room and run the same command again to go on", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("deme: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if (line := _users_mistake(error)) is None:
+            raise
+        print("deme: " + " ".join(line.split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def _users_mistake(error: Exception) -> str | None:
+    """Say in words what a user can mend; None of our own faults, which keep their traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    from ..storage.files import is_disk_full
+
+    if is_disk_full(error):
+        return "the disk is full; make room and run the same command again to go on"
+    if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; {PATH_ERRORS[error.errno]}"
+    return None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The typed config of a run: a section a file, and one loader of YAML.
 
-Imports errors, seeds.
+Imports errors, seeds, storage.
 """
 
 from .data import Data

@@ -1,10 +1,11 @@
 """The section ``data``."""
 
-from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
+from .numbers import NonNegativeInt, Number, PositiveInt
+from .paths import FilePath, Name
 from .section import Precision, Section
 
 
@@ -32,14 +33,14 @@ class Data(Section):
         num_workers: data loader processes; 0 loads in the training process.
     """
 
-    source: str = "fashion-mnist"
-    path: Path | None = None
+    source: Name = "fashion-mnist"
+    path: FilePath | None = None
     split: str = "train"
     column: str = "image"
     caption_column: str = "text"
     fit: Literal["exact", "resize"] = "exact"
     flip: bool = False
-    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    caption_dropout: Number = Field(0.1, ge=0, lt=1)
     cache_precision: Precision = "fp32"
     num_held_out: PositiveInt = 512
     held_out: Literal["random", "last"] = "random"

@@ -1,9 +1,7 @@
 """The section ``evaluate``: what is reported."""
 
-from pathlib import Path
-
-from pydantic import NonNegativeInt, PositiveInt
-
+from .numbers import NonNegativeInt, PositiveInt
+from .paths import FilePath, Name
 from .section import Section
 
 
@@ -28,6 +26,6 @@ class Evaluate(Section):
     first_seed: NonNegativeInt = 0
     num_reference_images: PositiveInt | None = None
     num_sample_images: PositiveInt = 64
-    inception_weights: Path | None = None
-    dinov2: str | None = None
-    clip: str | None = None
+    inception_weights: FilePath | None = None
+    dinov2: Name | None = None
+    clip: Name | None = None

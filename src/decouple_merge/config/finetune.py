@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from ..errors import UserError
+from .numbers import Integer, NonNegativeFloat, Number, PositiveFloat, PositiveInt
 from .section import Section
 from .training import Training
 
@@ -47,8 +48,8 @@ class Finetune(Training):
     """
 
     num_ranges: PositiveInt = 4
-    ranges: list[tuple[int, int]] | None = None
-    global_prob: float = Field(0.4, ge=0, le=1)
+    ranges: list[tuple[Integer, Integer]] | None = None
+    global_prob: Number = Field(0.4, ge=0, le=1)
     consistency_weight: NonNegativeFloat = 1.0
     projection: Projection = Projection()
     lora: Lora | None = None

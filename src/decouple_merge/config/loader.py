@@ -1,13 +1,15 @@
-"""YAML to sections: override, validate, explain, dump."""
+"""Plain values to sections: override, validate, explain, dump."""
 
 import difflib
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from ..errors import UserError
+from .document import dump, parse, read_document
 from .run import Config
 from .section import Section
 
@@ -18,23 +20,15 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML config, apply ``a.b=c`` overrides, validate.
 
     Raises:
-        UserError: the file is missing or not YAML, a key is unknown (the nearest valid one is named), or a value
-            has the wrong type or range.
+        UserError: the file is missing, empty or not YAML, a key is unknown (the nearest valid one is named) or stands
+            twice, or a value has the wrong type or range.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file, see configs/") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config {path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config {path}: found {type(values).__name__}, expected keys and values")
-    return validate(Config, values, f"config {path}", overrides)
+    return validate(Config, read_document(path), f"config {path}", overrides)
 
 
 def dump_config(config: Config) -> str:
     """Write a config as YAML that ``load_config`` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump(config.model_dump(mode="json"))
 
 
 def validate(
@@ -48,6 +42,7 @@ def validate(
     """
     for assignment in overrides or []:
         _override(values, assignment)
+    _check_plain(values, where)
     try:
         return section.model_validate(values)
     except ValidationError as error:
@@ -56,20 +51,33 @@ def validate(
 
 def _override(values: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {assignment!r}: expected key=value, for example finetune.num_updates=100")
     *parents, last = key.split(".")
+    if not equals or not all((*parents, last)):
+        raise UserError(f"--set {assignment!r}: expected key=value, for example finetune.num_updates=100")
     for parent in parents:
         child = values.get(parent)
-        if child is None:
-            child = values[parent] = {}
-        if not isinstance(child, dict):
+        if not isinstance(child, dict | None):
             raise UserError(f"--set {assignment!r}: {parent!r} holds a value, not a section")
-        values = child
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {assignment!r}: {text!r} is not valid YAML ({error})") from error
+        # A copy: by an alias it may be another section's too.
+        section = values[parent] = dict(child or {})
+        values = section
+    values[last] = parse(text, f"--set {assignment!r}")
+
+
+def _check_plain(value: Any, where: str, key: str = "") -> None:
+    """Refuse what no setting may hold, also where a section takes anything: NaN, infinity, texts that are none."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            if isinstance(name, bool) or not isinstance(name, str | int):
+                raise UserError(f"{where}: {key or 'the config'} has the key {name!r}, expected a name")
+            _check_plain(child, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for i, child in enumerate(value):
+            _check_plain(child, where, f"{key}.{i}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {key} is {value}, expected a finite number")
+    elif isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{where}: {key} is {value!r}, which holds a character that is in no text or path")
 
 
 def _explain(model: Any, error: ValidationError, where: str) -> str:
@@ -77,17 +85,33 @@ def _explain(model: Any, error: ValidationError, where: str) -> str:
     for e in error.errors():
         key = ".".join(map(str, e["loc"]))
         if e["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}; the nearest valid key is {_nearest_key(model, e['loc'])!r}")
+            lines.append(f"unknown key {key!r}; the nearest valid key is {_nearest_key(model, e['loc'])}")
         else:
             message = e["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: {message}, found {e['input']!r}" if key else message)
+            lines.append(f"{key}: {message}, found {repr(e['input'])[:200]}" if key else message)
     return f"{where}: " + "; ".join(lines)
 
 
 def _nearest_key(model: Any, location: tuple[int | str, ...]) -> str:
-    """Name the valid key nearest to the unknown one at the end of a location."""
+    """Name the valid key nearest to the unknown one at the end of a location, or the same in another section."""
+    own, last = model, str(location[-1])
     for part in location[:-1]:
-        annotation = model.model_fields[part].annotation
-        model = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
-    match = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1, cutoff=0.0)
-    return ".".join([*map(str, location[:-1]), *match])
+        own = _section_of(own.model_fields[str(part)].annotation)
+    near = difflib.get_close_matches(last, list(own.model_fields), n=1, cutoff=0.8)
+    elsewhere = sorted((k for k in _keys(model) if k.split(".")[-1] == last), key=lambda k: k.count("."))
+    if not near and elsewhere:
+        return " or ".join(repr(k) for k in elsewhere if k.count(".") == elsewhere[0].count("."))
+    match = difflib.get_close_matches(last, list(own.model_fields), n=1, cutoff=0.0)
+    return repr(".".join([*map(str, location[:-1]), *match]))
+
+
+def _section_of(annotation: Any) -> Any:
+    return next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
+
+
+def _keys(model: Any, prefix: str = "") -> Iterator[str]:
+    """List the keys of a section and of those in it, with dots."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if section := _section_of(field.annotation):
+            yield from _keys(section, f"{prefix}{name}.")

@@ -1,10 +1,11 @@
 """What ``deme merge`` is asked for."""
 
-from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic import Field
 
+from .numbers import NonNegativeInt, Number, PositiveInt
+from .paths import FilePath
 from .section import Section
 
 
@@ -28,15 +29,15 @@ class Merge(Section):
     """
 
     method: str = "linear"
-    weights: list[FiniteFloat] = Field(min_length=1)
-    blocks: dict[str, list[FiniteFloat]] = {}
-    density: float = Field(1.0, gt=0, le=1)
+    weights: list[Number] = Field(min_length=1)
+    blocks: dict[str, list[Number]] = {}
+    density: Number = Field(1.0, gt=0, le=1)
     seed: NonNegativeInt = 0
-    fishers: list[Path] = []
+    fishers: list[FilePath] = []
     dtype: Literal["F64", "F32", "F16", "BF16"] | None = None
     max_shard_bytes: PositiveInt = 10_000_000_000
     allow_non_finite: bool = False
-    min_delta_cosine: float = Field(0.9, ge=-1, le=1)
+    min_delta_cosine: Number = Field(0.9, ge=-1, le=1)
     component: str | None = None
     extra_keys: Literal["error", "keep", "drop"] = "error"
     missing_keys: Literal["error", "base"] = "error"

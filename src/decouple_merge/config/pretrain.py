@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from ..errors import UserError
+from .numbers import Integer, NonNegativeFloat, PositiveFloat, PositiveInt
 from .section import Section
 from .training import Training
 
@@ -43,7 +44,7 @@ class TextEncoder(PartTraining):
     """
 
     model: dict[str, Any] = {}
-    vocab_size: int = Field(2048, ge=514)
+    vocab_size: Integer = Field(2048, ge=514)
 
 
 class Pretrain(Training):

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
 from ..errors import UserError
+from .document import read_document
 from .loader import validate
+from .numbers import Integer, NonNegativeInt, PositiveInt
 from .sample import Sample, Text
 from .stats import Stats
 
@@ -30,7 +31,7 @@ class Protocol(Stats):
     """
 
     metrics: list[str] = Field(["fd_effnetlite0"], min_length=1)
-    num_images: int | None = Field(None, ge=2)
+    num_images: Integer | None = Field(None, ge=2)
     num_reference_images: PositiveInt | None = None
     seed: NonNegativeInt = 0
     num_processes: PositiveInt = 1
@@ -48,7 +49,7 @@ def load_protocol(name: str | None, given: dict[str, Any], overrides: list[str] 
     Raises:
         UserError: there is no such protocol, or as ``load_config``.
     """
-    known = yaml.safe_load(Path(__file__).with_name("protocols.yaml").read_text(encoding="utf-8"))
+    known = read_document(Path(__file__).with_name("protocols.yaml"))
     if name is not None and name not in known:
         raise UserError(f"--protocol is {name!r}, expected one of {', '.join(known)}")
     values = known[name] if name else {}

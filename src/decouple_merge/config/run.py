@@ -1,11 +1,13 @@
 """The config of a whole run."""
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import model_validator
 
 from ..seeds import check_disjoint
 from .data import Data
 from .evaluate import Evaluate
 from .finetune import Finetune
+from .numbers import NonNegativeInt, PositiveInt
+from .paths import Name
 from .pretrain import Pretrain
 from .sample import Sample, Text
 from .search import Search
@@ -22,7 +24,7 @@ class Config(Section):
     """
 
     seed: NonNegativeInt = 0
-    base: str = "models/fashion-ddpm"
+    base: Name = "models/fashion-ddpm"
     num_processes: PositiveInt = 1
     executor: str = "local"
     data: Data = Data()

@@ -1,11 +1,12 @@
 """The sections ``sample`` and ``text``: how images are drawn, and what is asked for."""
 
-from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
 from ..errors import UserError
+from .numbers import NonNegativeInt, Number, PositiveInt
+from .paths import FilePath
 from .section import Precision, Section
 
 
@@ -42,11 +43,11 @@ class Text(Section):
         guidance_scale: 1 is no guidance, which takes half the compute.
     """
 
-    prompts: Path | None = None
+    prompts: FilePath | None = None
     template: str = "{}"
     prompt_seed: NonNegativeInt = 0
     negative_prompt: str = ""
-    guidance_scale: float = Field(7.5, ge=1)
+    guidance_scale: Number = Field(7.5, ge=1)
 
     @field_validator("template")
     @classmethod

@@ -1,10 +1,12 @@
 """The section ``search``: the merging weights."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from ..errors import UserError
+from .numbers import Integer, NonNegativeInt, Number, PositiveFloat, PositiveInt
+from .paths import Name
 from .section import Section
 
 
@@ -38,13 +40,13 @@ class Search(Section):
 
     strategy: Literal["gp", "tpe", "cmaes", "evolution", "coordinate", "random", "greedy", "grid", "gradient"] = "gp"
     method: Literal["linear", "ties"] = "linear"
-    density: float = Field(1.0, gt=0, le=1)
+    density: Number = Field(1.0, gt=0, le=1)
     blocks: list[str] = Field(["*"], min_length=1)
-    checkpoints: list[str] = []
-    low: float = -0.2
-    high: float = 2.5
-    frozen: dict[NonNegativeInt, float] = {}
-    start: list[list[float]] = []
+    checkpoints: list[Name] = []
+    low: Number = -0.2
+    high: Number = 2.5
+    frozen: dict[Annotated[int, Field(ge=0)], Number] = {}
+    start: list[list[Number]] = []
     gradient_batches: NonNegativeInt = 200
     num_trials: PositiveInt = 40
     max_images: PositiveInt | None = None
@@ -54,7 +56,7 @@ class Search(Section):
     metric: str = "fd_effnetlite0"
     num_images: PositiveInt = 1000
     num_steps: PositiveInt | None = None
-    halving: int = Field(3, ge=2)
+    halving: Integer = Field(3, ge=2)
     num_finalists: NonNegativeInt = 3
     num_final_images: PositiveInt | None = None
     first_seed: NonNegativeInt = 1_000_000

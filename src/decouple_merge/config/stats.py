@@ -1,9 +1,7 @@
 """What ``deme stats`` measures images with."""
 
-from pathlib import Path
-
-from pydantic import PositiveInt
-
+from .numbers import PositiveInt
+from .paths import FilePath, Name
 from .section import Section
 
 
@@ -18,6 +16,6 @@ class Stats(Section):
     """
 
     image_size: PositiveInt | None = None
-    inception_weights: Path | None = None
-    dinov2: str | None = None
-    clip: str | None = None
+    inception_weights: FilePath | None = None
+    dinov2: Name | None = None
+    clip: Name | None = None

@@ -2,16 +2,17 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from ..errors import UserError
+from .numbers import Decay, Integer, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt
 from .section import Precision, Section
 
 
 class Ema(Section):
     """Exponential moving average of the weights, decay at update s: min(max_decay, 1 - (1 + s)^-power)."""
 
-    max_decay: float = Field(0.9999, ge=0, lt=1)
+    max_decay: Decay = 0.9999
     power: PositiveFloat = 0.75
 
 
@@ -28,7 +29,7 @@ class Distance(Section):
 
     every: PositiveInt = 1000
     metric: str = "kd_effnetlite0"
-    num_images: int = Field(256, ge=2)
+    num_images: Integer = Field(256, ge=2)
     num_steps: PositiveInt = 20
 
 
@@ -54,16 +55,16 @@ class Training(Section):
     learning_rate: PositiveFloat = 2e-4
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     num_warmup_updates: NonNegativeInt = 0
-    floor: float = Field(0.0, ge=0, le=1)
-    decay_fraction: float = Field(1.0, gt=0, le=1)
+    floor: Number = Field(0.0, ge=0, le=1)
+    decay_fraction: Number = Field(1.0, gt=0, le=1)
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    betas: tuple[float, float] = (0.95, 0.999)
+    betas: tuple[Decay, Decay] = (0.95, 0.999)
     weight_decay: NonNegativeFloat = 1e-6
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     antithetic: bool = True
     weighting: str | None = None
-    weighting_options: dict[str, float] = {}
+    weighting_options: dict[str, Number] = {}
     mixed_precision: Precision = "fp32"
     compile: bool = False
     gradient_checkpointing: bool = False
