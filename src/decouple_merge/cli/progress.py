@@ -49,7 +49,8 @@ def show(events: Iterable[Any], console: Console) -> list[Row]:
                     console.print(f"{event.name} {event.update}/{event.num_updates}: {line}")
             elif isinstance(event, Trial):
                 weights = ", ".join(f"{w:.3f}" for w in event.weights)
-                console.print(f"{event.level} {event.number}: ({weights}) → {event.value:.4g}  {event.seconds:.0f} s")
+                value = f"lost: {event.failure}" if event.failure else f"{event.value:.4g}"
+                console.print(f"{event.level} {event.number}: ({weights}) → {value}  {event.seconds:.0f} s")
             elif isinstance(event, dict):
                 console.print(metrics_line(event))
             else:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import NotFiniteError, UserError
 from .distances import FeatureStats
 from .extractors import Extractor
 from .metrics import METRICS, Metric, check_num_images
@@ -105,6 +105,11 @@ def _collect(
     def take(features: Features) -> int:
         for output, found in features.items():
             rows = found.cpu()
+            if not bool(rows.isfinite().all()):
+                raise NotFiniteError(
+                    f"the {output[1]} of {output[0]} have NaN or infinity for images {num} to {num + len(rows) - 1}; "
+                    "expected finite ones: check the network's weights and its precision"
+                )
             if output in stats:
                 stats[output].add(rows)
             if output in kept:

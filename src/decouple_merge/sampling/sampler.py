@@ -14,7 +14,7 @@ from ..config import Sample, Text
 from ..data.images import to_pixels
 from ..data.latents import DTYPES, open_texts
 from ..diffusion.timesteps import TimestepRange
-from ..errors import UserError
+from ..errors import NotFiniteError, UserError
 from ..models.base import Base
 from ..models.ensemble import TimestepEnsemble
 from ..models.family import Encoders
@@ -164,6 +164,7 @@ def sample_images(
 
     Raises:
         UserError: such a base has no prompts, or another has some.
+        NotFiniteError: an image has NaN or infinity.
     """
     check_prompts(base, prompts is not None)
     steps = num_steps or settings.num_steps
@@ -183,7 +184,20 @@ def sample_images(
         for t in scheduler.timesteps:
             prediction = guided(scheduler.scale_model_input(x, t), t)
             x = scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
-        yield to_pixels(x if prompts is None else prompts.decode(x))[: len(batch)].cpu()
+        images = (x if prompts is None else prompts.decode(x))[: len(batch)]
+        _check_finite(images, batch, settings, steps)
+        yield to_pixels(images).cpu()
+
+
+def _check_finite(images: Float[Tensor, "n c h w"], seeds: Sequence[int], settings: Sample, num_steps: int) -> None:
+    # As pixels, NaN would be black.
+    lost = (~images.isfinite()).flatten(1).any(1).tolist()
+    if any(lost):
+        raise NotFiniteError(
+            f"{sum(lost)} of {len(seeds)} images are NaN or infinite, the first of seed {seeds[lost.index(True)]}, "
+            f"drawn in {settings.precision} by {settings.sampler} with {num_steps} steps; expected finite ones: try "
+            "another sampler, timestep_spacing or precision. A base that predicts ε can't start at a step of pure noise"
+        )
 
 
 def sampling_fields(base: Base, settings: Sample, prompts: str | None) -> dict[str, str | int | None]:

@@ -67,11 +67,12 @@ def check_weights(settings: Search, num_experts: int) -> None:
 
 
 def ranked(found: list[Trial], frozen: Mapping[int, float] = {}) -> list[Trial]:
-    """Sort the trials that may be chosen, best first and of equal ones the first.
+    """Sort the trials that may be chosen, best first and of equal ones the first; lost ones may not.
 
     The fixed candidates are reported whatever is frozen; they can't win where they have another weight.
     """
-    allowed = [t for t in found if all(t.weights[i] == w for i, w in frozen.items())]
+    kept = [t for t in found if not t.failure]
+    allowed = [t for t in kept if all(t.weights[i] == w for i, w in frozen.items())]
     return sorted(allowed, key=lambda t: (t.value, t.number))
 
 
@@ -141,7 +142,11 @@ def search(
         else:
             batches = _one_batch(promoted[: level.num_candidates])
         yield from _drive(study, batches, level, settings, objective)
-        promoted = [t.weights for t in ranked(trials(study), settings.frozen)]
+        found = trials(study)
+        promoted = [t.weights for t in ranked(found, settings.frozen)]
+        if not promoted:
+            reason = next((t.failure for t in found if t.failure), "none has the weights of search.frozen")
+            raise UserError(f"search: no candidate of {len(found)} on level {level.name} may be chosen: {reason}")
     studies[0].set_user_attr("finished", True)
 
 
@@ -210,11 +215,17 @@ def _drive(study: Study, batches: Strategy, level: Level, settings: Search, obje
         # A strategy that has converged may propose the same for ever.
         if len(proposed) >= level.num_candidates or num_idle > 100:
             return
-        values = {t.weights: t.value for t in trials(study)}
+        values = _values([t for t in trials(study) if t.weights in proposed])
         try:
             batch = batches.send([values[w] for w in batch])
         except StopIteration:
             return
+
+
+def _values(found: list[Trial]) -> dict[Weights, float]:
+    """Say what a strategy is told: of a lost candidate a value that is worse than all others."""
+    largest = max((t.value for t in found if not t.failure), default=1.0)
+    return {t.weights: largest + abs(largest) + 1e-9 if t.failure else t.value for t in found}
 
 
 def _out_of_time(study: Study, settings: Search, next_places: list[tuple[int, Weights]]) -> bool:

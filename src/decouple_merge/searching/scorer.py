@@ -1,11 +1,13 @@
 """From weights to a distance: what a search minimises."""
 
+import math
 import time
 
 import torch
 from torch import nn
 
 from ..config import Sample
+from ..errors import NotFiniteError
 from ..evaluation.extractors import Extractor
 from ..evaluation.references import Reference
 from ..evaluation.score import score
@@ -42,14 +44,24 @@ class Scorer:
         merger.attach(self.network)
 
     def __call__(self, weights: Weights, level: Level) -> Score:
-        """Merge by the weights and score the images of the level's seeds."""
+        """Merge by the weights and score the images of the level's seeds; a candidate that draws NaN is lost."""
         sha256 = self.merger.write(weights)
-        return Score(self.distance(denoiser(self.base, self.network), level), sha256)
+        try:
+            return Score(self.distance(denoiser(self.base, self.network), level), sha256)
+        except NotFiniteError as error:
+            return Score(math.inf, sha256, str(error))
 
     def distance(self, model: Denoiser, level: Level) -> float:
-        """Score any model as if it were a candidate."""
+        """Score any model as if it were a candidate.
+
+        Raises:
+            NotFiniteError: its images, their features or the distance are NaN or infinite.
+        """
         images = sample_images(model, self.base, level.seeds, self.sample, self.device, level.num_steps, self.prompts)
-        return score(images, [self.metric], [self.compared])[self.metric]
+        found = score(images, [self.metric], [self.compared])[self.metric]
+        if not math.isfinite(found):
+            raise NotFiniteError(f"{self.metric} is {found}, expected a number: check the images that are drawn")
+        return found
 
     @torch.no_grad()
     def seconds_per_step(self, seeds: range) -> float:

@@ -197,6 +197,7 @@ def _evaluate(
         score = objective(weights, level)
     try:
         trial.set_user_attr("merged_sha256", score.merged_sha256)
+        trial.set_user_attr("failure", score.failure)
         trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
         return _trial(study.tell(trial, score.value))
     except UpdateFinishedTrialError:
@@ -215,6 +216,7 @@ def _trial(frozen: FrozenTrial) -> Trial:
         attributes["seconds"],
         attributes["worker"],
         frozen.datetime_start.isoformat(timespec="seconds") if frozen.datetime_start else "",
+        attributes.get("failure", ""),
     )
 
 

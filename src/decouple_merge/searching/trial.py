@@ -8,10 +8,15 @@ from .strategies import Weights
 
 @dataclass(frozen=True)
 class Score:
-    """What an objective says of a candidate: the value (smaller is better) and the hash of the tensors it ran."""
+    """What an objective says of a candidate: the value (smaller is better) and the hash of the tensors it ran.
+
+    Attributes:
+        failure: why the candidate is lost, and the value infinite: its images or features are NaN or infinite.
+    """
 
     value: float
     merged_sha256: str
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Trial:
         number: its place in the order in which the level's candidates were proposed.
         worker: who evaluated it.
         started: when, ISO 8601 by that worker's clock; with ``seconds`` it shows idle devices.
+        failure: why the candidate is lost; its value is infinite, and nobody chooses it.
     """
 
     level: str
@@ -33,6 +39,7 @@ class Trial:
     seconds: float
     worker: str
     started: str = ""
+    failure: str = ""
 
 
 @dataclass(frozen=True)
