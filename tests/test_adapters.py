@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from decouple_merge.config import Merge
 from decouple_merge.errors import UserError
@@ -161,6 +162,43 @@ def test_a_pipelines_file_has_a_config_for_each_part(tmp_path: Path) -> None:
     origin = saved(tmp_path / "b.safetensors", base.state_dict())
     lines = list(merge_models(str(origin), [path], Merge(weights=[1.0]), tmp_path / "o.safetensors", dry_run=True))
     assert re.search(r"1 tensors for text_encoder, text_encoder\.text_model\.\S+ among them, are not merged", lines[0])  # type: ignore[arg-type]
+
+
+TEXT_SPELLINGS = {
+    "diffusers": lambda m: f"text_encoder.{m}.lora_linear_layer.{{}}.weight",
+    "old diffusers": lambda m: (
+        "text_encoder." + m.replace("q_proj", "to_q_lora").replace("out_proj", "to_out_lora") + ".{}.weight"
+    ),
+    "peft": lambda m: f"text_encoder.{m}.lora_{{}}.weight",
+    "kohya": lambda m: f"lora_te_{m.replace('.', '_')}.lora_{{}}.weight",
+    "kohya for SDXL": lambda m: f"lora_te1_{m.replace('.', '_')}.lora_{{}}.weight",
+}
+
+
+@pytest.mark.parametrize("spelling", TEXT_SPELLINGS)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_text_encoders_layers_are_merged_where_it_is_chosen(tmp_path: Path, spelling: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = CLIPTextModel(CLIPTextConfig(vocab_size=9, max_position_embeddings=5, **sizes))
+    base.save_pretrained(tmp_path / "base/text_encoder")
+    index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+    (tmp_path / "base/model_index.json").write_text(json.dumps(index))
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "out_proj"], init_lora_weights=False)
+    network: Any = get_peft_model(base, config)
+    state = get_peft_model_state_dict(network)
+    tensors: Tensors = {}
+    for key, value in state.items():
+        module, side = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key).groups()  # type: ignore[union-attr]
+        name = side if spelling == "peft" else {"A": "down", "B": "up"}[side]
+        module = module if module.startswith("text_model.") else f"text_model.{module}"
+        tensors[TEXT_SPELLINGS[spelling](module).format(name)] = value
+    path = saved(tmp_path / "l.safetensors", tensors)
+    settings = Merge(weights=[1.0], component="text_encoder")
+    list(merge_models(str(tmp_path / "base"), [path], settings, tmp_path / "out"))
+    found, start = (load_file(tmp_path / name / "text_encoder/model.safetensors") for name in ("out", "base"))
+    network.merge_and_unload().save_pretrained(tmp_path / "expected")
+    assert_alike(found, load_file(tmp_path / "expected/model.safetensors"), start)
 
 
 def test_a_config_of_another_part_alone_is_refused(tmp_path: Path) -> None:

@@ -210,3 +210,14 @@ def test_a_text_encoders_adapter_changes_the_file_that_holds_one(tmp_path: Path)
     factors = {f"{name}.lora_{side}.weight": torch.ones(2, 2) for side in ("down", "up")}
     merge_into(base, saved(tmp_path / "l.safetensors", factors), tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors")[key].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_a_text_encoder_that_an_older_transformers_saved_is_the_same(tmp_path: Path) -> None:
+    names = ["encoder.layers.0.mlp.fc1.weight", "final_layer_norm.bias"]
+    old = saved(tmp_path / "old.safetensors", {f"text_model.{n}": torch.ones(2) for n in names})
+    new = saved(tmp_path / "new.safetensors", {n: torch.full((2,), 3.0) for n in names})
+    for base, expert in ((old, new), (new, old)):
+        merge_into(base, expert, tmp_path / "out.safetensors")
+        found = load_file(tmp_path / "out.safetensors")
+        assert found.keys() == load_file(base).keys()
+        assert all(v.tolist() == [2.0, 2.0] for v in found.values())

@@ -74,7 +74,8 @@ def spellings(module: str) -> list[str]:
         for old, new in changes.items():
             name = re.sub(old, new, name)
         names.append(name)
-    return [*names, *(f"text_model.{n}" for n in names), *(n.removeprefix("text_model.") for n in names)]
+    # CLIP's text model, which transformers saved within another until its version 5.
+    return [*names, *(f"text_model.{n}" for n in names), *(re.sub(r"^text_model[._]", "", n) for n in names)]
 
 
 def parse_key(key: str) -> AdapterKey:

@@ -156,7 +156,7 @@ class Pairs:
 
 
 def pair_keys(base: Collection[str], expert: Collection[str], component: str) -> Pairs | None:
-    """Pair the keys of Stable Diffusion in the original layout with those in diffusers'.
+    """Pair the keys of Stable Diffusion in the original layout with those in diffusers', and CLIP's of any age.
 
     Args:
         component: what the base is of a pipeline: denoiser, text_encoder, …
@@ -164,22 +164,21 @@ def pair_keys(base: Collection[str], expert: Collection[str], component: str) ->
     Returns:
         None where both are in one layout.
     """
-    if _original_prefix(base) == _original_prefix(expert):
+    if _layout(base) == _layout(expert):
         return None
 
     def names(keys: Collection[str]) -> dict[str, str]:
         for (prefix, part), found in _parts(keys, component).items():
             if part == component:
                 others = diffusers_keys(found)
-                return {others.get(name, name): prefix + name for name in found}
+                return {others.get(name, name).removeprefix("text_model."): prefix + name for name in found}
         return {}
 
     theirs = names(expert)
     return Pairs(names(base), theirs, [k for k in expert if k not in set(theirs.values())])
 
 
-def _original_prefix(keys: Collection[str]) -> str | None:
-    """Say what stands before the original code's names of a U-Net; None where there are none."""
-    if any(key.startswith("model.diffusion_model.") for key in keys):
-        return "model.diffusion_model."
-    return "" if any(key.startswith("input_blocks.0.0.") for key in keys) else None
+def _layout(keys: Collection[str]) -> str | None:
+    """Say what all that tells a layout begins with; None for that of diffusers, and of transformers since version 5."""
+    starts = ("model.diffusion_model.", "input_blocks.0.0.", "text_model.")
+    return next((start for start in starts if any(key.startswith(start) for key in keys)), None)
