@@ -44,6 +44,7 @@ ADAPTERS = {
     "peft": ["models.lora"],
     "bitsandbytes": ["training.optimizers"],
     "accelerate": ["training.acceleration"],
+    "filelock": ["storage"],
 }
 
 

@@ -38,5 +38,5 @@ def sample(
 
     given = {"sample": {"sampler": sampler, "num_steps": num_steps}, "text": {"prompts": prompts} if prompts else {}}
     settings = validate(Drawing, given, "deme sample", overrides)
-    sample_model(model, out, num_images, seed, settings.sample, settings.text, settings.num_processes)
-    console.print(f"images: {out}")
+    drawn = sample_model(model, out, num_images, seed, settings.sample, settings.text, settings.num_processes)
+    console.print(f"images: {out}, of which {len(drawn)} were drawn now")

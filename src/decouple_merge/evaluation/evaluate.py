@@ -16,6 +16,7 @@ from ..executors import run_all
 from ..executors.devices import default_device
 from ..executors.local import in_order, shares
 from ..storage.files import append_record
+from ..storage.outputs import RECORDS, check_output
 from .extractors import Extractor, load_extractor, weights_of
 from .metrics import METRICS, check_metrics, check_num_images, extractors_of
 from .records import make_record
@@ -53,8 +54,11 @@ def evaluate_model(
         name: of the model in the records; the path where not given.
 
     Raises:
-        UserError: a metric, its weights, the model, the images or the reference is wrong.
+        UserError: a metric, its weights, the model, the images or the reference is wrong, or ``out`` holds something
+            else than records.
     """
+    if out is not None:
+        check_output(out, RECORDS, [given for given in (model, reference) if isinstance(given, str)])
     check_metrics(settings.metrics, settings)
     name = name or (model if isinstance(model, str) else "images")
     scored = _open(model, name, settings)

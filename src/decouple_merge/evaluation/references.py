@@ -1,6 +1,7 @@
 """What images are compared with: moments and features of a data set, computed once and cached, or read from npz."""
 
 import hashlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..data.sources import open_images
 from ..errors import UserError
 from ..executors.devices import default_device
 from ..storage.files import atomic_path, cache_folder, read_tensors, write_tensors
+from ..storage.outputs import STATISTICS, STATISTICS_COMMENT, check_output
 from .distances import FeatureStats, Moments, matrix_root
 from .extractors import Extractor, load_extractor, weights_of
 from .metrics import METRICS, check_metrics
@@ -163,8 +165,11 @@ def write_statistics(reference: Reference, path: Path) -> None:
     for output, moments in reference.moments.items():
         for array, values in zip(NPZ_NAMES[output], (moments.mean, moments.covariance), strict=True):
             arrays[array] = values.numpy()
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+    with atomic_path(path) as temporary:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        with zipfile.ZipFile(temporary, "a") as archive:
+            archive.comment = STATISTICS_COMMENT
 
 
 def write_reference(images: str, out: Path, metric: str, settings: Stats) -> None:
@@ -174,8 +179,12 @@ def write_reference(images: str, out: Path, metric: str, settings: Stats) -> Non
         metric: whose features are meant.
 
     Raises:
-        UserError: there is no such metric or it compares with no statistics, its weights or the images are wrong.
+        UserError: ``out`` may not be written, there is no such metric or it compares with no statistics, its weights or
+            the images are wrong.
     """
+    if out.suffix != ".npz":
+        raise UserError(f"--out is {out}, expected a name that ends in .npz")
+    check_output(out, STATISTICS, [images])
     check_metrics([metric], settings)
     name = METRICS[metric].extractor
     if METRICS[metric].needs == "texts":

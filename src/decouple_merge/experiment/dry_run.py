@@ -6,6 +6,8 @@ from pathlib import Path
 from ..config import Config
 from ..models.network import num_parameters
 from ..searching.levels import levels
+from ..storage.run_folder import Run
+from .manifest import check_owner
 from .memory import describe_memory
 from .plan import check
 
@@ -15,6 +17,7 @@ def describe(config: Config, out: Path) -> Iterator[str]:
 
     Computes and writes nothing.
     """
+    check_owner(Run(out), config, [config.base, config.data.source])
     yield from describe_memory(config)
     plan = check(config, out)
     finetune, evaluate, num = config.finetune, config.evaluate, len(plan.ranges)

@@ -10,13 +10,12 @@ from ..merging.record import merge_record
 from ..models.export import export_pipeline
 from ..models.lora import FILE, merge_factors
 from ..searching.trial import Level, Trial
-from ..storage.files import read_tensors, remove_leftovers, write_tensors
+from ..storage.files import read_tensors, write_tensors
 from .plan import Plan
 
 
 def export_merge(plan: Plan, merger: Merger, experts_sha256: list[str], level: Level, winner: Trial) -> None:
     """Write the merged model with its record, unless it is there."""
-    remove_leftovers(plan.run.merged)
     record = export_record(plan, experts_sha256, level, winner)
     written = plan.run.merged / "merge.json"
     if written.exists() and json.loads(written.read_text()) == record:

@@ -1,7 +1,7 @@
 """Whose a run folder is: its config, and the manifest of what it was made with and from."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -13,13 +13,19 @@ from ..data.batches import Examples
 from ..errors import UserError
 from ..executors.devices import default_device
 from ..models.base import Base
-from ..storage.files import write_json, write_text
+from ..storage.files import LEFTOVERS, remove_leftovers, write_json, write_text
+from ..storage.outputs import RUN, check_output
 from ..storage.provenance import git_commit
 from ..storage.run_folder import Run
 
 
-def check_owner(run: Run, config: Config) -> None:
-    """Require that a run folder is new, or holds the same config."""
+def check_owner(run: Run, config: Config, inputs: Sequence[str]) -> None:
+    """Require that a run folder can be made, apart from what is read, or holds the same config.
+
+    Raises:
+        UserError: as said.
+    """
+    check_output(run.folder, RUN, inputs)
     if run.config.exists():
         old = load_config(run.config).model_dump(mode="json")
         differing = sorted(_differing_keys(old, config.model_dump(mode="json")))
@@ -33,7 +39,12 @@ def check_owner(run: Run, config: Config) -> None:
 
 
 def claim(run: Run, config: Config, record: dict[str, Any]) -> None:
-    """Make the run folder, with config and manifest; an older run of the same config keeps its own."""
+    """Make the run folder, with config and manifest; an older run of the same config keeps its own.
+
+    What a killed process left in the folder is removed.
+    """
+    for folder in {place.parent for place in run.folder.rglob(LEFTOVERS)}:
+        remove_leftovers(folder)
     if not run.config.exists():
         write_text(run.config, dump_config(config))
     if not run.manifest.exists():

@@ -65,6 +65,7 @@ def check(config: Config, out: Path) -> Plan:
     Raises:
         ValueError: base, data, ranges, sampler, metrics or seeds are wrong, or ``out`` belongs to another config.
     """
+    check_owner(Run(out), config, [config.base, config.data.source])
     check_executor(config.executor)
     base = load_base(config.base)
     ranges = choose_ranges(base.num_train_timesteps, config.finetune.num_ranges, config.finetune.ranges)
@@ -74,7 +75,6 @@ def check(config: Config, out: Path) -> Plan:
     check_distance(config, config.finetune, base)
     check_finetune(config.finetune, base, default_device())
     check_search(config.search, base, len(ranges))
-    check_owner(Run(out), config)
     images = load_images(config.data, base.channels, base.image_size)
     split(images, config.data)
     return image_plan(config, out, base, tuple(ranges), images)

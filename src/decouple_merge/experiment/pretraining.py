@@ -130,7 +130,7 @@ def pretrain(config: Config, out: Path) -> Iterator[str | StepRecord]:
     settings = config.pretrain
     if settings is None:
         raise UserError("the config has no section pretrain, which holds the model's and the training's settings")
-    check_owner(Run(out), config)
+    check_owner(Run(out), config, [config.data.source])
     if settings.vae is None:
         plan = _from_nothing(config, settings, out)
     else:

@@ -52,7 +52,7 @@ def merge_files(
         base: a pipeline folder or a network's, copied with other weights into the folder ``out``, or a weights file,
             and then ``out`` is one.
         record: how it was made, to which the inputs' hashes are added. A folder gets it as merge.json, with the hash
-            of the result, and as a model card; a file carries it in its metadata under ``merge``.
+            and the files of the result, and as a model card; a file carries it in its metadata under ``merge``.
 
     Raises:
         UserError: an input has NaN or infinity, a sum is too large for its dtype, or rounding leaves too little of the
@@ -81,9 +81,19 @@ def merge_files(
             replace_metadata(temporary, metadata | {"merge": json.dumps(record)})
         else:
             places = {name: temporary / at.relative_to(base) for name, at in sources.parts.items()}
-            record = {**record, "merged_sha256": open_expert(temporary, places).files.sha256()}
+            record = {
+                **record,
+                "merged_sha256": open_expert(temporary, places).files.sha256(),
+                "files": _files(temporary),
+            }
             (temporary / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
             (temporary / "README.md").write_text(card(record))
+
+
+def _files(folder: Path) -> list[str]:
+    """List what a merged folder holds, so that a later merge replaces these files and nobody's else."""
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    return sorted(found | {"merge.json", "README.md"})
 
 
 def _with_hashes(record: dict[str, Any], found: list[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..config import Merge, validate
 from ..errors import UserError
 from ..storage.hub import pipeline_folder
+from ..storage.outputs import MERGED_FILE, MERGED_FOLDER, Kind, check_output
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
 from .experts import open_expert
@@ -35,10 +36,12 @@ def merge_models(
         expected_sha256: of the base and of each expert, where a recipe says what they were.
 
     Raises:
-        UserError: there is no such rule, the counts differ, a file is missing or damaged, keys or shapes don't fit
-            the base's, an expert is of another base, an input is not the expected one, or has NaN or infinity.
+        UserError: ``out`` may not be written, there is no such rule, the counts differ, a file is missing or damaged,
+            keys or shapes don't fit the base's, an expert is of another base, an input is not the expected one, or has
+            NaN or infinity.
     """
     check_method(settings.method)
+    check_output(out, _kind(out), [base, *experts, *settings.fishers])
     folder = pipeline_folder(base)
     if folder.is_file() != (out.suffix == ".safetensors"):
         raise UserError(
@@ -62,6 +65,10 @@ def merge_models(
     yield from merge_files(folder, out, sources, record, model_card)
 
 
+def _kind(out: Path) -> Kind:
+    return MERGED_FILE if out.suffix == ".safetensors" else MERGED_FOLDER
+
+
 def _merge_plan(sources: Sources, settings: Merge) -> Iterator[str]:
     largest = max(math.prod(shape) for _, shape in sources.output.values())
     num_bytes = sum(num_bytes_of(*tensor) for tensor in sources.output.values())
@@ -80,8 +87,9 @@ def repeat_merge(recipe: Path, out: Path, dry_run: bool = False) -> Iterator[str
     """Do a merge again, to the same bytes, from its merge.json or from that of a run.
 
     Raises:
-        UserError: the file is no recipe, or an input is gone or is not what it was.
+        UserError: the file is no recipe, ``out`` may not be written, or an input is gone or is not what it was.
     """
+    check_output(out, _kind(out), [recipe])
     try:
         record = json.loads(recipe.read_text())
         base, experts = record["base"]["name"], [_beside(recipe, e) for e in record["experts"]]

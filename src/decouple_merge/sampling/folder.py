@@ -1,9 +1,12 @@
 """Images into a folder, as ``<seed>.png``."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..config import Sample, Text
@@ -12,8 +15,13 @@ from ..executors import run_all
 from ..executors.devices import default_device
 from ..executors.local import shares
 from ..storage.files import atomic_path
+from ..storage.outputs import Kind, check_output
 from .model import OpenedModel, open_model
 from .sampler import seed_batches
+
+# The text of a PNG that says what was drawn; by seed.
+RECORD = "deme"
+Records = dict[int, dict[str, Any]]
 
 
 def sample_model(
@@ -24,8 +32,10 @@ def sample_model(
     settings: Sample | None = None,
     text: Text | None = None,
     num_processes: int = 1,
-) -> None:
-    """Draw images from a pipeline, or from a run's ensemble, as ``<seed>.png``.
+) -> list[int]:
+    """Draw images from a pipeline, or from a run's ensemble, as ``<seed>.png``; returns the seeds that were drawn.
+
+    A PNG says what it was drawn from. Those that are there already are kept, where they were drawn from the same.
 
     Args:
         num_images: where not given, one for each prompt of a text-to-image model.
@@ -35,40 +45,109 @@ def sample_model(
         num_processes: share the batches, each with the model in its memory; the images are those of one process.
 
     Raises:
-        UserError: as ``open_model``, the model and its prompts don't fit, or neither the number nor prompts are given.
+        UserError: ``out`` holds anything else; as ``open_model``; the model and its prompts don't fit, or neither the
+            number nor prompts are given.
     """
     settings, text = settings or Sample(), text or Text()
+    check_output(out, IMAGES, [model])
     opened = open_model(model, settings, text, seed)
     num = num_images or len(opened.prompts)
     if num == 0:
         raise UserError(f"{model}: no prompts say how many images there are; give --num-images, or --prompts")
     seeds = range(seed, seed + num)
     opened.check(seeds)
-    dealt = shares(len(seed_batches(seeds, settings.batch_size)), num_processes)
+    records = _records(opened, seeds)
+    missing = _missing(out, records)
+    dealt = shares(len(seed_batches(missing, settings.batch_size)), num_processes)
     if len(dealt) == 1:
-        _draw(opened, out, seeds, dealt[0])
-        return
-    # The others open it for themselves.
-    del opened
-    for _ in run_all(_open_and_draw, [(model, out, seeds, settings, text, share) for share in dealt], num_processes):
-        pass
+        _draw(opened, out, missing, records, dealt[0])
+    elif dealt:
+        # The others open it for themselves.
+        del opened
+        calls = [(model, out, missing, records, settings, text, seed, share) for share in dealt]
+        for _ in run_all(_open_and_draw, calls, num_processes):
+            pass
+    return missing
 
 
-def _open_and_draw(model: str, out: Path, seeds: range, settings: Sample, text: Text, share: slice) -> Iterator[None]:
-    _draw(open_model(model, settings, text, seeds.start), out, seeds, share)
+def _open_and_draw(
+    model: str,
+    out: Path,
+    seeds: list[int],
+    records: Records,
+    settings: Sample,
+    text: Text,
+    first_seed: int,
+    share: slice,
+) -> Iterator[None]:
+    _draw(open_model(model, settings, text, first_seed), out, seeds, records, share)
     yield
 
 
-def _draw(opened: OpenedModel, out: Path, seeds: range, share: slice) -> None:
+def _draw(opened: OpenedModel, out: Path, seeds: list[int], records: Records, share: slice) -> None:
     names = [seed for batch in seed_batches(seeds, opened.settings.batch_size)[share] for seed in batch]
-    write_images(opened.draw(seeds, default_device(), share), names, out)
+    write_images(opened.draw(seeds, default_device(), share), names, out, records)
 
 
-def write_images(batches: Iterable[Tensor], seeds: Sequence[int], folder: Path) -> None:
-    """Write uint8 batches [n, C, H, W] as ``<seed>.png``."""
+def _records(opened: OpenedModel, seeds: range) -> Records:
+    """Say of each image what it depends on besides its seed."""
+    common = opened.identity
+    prompts: Sequence[str | None] = opened.prompts_of(seeds) or [None] * len(seeds)
+    return {s: {**common, "prompt": prompt} for s, prompt in zip(seeds, prompts, strict=True)}
+
+
+def _missing(out: Path, records: Records) -> list[int]:
+    """List the seeds whose images are not in a folder.
+
+    Raises:
+        UserError: an image in it was drawn from something else.
+    """
+    there = {int(path.stem): record for path in _images_in(out) if (record := _read_record(path))}
+    expected = next(iter(records.values()))
+    for seed, found in there.items():
+        # Of an image that isn't asked for the prompt is its own.
+        wanted = records.get(seed, {**expected, "prompt": found.get("prompt")})
+        if differing := [key for key in wanted if found.get(key) != wanted[key]]:
+            raise UserError(
+                f"--out is {out}, whose {seed}.png was drawn otherwise: {differing[0]} is {found.get(differing[0])!r}, "
+                f"expected {wanted[differing[0]]!r}; give another folder, or remove it"
+            )
+    return [seed for seed in records if seed not in there]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.png") if path.stem.isdecimal())
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    try:
+        with Image.open(path) as image:
+            found = json.loads(image.info[RECORD])
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _foreign(folder: Path) -> str | None:
+    images = _images_in(folder)
+    if not images:
+        return next((p.name for p in sorted(folder.iterdir()) if not p.name.startswith(".")), None)
+    unknown = next((path.name for path in images if _read_record(path) is None), None)
+    return unknown and f"{unknown}, which deme sample didn't write"
+
+
+IMAGES = Kind("a folder of deme sample", True, _foreign, is_replaced=False)
+
+
+def write_images(batches: Iterable[Tensor], seeds: Sequence[int], folder: Path, records: Records | None = None) -> None:
+    """Write uint8 batches [n, C, H, W] as ``<seed>.png``, each with its record as a text of the PNG where given."""
     folder.mkdir(parents=True, exist_ok=True)
     names = iter(seeds)
     for batch in batches:
         for pixels in batch:
-            with atomic_path(folder / f"{next(names)}.png") as temporary:
-                Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary, format="PNG")
+            seed, texts = next(names), PngInfo()
+            if records is not None:
+                texts.add_text(RECORD, json.dumps(records[seed]))
+            with atomic_path(folder / f"{seed}.png") as temporary:
+                image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
+                image.save(temporary, format="PNG", pnginfo=texts)

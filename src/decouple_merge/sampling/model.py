@@ -1,5 +1,7 @@
 """Open any model to draw with: a pipeline, or the ensemble of a run's experts."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,10 @@ from ..config import Config, Sample, Text
 from ..data.captions import captions_as_prompts, load_captions
 from ..data.prompts import load_prompts
 from ..data.sources import load_images
-from ..models.base import Base, load_base
+from ..models.base import Base, load_base, tensors_sha256
 from ..models.ensemble import RunEnsemble, open_run
 from ..models.network import load_network, new_network
-from ..models.parts import texts_to_encode
+from ..models.parts import encoder_sha256, texts_to_encode
 from ..storage.layouts import PROJECTIONS_FILE
 from .sampler import (
     Denoiser,
@@ -70,6 +72,23 @@ class OpenedModel:
         """What an image depends on besides model and seed, as records carry it."""
         label = prompts_label(self.prompts, self.text) if self.prompts else None
         return sampling_fields(self.base, self.settings, label)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What images depend on besides seed and prompt: hashes of all that is read, and how it is used."""
+        if self.ensemble is not None:
+            weights, ranges = self.ensemble.experts, [[r.low, r.high] for r in self.ensemble.ranges]
+        else:
+            assert self.network is not None
+            weights, ranges = [self.network.state_dict()], []
+        digest = hashlib.sha256("".join(tensors_sha256(tensors) for tensors in weights).encode())
+        digest.update(json.dumps([ranges, dict(self.base.pipeline.scheduler.config)], default=str).encode())
+        texts = {}
+        if self.base.encoders is not None:
+            digest.update(encoder_sha256(self.base.encoders, "vae", *self.base.encoders.text_parts).encode())
+            texts = {"guidance_scale": self.text.guidance_scale, "negative_prompt": self.text.negative_prompt}
+        settings = {key: value for key, value in self.fields.items() if key != "prompts"}
+        return {"model_sha256": digest.hexdigest(), **settings, **texts}
 
     def draw(
         self, seeds: Sequence[int], device: torch.device, share: slice = slice(None)

@@ -1,20 +1,27 @@
 """Files that are whole or not there: atomic writes, JSON records, safetensors, and the cache folder."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pooch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
+
+# Folders in which something is being written, or was when its writer died.
+LEFTOVERS = ".deme-*.tmp"
 
 
 def cache_folder() -> Path:
@@ -31,44 +38,89 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``, a file's or a folder's, and rename it into place on success.
+    """Give a temporary path, a file's or a folder's, and rename it to ``path`` on success; links are written through.
+
+    Several processes may write one path: each has a temporary path of its own, and the last one's result stays.
 
     Raises:
         UserError: the disk is full; nothing that was there before is lost.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(temporary)
+    with _workshop(path.parent) as workshop:
+        new = workshop / path.name
+        try:
+            yield new
+            if path.is_dir():
+                _replace_folder(path, new, workshop)
+            else:
+                os.replace(new, path)
+        except BaseException as error:
+            _restore(workshop)
+            if is_disk_full(error):
+                raise UserError(
+                    f"{path}: the disk is full; what was finished is safe: make room and run the same command again"
+                ) from error
+            raise
+
+
+@contextmanager
+def _workshop(folder: Path) -> Iterator[Path]:
+    """Make a hidden folder for what is not finished; the lock in it says that its maker is alive."""
+    while True:
+        workshop = Path(tempfile.mkdtemp(prefix=".deme-", suffix=".tmp", dir=folder))
+        lock = FileLock(workshop / ".lock")
+        lock.acquire()
+        if (workshop / ".lock").exists():  # Else it was taken for a leftover, between these lines.
+            break
     try:
-        yield temporary
-        # A folder can't be replaced in one step: the old one is moved aside, then removed.
-        old = path.with_name(f".{path.name}.old")
+        yield workshop
+    finally:
+        lock.release()
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _replace_folder(path: Path, new: Path, workshop: Path) -> None:
+    # A folder can't be replaced in one step: the old one is moved aside, then removed.
+    old = workshop / ".old" / path.name
+    old.parent.mkdir()
+    with lock_of(path):
         if path.is_dir():
-            _remove(old)
             os.replace(path, old)
-        os.replace(temporary, path)
-        _remove(old)
-    except BaseException as error:
-        _remove(temporary)
-        if is_disk_full(error):
-            raise UserError(
-                f"{path}: the disk is full; what was finished is safe: make room and run the same command again"
-            ) from error
-        raise
+        os.replace(new, path)
+    # From now on it is no longer what ``_restore`` would put back.
+    os.replace(old.parent, workshop / ".replaced")
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what a kill in the middle of ``atomic_path`` left beside a path that is whole."""
-    if path.exists():
-        for kind in ("tmp", "old"):
-            _remove(path.with_name(f".{path.name}.{kind}"))
+def _restore(workshop: Path) -> None:
+    """Put back a folder that was moved aside for one that never came."""
+    for old in workshop.glob(".old/*"):
+        if not (workshop.parent / old.name).exists():
+            os.replace(old, workshop.parent / old.name)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of ``atomic_path`` in a folder, and put back what they had moved aside."""
+    for workshop in folder.glob(LEFTOVERS):
+        lock = FileLock(workshop / ".lock")
+        try:
+            # Who has just made the folder may not have locked it yet.
+            if not (workshop / ".lock").exists() and time.time() - workshop.stat().st_mtime < 60:
+                continue
+            lock.acquire(timeout=0)
+        except (Timeout, OSError):
+            continue
+        _restore(workshop)
+        lock.release()
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+def lock_of(path: Path) -> FileLock:
+    """Make the lock of a file that is no place for locks itself: it lies in the cache folder, under the path's hash."""
+    name = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:24]
+    folder = cache_folder() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"{name}.lock")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,8 +140,13 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add one line to a JSON-lines file; a kill leaves the old lines or the new ones, never half a line."""
-    write_records(path, [*read_records(path), record])
+    """Add one line to a JSON-lines file; a kill leaves the old lines or the new ones, never half a line.
+
+    Several processes may: each waits for its turn.
+    """
+    with lock_of(path):
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        write_text(path, old + ("\n" if old and not old.endswith("\n") else "") + json.dumps(record) + "\n")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

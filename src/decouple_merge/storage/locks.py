@@ -1,0 +1,115 @@
+"""Who works on what: locks of run folders and of cache entries, which the system frees when their holder dies."""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import UserError
+
+# Who only looks whether a lock is free holds it for a moment.
+MOMENT_SECONDS = 1
+# What a killed process has forked, such as data loaders, may outlive it for so long.
+ORPHAN_SECONDS = 30
+# Paths that this process holds: a verb may hold what it is made of.
+_held: set[Path] = set()
+
+
+@contextmanager
+def hold(path: Path, verb: str, wait: bool = False) -> Iterator[None]:
+    """Hold a lock while the context lasts; of several ranks of one training only the first needs to.
+
+    Args:
+        path: of the lock, ``<name>.lock``; ``<name>.json`` beside it says who holds it.
+        verb: what the holder does, for those who find it held.
+        wait: until it is free, instead of raising.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path = path.resolve()
+    is_first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+    if path in _held or not is_first:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(path), path.with_suffix(".json")
+    _acquire(lock, path, wait)
+    _held.add(path)
+    try:
+        holder.write_text(json.dumps(_own_record(verb)) + "\n", encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        _held.discard(path)
+        lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, wait: bool) -> None:
+    seconds = ORPHAN_SECONDS if _is_dead(_holder(path)) else MOMENT_SECONDS
+    try:
+        lock.acquire(timeout=-1 if wait else seconds)
+    except Timeout:
+        raise UserError(
+            f"{path.parent.parent}: {describe_holder(path)}; wait until it has ended, or have this wait with --wait"
+        ) from None
+
+
+def refuse_held(path: Path) -> None:
+    """Refuse a lock that another process holds, without taking it.
+
+    Raises:
+        UserError: as ``hold``.
+    """
+    if path.exists() and path.resolve() not in _held:
+        lock = FileLock(path)
+        _acquire(lock, path, wait=False)
+        lock.release()
+
+
+def describe_holder(path: Path) -> str:
+    """Say who holds a lock: the verb, the process, the machine, and since when."""
+    found = _holder(path)
+    if not found:
+        return f"another process holds {path.name}"
+    return "{verb}, process {pid} on {host}, holds it since {since}".format(**found)
+
+
+def _own_record(verb: str) -> dict[str, str]:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"verb": verb, "pid": str(os.getpid()), "host": socket.gethostname(), "since": since}
+
+
+def _holder(path: Path) -> dict[str, str]:
+    """Read who holds a lock; empty where it isn't said, as in the moment between taking it and saying so."""
+    try:
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return {key: str(found[key]) for key in ("verb", "pid", "host", "since")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _is_dead(holder: dict[str, str]) -> bool:
+    if holder.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
+def make_once(path: Path, make: Callable[[], None]) -> None:
+    """Make a file of the cache where it isn't there; of several processes one does, the others wait."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f"{path.name}.lock")):
+            if not path.exists():
+                make()

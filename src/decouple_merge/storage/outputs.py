@@ -1,0 +1,157 @@
+"""What a path that the user gave may replace: an earlier result of the same kind that is no input, and nothing else."""
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UserError
+from .files import remove_leftovers
+
+# Of our npz files, which are zip archives.
+STATISTICS_COMMENT = b"deme stats"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of result.
+
+    Attributes:
+        name: in words.
+        is_folder: or else a file.
+        foreign: names something at an existing path that an earlier result of this kind doesn't have; None where there
+            is nothing of the kind.
+        is_replaced: as a whole; others are added to.
+        apart: from inputs: it may not lie in the folder of one.
+    """
+
+    name: str
+    is_folder: bool
+    foreign: Callable[[Path], str | None]
+    is_replaced: bool = True
+    apart: bool = True
+
+
+def check_output(out: Path, kind: Kind, inputs: Iterable[str | Path] = ()) -> None:
+    """Require that a result may be written to a path, before anything is read.
+
+    Links are followed, on both sides.
+
+    Args:
+        inputs: paths that are read; names that are no paths are passed over.
+
+    Raises:
+        UserError: the path holds something else, is an input, holds one or lies in one, or can't be written.
+    """
+    try:
+        target = out.resolve()
+        if target.is_symlink():
+            raise OSError("a link that leads to itself")
+        _check_inputs(out, target, kind, inputs)
+        _check_writable(target if target.is_dir() and not kind.is_replaced else target.parent)
+        remove_leftovers(target.parent)
+        if target.is_dir() != kind.is_folder and target.exists():
+            raise OSError(f"{'a folder' if target.is_dir() else 'no folder'}, expected {kind.name}")
+        if target.exists() and not (kind.is_folder or target.is_file()):
+            raise OSError("no regular file")
+        if kind.is_folder and kind.is_replaced and target.exists():
+            _check_movable(target)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out is {out}, which can't be written ({reason}); give another") from error
+    if target.exists() and (found := kind.foreign(target)) is not None:
+        raise UserError(
+            f"--out is {out}, which holds {found}; expected a new path, or an earlier result, {kind.name}: give another"
+        )
+
+
+def _check_inputs(out: Path, target: Path, kind: Kind, inputs: Iterable[str | Path]) -> None:
+    # What stands before a colon may be a kind of source.
+    for given in [name for i in inputs for name in (str(i), str(i).partition(":")[2]) if name]:
+        place = Path(given).resolve()
+        if not place.exists():
+            continue
+        problem = None
+        if target == place or (target.exists() and target.samefile(place)):
+            problem = "is an input"
+        elif kind.apart and place.is_dir() and place in target.parents:
+            problem = f"lies in {given}, which is an input"
+        elif kind.is_replaced and target in place.parents:
+            problem = f"holds {given}, which is an input"
+        if problem:
+            raise UserError(f"--out is {out}, which {problem}; nothing of an input is replaced: give another")
+
+
+def _check_writable(folder: Path) -> None:
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    # Tried, since permissions alone don't say: a file system may be read-only, or none that files can be made in.
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _check_movable(folder: Path) -> None:
+    if folder.is_mount():
+        raise OSError("a mount point, expected a folder in it")
+    here = Path.cwd().resolve()
+    if folder == here or folder in here.parents:
+        raise OSError("the current folder, or one around it")
+
+
+def _foreign_to_merge(folder: Path) -> str | None:
+    """Name a file that ``merge.json`` doesn't list; hidden ones count, since the folder is replaced as a whole."""
+    listed = _read_json(folder / "merge.json").get("files")
+    known = set(listed) if isinstance(listed, list) else set()
+    found = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir())
+    return next((name for name in found if name not in known), None)
+
+
+def _foreign_to_merged_file(file: Path) -> str | None:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return None if "merge" in (tensors.metadata() or {}) else "weights that deme merge didn't write"
+    except (SafetensorError, OSError):
+        return "no safetensors file"
+
+
+def _foreign_to_statistics(file: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(file) as arrays:
+            is_ours = arrays.comment == STATISTICS_COMMENT
+    except (OSError, zipfile.BadZipFile):
+        return "no npz file"
+    return None if is_ours else "arrays that deme stats didn't write"
+
+
+def _foreign_to_records(file: Path) -> str | None:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                record = json.loads(line)
+                if not isinstance(record, dict) or not {"metric", "value"} <= set(record):
+                    return f"something else than a metrics record in line {number}"
+    except (OSError, ValueError):
+        return "something else than JSON lines"
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+MERGED_FOLDER = Kind("a folder of deme merge", True, _foreign_to_merge)
+MERGED_FILE = Kind("a .safetensors file of deme merge", False, _foreign_to_merged_file)
+STATISTICS = Kind("an npz file of deme stats", False, _foreign_to_statistics, apart=False)
+RECORDS = Kind("a file of metrics records", False, _foreign_to_records, is_replaced=False, apart=False)
+# Whose it is, ``experiment.manifest.check_owner`` says.
+RUN = Kind("a run folder", True, lambda folder: None, is_replaced=False)
