@@ -5,7 +5,7 @@ Imports errors, seeds, storage.
 
 from .data import Data
 from .evaluate import Evaluate
-from .finetune import Finetune, Lora, Projection
+from .finetune import Finetune, Lora, Projection, Ranges
 from .loader import dump_config, load_config, validate
 from .merge import Merge
 from .pretrain import PartTraining, Pretrain, TextEncoder, Vae
@@ -15,11 +15,12 @@ from .sample import Drawing, Sample, Text
 from .search import Search
 from .section import Precision, Section
 from .stats import Stats
-from .training import Distance, Ema, Training
+from .training import Density, Distance, Ema, Training
 
 __all__ = [
     "Config",
     "Data",
+    "Density",
     "Distance",
     "Drawing",
     "Ema",
@@ -32,6 +33,7 @@ __all__ = [
     "Pretrain",
     "Projection",
     "Protocol",
+    "Ranges",
     "Sample",
     "Search",
     "Section",

@@ -36,11 +36,25 @@ class Lora(Section):
     target_modules: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
 
 
+class Ranges(Section):
+    """Where the schedule is cut into ranges.
+
+    Attributes:
+        unit: ``timestep``; of a flow also ``sigma``, in 0 to 1, or ``boundary``, the same number under Wan's name.
+        edges: between the ranges, rising; 0 and the end are not among them.
+    """
+
+    unit: Literal["timestep", "sigma", "boundary"]
+    edges: list[Integer | Number] = Field(min_length=1)
+
+
 class Finetune(Training):
     """Training of the experts.
 
     Attributes:
-        num_ranges: N equal timestep ranges, unless ``ranges`` lists [low, high) pairs in timesteps.
+        num_ranges: N ranges, unless ``ranges`` is set: equal ones of a table of timesteps, of a flow those with equal
+            shares of the sampler's steps.
+        ranges: [low, high) pairs in timesteps, or a unit and edges.
         global_prob: p of DeMe, Eq. 6.
         consistency_weight: λ of Eq. 5; 0 trains without the teacher.
         lora: train adapters, without projections; the teacher is the same network with them switched off.
@@ -48,12 +62,18 @@ class Finetune(Training):
     """
 
     num_ranges: PositiveInt = 4
-    ranges: list[tuple[Integer, Integer]] | None = None
+    ranges: list[tuple[Integer | Number, Integer | Number]] | Ranges | None = None
     global_prob: Number = Field(0.4, ge=0, le=1)
     consistency_weight: NonNegativeFloat = 1.0
     projection: Projection = Projection()
     lora: Lora | None = None
     baseline: bool = True
+
+    @property
+    def num_experts(self) -> int:
+        if self.ranges is None:
+            return self.num_ranges
+        return len(self.ranges) if isinstance(self.ranges, list) else len(self.ranges.edges) + 1
 
     @model_validator(mode="after")
     def _no_projections_of_adapters(self) -> "Finetune":

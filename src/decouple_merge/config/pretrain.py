@@ -52,7 +52,8 @@ class Pretrain(Training):
 
     Attributes:
         model: arguments of diffusers' UNet2DModel; of UNet2DConditionModel where there are the parts below.
-        scheduler: arguments of diffusers' DDPMScheduler; of PNDMScheduler where there are the parts below.
+        scheduler: arguments of diffusers' DDPMScheduler; of PNDMScheduler where there are the parts below; for a flow
+            with ``_class_name: FlowMatchEulerDiscreteScheduler`` of that.
         num_ranges: validation loss is logged for this many equal ranges.
         vae, text_encoder: for a text-to-image base, which has both; they are trained before the denoiser.
     """

@@ -1,8 +1,8 @@
 """How a network is trained: what the sections ``finetune`` and ``pretrain`` share."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..errors import UserError
 from .numbers import Decay, Integer, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt
@@ -33,6 +33,19 @@ class Distance(Section):
     num_steps: PositiveInt = 20
 
 
+class Density(Section):
+    """Which timesteps the training of a flow draws; its name alone may stand for it.
+
+    Attributes:
+        name: of the density of u, from which the base's shift makes σ: ``uniform``, or ``logit_normal``,
+            u = sigmoid(N(mean, std)).
+    """
+
+    name: Literal["uniform", "logit_normal"] = "logit_normal"
+    mean: Number = 0.0
+    std: PositiveFloat = 1.0
+
+
 class Training(Section):
     """One training run: an expert, the baseline or a base model. Updates are optimiser updates.
 
@@ -42,6 +55,7 @@ class Training(Section):
             learning_rate × floor, which they reach after ``decay_fraction`` of the updates.
         optimizer: ``adamw``, torch's, fused; or ``adamw8bit``, bitsandbytes', whose moments take a quarter of that.
         gradient_checkpointing: compute activations again for the backward pass: less memory, a third more compute.
+        density: of a flow's timesteps; None is the logit-normal of mean 0 and deviation 1. Others have no density.
         weighting: of the loss over timesteps, a name of ``diffusion.weightings`` such as ``min_snr``; None weighs the
             error of the network's output alike everywhere.
         weighting_options: of that weighting, such as ``gamma``.
@@ -63,6 +77,7 @@ class Training(Section):
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     antithetic: bool = True
+    density: Density | None = None
     weighting: str | None = None
     weighting_options: dict[str, Number] = {}
     mixed_precision: Precision = "fp32"
@@ -73,6 +88,11 @@ class Training(Section):
     checkpoint_every: PositiveInt = 1000
     distance: Distance | None = None
     tracker: str = "tensorboard"
+
+    @field_validator("density", mode="before")
+    @classmethod
+    def _density_by_name(cls, density: Any) -> Any:
+        return {"name": density} if isinstance(density, str) else density
 
     @model_validator(mode="after")
     def _distance_at_validations(self) -> "Training":

@@ -53,6 +53,10 @@ class Process(Protocol):
         """Compute the factor from the squared error of an output to that of the x0 which it amounts to, in [0, ∞]."""
         ...
 
+    def visited(self, t: Tensor) -> Tensor:
+        """Map timesteps that a sampler visits to some that ranges hold."""
+        ...
+
     def to(self, device: torch.device) -> "Process":
         """Move what tensors the process has."""
         ...
@@ -108,6 +112,10 @@ class VP:
     def to(self, device: torch.device) -> "VP":
         """Move the schedule."""
         return VP(self.alphas_cumprod.to(device), self.prediction_type)
+
+    def visited(self, t: Tensor) -> Tensor:
+        """Cut fractions off: some samplers visit timesteps between those of the schedule."""
+        return t.long()
 
     def _scales(self, t: Timesteps, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha_bar = self.alphas_cumprod[t]
@@ -185,6 +193,13 @@ class Flow:
     def to(self, device: torch.device) -> "Flow":
         """Return itself: it holds no tensors."""
         return self
+
+    def visited(self, t: Tensor) -> Tensor:
+        """Put T itself, where sampling starts, into the noisiest range, and a step on an edge into the one above.
+
+        Sampler and edges are rounded differently: what is within 0.001 of an edge lies on it.
+        """
+        return (t.double() + 1e-3).clamp(max=math.nextafter(self.num_train_timesteps, 0))
 
     def _sigma(self, t: Timesteps, like: Tensor) -> Tensor:
         return _as(t.double() / self.num_train_timesteps, like)

@@ -1,6 +1,5 @@
 """Timestep ranges: split [0, T), and draw training timesteps from one range or from all of it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -58,21 +57,6 @@ def check_ranges(ranges: list[TimestepRange], num_train_timesteps: int) -> None:
         expected = r.high
     if expected != num_train_timesteps:
         raise UserError(f"the last range ends at {expected}, expected {num_train_timesteps}, the schedule's length")
-
-
-def choose_ranges(
-    num_train_timesteps: int, num_ranges: int, edges: Sequence[tuple[int, int]] | None = None
-) -> list[TimestepRange]:
-    """Make the ranges that are listed as [low, high), or else N equal ones.
-
-    Raises:
-        UserError: they are no partition of [0, T).
-    """
-    if edges is None:
-        return split_timesteps(num_train_timesteps, num_ranges)
-    ranges = [TimestepRange(low, high) for low, high in edges]
-    check_ranges(ranges, num_train_timesteps)
-    return ranges
 
 
 def range_index(ranges: list[TimestepRange], t: int | float) -> int:

@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import Config
+from ..diffusion.process import Flow
+from ..diffusion.timesteps import range_index
 from ..models.network import num_parameters
+from ..models.schedulers import make_scheduler
 from ..searching.levels import levels
 from ..storage.run_folder import Run
 from .manifest import check_owner
 from .memory import describe_memory
-from .plan import check
+from .plan import Plan, check
 
 
 def describe(config: Config, out: Path) -> Iterator[str]:
@@ -31,6 +34,7 @@ def describe(config: Config, out: Path) -> Iterator[str]:
         + ", ".join(map(str, plan.ranges))
         + (f"; baseline: {num * finetune.num_updates} updates" if finetune.baseline else "")
     )
+    yield from describe_ranges(plan)
     yield (
         f"search: {config.search.strategy}, up to "
         + ", then ".join(
@@ -43,3 +47,17 @@ def describe(config: Config, out: Path) -> Iterator[str]:
         f"{config.sample.num_steps}, {', '.join(evaluate.metrics)}"
     )
     yield f"run folder: {out}"
+
+
+def describe_ranges(plan: Plan) -> Iterator[str]:
+    """Say of each range what of the training's draws and of the sampler's steps lies in it."""
+    sample, base, ranges = plan.config.sample, plan.base, list(plan.ranges)
+    scheduler = make_scheduler(base, sample.sampler, sample.num_steps, sample.timestep_spacing)
+    steps = [range_index(ranges, t) for t in base.process.visited(scheduler.timesteps).tolist()]
+    for index, own in enumerate(ranges):
+        low, high = (edge / base.num_train_timesteps for edge in (own.low, own.high))
+        level = f"σ (or boundary) [{low:.4g}, {high:.4g}), " if isinstance(base.process, Flow) else ""
+        yield (
+            f"  expert {index}: {level}timesteps {own}, {base.process.share(own):.1%} of the training's draws without "
+            f"global_prob, {steps.count(index)} of {len(steps)} sampling steps"
+        )

@@ -71,7 +71,7 @@ def estimate(config: Config) -> list[Stage]:
     stages.append(Stage("finetuning an expert", _training(network, size, config)))
 
     placement_size = size if settings.projection.placement != "trunk" else _num_bytes(network.parameters())
-    num = len(config.search.checkpoints) or len(settings.ranges or ()) or settings.num_ranges
+    num = len(config.search.checkpoints) or settings.num_experts
     matrix = {f"base and {num} experts": (num + 1) * placement_size, "merge": placement_size}
     stored, sampled = stored_dtype(folder), DTYPES[config.sample.precision]
     drawing = {f"network in {config.sample.precision}": num_elements * sampled.itemsize} | vae

@@ -14,7 +14,7 @@ from ..data.latents import Latents
 from ..data.prompts import load_prompts
 from ..data.sources import load_images
 from ..data.split import split
-from ..diffusion.timesteps import TimestepRange, choose_ranges
+from ..diffusion.timesteps import TimestepRange
 from ..evaluation.checks import check_evaluate, check_watched
 from ..executors import check_executor
 from ..executors.devices import default_device
@@ -22,6 +22,7 @@ from ..merging.arithmetic import Tensors
 from ..models.base import Base, load_base
 from ..models.ensemble import load_expert
 from ..models.parts import check_caption_dropout, texts_to_encode
+from ..models.ranges import ranges_of, with_density
 from ..sampling.checks import check_sample
 from ..sampling.sampler import Denoiser, Prompts, ensemble_denoiser, open_prompts
 from ..searching.checks import check_search
@@ -67,8 +68,8 @@ def check(config: Config, out: Path) -> Plan:
     """
     check_owner(Run(out), config, [config.base, config.data.source])
     check_executor(config.executor)
-    base = load_base(config.base)
-    ranges = choose_ranges(base.num_train_timesteps, config.finetune.num_ranges, config.finetune.ranges)
+    base = with_density(load_base(config.base), config.finetune)
+    ranges = ranges_of(base, config.finetune)
     check_sample(base, config.sample)
     check_sample(base, config.sample, config.search.num_steps)
     check_evaluate(config, base)

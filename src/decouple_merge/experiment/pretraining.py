@@ -14,7 +14,7 @@ from ..data.images import Images
 from ..data.latents import Latents
 from ..data.sources import load_images
 from ..data.split import split
-from ..diffusion.timesteps import TimestepRange, split_timesteps
+from ..diffusion.timesteps import TimestepRange
 from ..errors import UserError
 from ..evaluation.alignment import NUM_FEATURES, describe
 from ..evaluation.extractors import load_extractor
@@ -23,6 +23,7 @@ from ..models.base import Base, create_base, load_base
 from ..models.export import export_pipeline, save_pipeline
 from ..models.image_text import ImageTextModel
 from ..models.parts import create_vae, vae_downscale
+from ..models.ranges import with_density
 from ..models.text_encoders import create_text_encoder, create_tokenizer
 from ..seeds import stream_seed
 from ..storage.files import read_records, read_tensors, write_records
@@ -48,7 +49,7 @@ def convergence(log: list[dict[str, Any]]) -> str:
 
 def _from_nothing(config: Config, settings: Pretrain, out: Path) -> Plan:
     """Make an untrained base and open its data."""
-    base = create_base(settings.model, settings.scheduler, config.seed)
+    base = with_density(create_base(settings.model, settings.scheduler, config.seed), settings)
     _check(config, settings, base)
     images = load_images(config.data, base.channels, base.image_size)
     split(images, config.data)
@@ -71,7 +72,7 @@ def _text_from_nothing(config: Config, settings: Pretrain, out: Path) -> Generat
     tokenizer = create_tokenizer(captions, settings.text_encoder.vocab_size)
     text_encoder = create_text_encoder(tokenizer, settings.text_encoder.model, seed)
     parts = {"vae": vae, "tokenizer": tokenizer, "text_encoder": text_encoder}
-    base = create_base(settings.model, settings.scheduler, seed, parts)
+    base = with_density(create_base(settings.model, settings.scheduler, seed, parts), settings)
     _check(config, settings, base)
     claim(Run(out), config, manifest(config, base, images))
     with main_process_first():
@@ -118,7 +119,7 @@ def _check(config: Config, settings: Pretrain, base: Base) -> None:
 
 
 def _ranges(settings: Pretrain, base: Base) -> tuple[TimestepRange, ...]:
-    return tuple(split_timesteps(base.num_train_timesteps, settings.num_ranges))
+    return tuple(base.process.split(settings.num_ranges))
 
 
 def pretrain(config: Config, out: Path) -> Iterator[str | StepRecord]:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..data.batches import held_out_images, training_batches
+from ..diffusion.timesteps import range_index
 from ..executors.devices import default_device
 from ..merging.merger import Merger
 from ..searching.learned import DenoisingLoss, learn_weights
@@ -45,7 +46,6 @@ def _loss_scale(plan: Plan) -> Float[Tensor, " T"]:
     base, device = plan.base, default_device()
     network = copy.deepcopy(base.network).to(device).eval()
     losses = validation_losses(network, held_out_images(plan.images, plan.config.data), base, plan.ranges, device)
-    scale = torch.zeros(base.num_train_timesteps)
-    for own, loss in zip(plan.ranges, losses, strict=True):
-        scale[own.low : own.high] = loss**-0.5
-    return scale
+    # Of a flow's timesteps, which are real numbers, an entry is for those from one integer to the next.
+    middles = (torch.arange(base.num_train_timesteps) + 0.5).tolist()
+    return torch.tensor([losses[range_index(list(plan.ranges), t)] ** -0.5 for t in middles])

@@ -49,7 +49,7 @@ def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Cal
     def distance(weights: Tensors) -> float:
         trained = sampling_copy(build_network(base, weights), drawing, device)
         networks = [trained if r == own else others for r in ranges]
-        model = denoiser(base, TimestepEnsemble(networks, ranges, base.num_train_timesteps))
+        model = denoiser(base, TimestepEnsemble(networks, ranges, base.num_train_timesteps, None, base.timestep_of))
         seeds = config.distance_seeds[: settings.num_images]
         batches = sample_images(model, base, seeds, drawing, device, prompts=prompts)
         return score(batches, [settings.metric], [compared])[settings.metric]

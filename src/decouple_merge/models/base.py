@@ -9,12 +9,13 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..diffusion.process import PREDICTION_TYPES, VP, Process
+from ..diffusion.process import Process
 from ..errors import UserError
 from ..storage.hub import pipeline_folder
 from ..storage.tensors import DTYPES, hash_tensors
 from .families import FAMILIES, stable_diffusion, unet
 from .family import Encoders, Family, read_index, square_side
+from .processes import process_of
 
 SUPPORTED = "a diffusers pipeline of a " + "; of a ".join(
     f"{family.network.__name__}: {', '.join(family.pipelines)}" for family in dict.fromkeys(FAMILIES.values())
@@ -51,9 +52,13 @@ class Base:
         return self.process.num_train_timesteps
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Channels, height and width of what the network denoises: an image, or its latents."""
         return self.family.shape(self.network)
+
+    def timestep_of(self, given: Tensor) -> Tensor:
+        """Map what the network is given as ``timestep`` to a timestep that some range holds."""
+        return self.process.visited(self.family.timestep_of(given))
 
     @property
     def image_size(self) -> int:
@@ -84,35 +89,26 @@ def load_base(name: str) -> Base:
             f"base {name!r} can't be loaded ({reason}); expected {SUPPORTED}, by folder or hub name"
         ) from error
     if pipeline is None:
-        raise UserError(f"base {name!r} is a {kind}{_flow(folder)}; supported is {SUPPORTED}")
+        raise UserError(f"base {name!r} is a {kind}; supported is {SUPPORTED}")
     family = FAMILIES[kind]
     network: Any = getattr(pipeline, family.component)
-    _check(name, family, kind, network, pipeline.scheduler)
+    _check(name, family, kind, network)
+    process = process_of(name, family, network, pipeline.scheduler)
     encoders = family.find_encoders(name, folder, network)
     network.requires_grad_(False).eval()
     return Base(
         family,
         pipeline,
         network,
-        _process(pipeline.scheduler),
+        process,
         tensors_sha256(network.state_dict()),
         stored_dtype(folder),
         encoders,
     )
 
 
-def _process(scheduler: Any) -> Process:
-    return VP(scheduler.alphas_cumprod.float(), scheduler.config.get("prediction_type", "epsilon"))
-
-
-def _flow(folder: Path) -> str:
-    scheduler = str((read_index(folder).get("scheduler") or [""])[-1])
-    is_flow = scheduler.startswith("FlowMatch")
-    return ", which is trained by flow matching: its schedule has no ᾱ_t" if is_flow else ""
-
-
-def _check(name: str, family: Family, kind: str, network: Any, scheduler: Any) -> None:
-    """Require that a pipeline's denoiser and scheduler are those that its family works with."""
+def _check(name: str, family: Family, kind: str, network: Any) -> None:
+    """Require that a pipeline's denoiser is one that its family works with."""
     found_class: Any = type(network)
     if found_class is not family.network:
         found = found_class.__name__ if network is not None else f"no {family.component}"
@@ -123,12 +119,6 @@ def _check(name: str, family: Family, kind: str, network: Any, scheduler: Any) -
         raise UserError(
             f"base {name!r} maps {channels} channels to {out_channels}, expected as many out as in: models that "
             f"predict a variance are not supported, but for {', '.join(able)}"
-        )
-    prediction_type = scheduler.config.get("prediction_type", "epsilon")
-    if getattr(scheduler, "alphas_cumprod", None) is None or prediction_type not in PREDICTION_TYPES:
-        raise UserError(
-            f"base {name!r} has a {type(scheduler).__name__} with prediction type {prediction_type!r}; expected a VP "
-            f"schedule, which has ᾱ_t, and {', '.join(PREDICTION_TYPES)}"
         )
     try:
         square_side(network.config.sample_size)
@@ -154,6 +144,7 @@ def create_base(
     """Make an untrained UNet2DModel in a DDPMPipeline from diffusers' own arguments.
 
     Args:
+        scheduler: of a DDPMScheduler, or of the class that ``_class_name`` says.
         parts: vae, tokenizer and text_encoder, for a UNet2DConditionModel in a StableDiffusionPipeline with them and a
             PNDMScheduler; the channels of its latents and the width of its texts are theirs.
 
@@ -171,14 +162,14 @@ def create_base(
             raise UserError(f"pretrain.model or pretrain.scheduler: {error}") from error
     family = FAMILIES[type(pipeline).__name__]
     network: Any = getattr(pipeline, family.component)
-    _check("pretrain.model", family, type(pipeline).__name__, network, pipeline.scheduler)
+    _check("pretrain.model", family, type(pipeline).__name__, network)
     # Without a VAE there is nothing on disk.
     encoders = family.find_encoders("pretrain.model", Path("pretrain.model"), network) if parts is None else None
     return Base(
         family,
         pipeline,
         network,
-        _process(pipeline.scheduler),
+        process_of("pretrain.model", family, network, pipeline.scheduler),
         tensors_sha256(network.state_dict()),
         encoders=encoders,
     )

@@ -1,15 +1,16 @@
 """The experts as one denoiser: a module that takes the place of a network in a stock diffusers pipeline."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import Config, load_config
-from ..diffusion.timesteps import TimestepRange, check_ranges, choose_ranges, range_index
+from ..diffusion.ranges import listed_ranges
+from ..diffusion.timesteps import TimestepRange, check_ranges, range_index
 from ..errors import UserError
 from ..merging.arithmetic import Tensors
 from ..merging.keys import check_same_keys, has_trunk
@@ -18,6 +19,7 @@ from ..storage.hub import pipeline_folder
 from ..storage.run_folder import Run
 from .base import Base, load_base
 from .network import load_network, new_network
+from .ranges import ranges_of
 
 
 class TimestepEnsemble(nn.Module):
@@ -33,6 +35,8 @@ class TimestepEnsemble(nn.Module):
         weights: of each expert, tensors with the network's keys, on the CPU or memory-mapped. Then one expert is in
             memory at a time: another's weights are copied over it when t comes into another range. A sampler goes
             through the ranges once, so that a batch of images costs as many copies as there are experts.
+        timestep_of: maps what a network is given as ``timestep`` to a timestep that some range holds,
+            ``Base.timestep_of``; cuts fractions off where not given.
 
     Raises:
         UserError: the ranges are no partition of [0, T), their number is not that of the experts, or weights don't
@@ -45,6 +49,7 @@ class TimestepEnsemble(nn.Module):
         ranges: Sequence[TimestepRange],
         num_train_timesteps: int,
         weights: Sequence[Tensors] | None = None,
+        timestep_of: Callable[[Tensor], Tensor] = Tensor.long,
     ) -> None:
         super().__init__()
         check_ranges(list(ranges), num_train_timesteps)
@@ -54,6 +59,7 @@ class TimestepEnsemble(nn.Module):
         for index, tensors in enumerate(weights or ()):
             check_same_keys(networks[0].state_dict(), tensors, f"expert {index}")
         self.networks, self.ranges, self.weights = nn.ModuleList(networks), list(ranges), weights
+        self.timestep_of = timestep_of
         self.held: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -62,9 +68,8 @@ class TimestepEnsemble(nn.Module):
         Raises:
             UserError: a timestep lies in no range, or those of the batch in several.
         """
-        timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
-        # Some samplers visit fractional timesteps up to T - 1.
-        first, last = (range_index(self.ranges, int(t)) for t in timestep.aminmax())
+        timestep = self.timestep_of(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]))
+        first, last = (range_index(self.ranges, t.item()) for t in timestep.aminmax())
         if first != last:
             raise UserError(
                 f"the timesteps of a batch are {timestep.tolist()}, of the ranges {self.ranges[first]} to "
@@ -121,7 +126,7 @@ class RunEnsemble(NamedTuple):
 def load_ensemble(
     model: str | Path,
     experts: Sequence[str | Path] = (),
-    ranges: Sequence[tuple[int, int]] | None = None,
+    ranges: Sequence[tuple[int | float, int | float]] | None = None,
     one_resident: bool = False,
 ) -> TimestepEnsemble:
     """Build the ensemble of a run's experts, or of any models of one architecture; float32, on the CPU.
@@ -129,8 +134,8 @@ def load_ensemble(
     Args:
         model: a run folder with finished experts; where experts are given, the base by folder or hub name.
         experts: pipelines by folder or hub name, expert folders or weight files, the cleanest range's first.
-        ranges: [low, high) in timesteps, one for each of the experts; equal parts of [0, T) where not given. A run
-            has its own.
+        ranges: [low, high) in timesteps, one for each of the experts; where not given equal parts of [0, T), or of a
+            flow's sampling steps. A run has its own.
         one_resident: hold one expert in memory, and read the others from their files when t comes to them.
 
     Raises:
@@ -140,7 +145,7 @@ def load_ensemble(
     if experts:
         base = load_base(str(model))
         found = [_load_model(str(e), base) for e in experts]
-        parts = choose_ranges(base.num_train_timesteps, len(experts), ranges)
+        parts = base.process.split(len(experts)) if ranges is None else listed_ranges(base.process, ranges)
     else:
         _, base, parts, found = open_run(Path(model))
     with_trunk = [has_trunk(tensors) for tensors in found]
@@ -151,11 +156,11 @@ def load_ensemble(
         return new_network(base, "trunk" if all(with_trunk) else "none").requires_grad_(False).eval()
 
     if one_resident:
-        return TimestepEnsemble([build()], parts, base.num_train_timesteps, found)
+        return TimestepEnsemble([build()], parts, base.num_train_timesteps, found, base.timestep_of)
     networks = [build() for _ in found]
     for network, tensors in zip(networks, found, strict=True):
         network.load_state_dict(tensors)
-    return TimestepEnsemble(networks, parts, base.num_train_timesteps)
+    return TimestepEnsemble(networks, parts, base.num_train_timesteps, None, base.timestep_of)
 
 
 def open_run(folder: Path) -> RunEnsemble:
@@ -171,7 +176,7 @@ def open_run(folder: Path) -> RunEnsemble:
         )
     config = load_config(run.config)
     base = load_base(config.base)
-    ranges = choose_ranges(base.num_train_timesteps, config.finetune.num_ranges, config.finetune.ranges)
+    ranges = ranges_of(base, config.finetune)
     return RunEnsemble(config, base, ranges, [load_expert(run.expert(i), base) for i in range(len(ranges))])
 
 

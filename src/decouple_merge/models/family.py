@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
@@ -71,6 +71,7 @@ class Family:
         guidance: ``classifier-free`` where the empty text stands for no text or class, to which captions are dropped
             and from which guidance leads away; None where the network knows nothing of the kind.
         has_variance: the network may write a variance behind its prediction, which is left out.
+        flows: "" where its pipelines draw with VP schedules, "only" where with flow matching, "too" where with both.
         sampler_config: what every sampler of it is told, whatever the base's scheduler says.
     """
 
@@ -82,6 +83,7 @@ class Family:
     sizes_input: str | None = None
     guidance: str | None = None
     has_variance: bool = False
+    flows: Literal["", "too", "only"] = ""
     sampler_config: dict[str, Any] = {}  # noqa: RUF012 - no family changes it
 
     def load(self, folder: Path) -> Any:
@@ -99,7 +101,7 @@ class Family:
         """
         raise NotImplementedError
 
-    def shape(self, network: Any) -> tuple[int, int, int]:
+    def shape(self, network: Any) -> tuple[int, ...]:
         """Say channels, height and width of what the network denoises."""
         side = square_side(network.config.sample_size)
         return network.config.in_channels, side, side
@@ -108,15 +110,32 @@ class Family:
         """Change in place what a new network would do otherwise in training than in sampling."""
 
     def predict(
-        self, network: Any, x: Float[Tensor, "n c h w"], t: Int[Tensor, " n"] | Float[Tensor, " n"], condition: Any
-    ) -> Float[Tensor, "n c h w"]:
+        self, network: Any, x: Float[Tensor, "n ..."], t: Int[Tensor, " n"] | Float[Tensor, " n"], condition: Any
+    ) -> Float[Tensor, "n ..."]:
         """Run the network once, on its own inputs under their names.
 
         Args:
-            t: in the base's timesteps, 0 to T - 1.
+            t: in the base's timesteps, 0 to T - 1, of a flow to T.
             condition: the inputs besides, [n, ...], as ``encode_texts`` names them and in ``sizes_input``.
         """
         return network(x, t, return_dict=False, **condition)[0]
+
+    def timestep_of(self, given: Tensor) -> Tensor:
+        """Map what ``predict`` gives the network as ``timestep`` back to the base's timesteps."""
+        return given
+
+    def dynamic_mu(self, network: Any, config: Any) -> float:
+        """Compute μ of a scheduler that shifts by the number of tokens of an image, as the pipeline does.
+
+        Raises:
+            UserError: the pipeline doesn't.
+        """
+        raise UserError(f"the scheduler has use_dynamic_shifting, which no {self.pipelines[0]} uses: set its shift")
+
+    def set_timesteps(self, scheduler: Any, network: Any, num_steps: int) -> None:
+        """Set a scheduler's timesteps, as the pipeline does."""
+        is_dynamic = scheduler.config.get("use_dynamic_shifting")
+        scheduler.set_timesteps(num_steps, **({"mu": self.dynamic_mu(network, scheduler.config)} if is_dynamic else {}))
 
     def output_layers(self, network: Any) -> dict[str, Any]:
         """Find the layer that writes the output of each block, by the block's name, in the order of the forward pass.

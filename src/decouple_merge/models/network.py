@@ -16,8 +16,8 @@ from .projection import attach_projections
 
 
 def predict(
-    base: Base, network: Any, x: Float[Tensor, "batch c h w"], t: Any, **condition: Tensor
-) -> Float[Tensor, "batch c h w"]:
+    base: Base, network: Any, x: Float[Tensor, "batch ..."], t: Any, **condition: Tensor
+) -> Float[Tensor, "batch ..."]:
     """Run a denoiser of the base's family once on noisy images at timesteps t (a number, or one for each image).
 
     Args:

@@ -51,7 +51,7 @@ def ensemble_denoiser(
     held = experts[:1] if settings.one_resident else experts
     networks = [sampling_copy(build_network(base, e), settings, device) for e in held]
     kept = experts if settings.one_resident else None
-    return denoiser(base, TimestepEnsemble(networks, ranges, base.num_train_timesteps, kept))
+    return denoiser(base, TimestepEnsemble(networks, ranges, base.num_train_timesteps, kept, base.timestep_of))
 
 
 def choose_prompts(prompts: Sequence[str], seeds: Sequence[int], first_seed: int) -> list[str]:
@@ -176,13 +176,13 @@ def sample_images(
         scheduler = make_scheduler(base, settings.sampler, steps, settings.timestep_spacing)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra: dict[str, Any] = {"generator": generators} if takes_generator else {}
-        x = (
-            torch.stack([torch.randn(base.shape, generator=g) for g in generators]).to(device)
-            * scheduler.init_noise_sigma
-        )
+        noise = torch.stack([torch.randn(base.shape, generator=g) for g in generators]).to(device)
+        # A flow starts at noise itself, and its samplers scale nothing.
+        x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
         guided = model if prompts is None else prompts.guide(model, padded)
         for t in scheduler.timesteps:
-            prediction = guided(scheduler.scale_model_input(x, t), t)
+            prediction = guided(scale(x, t), t)
             x = scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
         images = (x if prompts is None else prompts.decode(x))[: len(batch)]
         _check_finite(images, batch, settings, steps)

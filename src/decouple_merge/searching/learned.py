@@ -50,8 +50,9 @@ class DenoisingLoss:
 
     Args:
         patterns: of keys, as ``down_blocks.*``; the first that matches counts. ``layer_patterns`` has one a layer.
-        timestep_weights: λ >= 0, [T]; 1 where not given. An ε-model's loss is largest at the cleanest timesteps, which
-            then decide; the inverse of the base's loss on each range lets every range count alike.
+        timestep_weights: λ >= 0, [T], of a flow's timesteps rounded down; 1 where not given. An ε-model's loss is
+            largest at the cleanest timesteps, which then decide; the inverse of the base's loss on each range lets
+            every range count alike.
         stacks: base and experts in float32, one for each pattern, where they are in memory already.
 
     Raises:
@@ -105,7 +106,7 @@ class DenoisingLoss:
     ) -> tuple[float, Float[Tensor, "patterns experts"]]:
         """Compute the loss on a batch, and its gradient in the weights, float64 on the CPU."""
         tensors, leaves = with_leaves(self.merge(weights))
-        scale = self.timestep_weights[batch.t]
+        scale = self.timestep_weights[batch.t.long()]
         loss, found = loss_and_gradients(self.base, self.network, tensors, leaves, batch, scale, self.device)
         gradients = dict(zip(leaves, found, strict=True))
         return loss, torch.stack([s.inner_products(gradients) for s in self.stacks])

@@ -22,9 +22,9 @@ from ..models.projection import attach_projections
 class NoisyBatch:
     """A batch to denoise: noisy images, their timesteps, what the network should say of them, and its other inputs."""
 
-    x_t: Float[Tensor, "batch c h w"]
+    x_t: Float[Tensor, "batch ..."]
     t: Real[Tensor, " batch"]
-    target: Float[Tensor, "batch c h w"]
+    target: Float[Tensor, "batch ..."]
     condition: dict[str, Tensor] = field(default_factory=dict)
 
 

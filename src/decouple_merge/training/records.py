@@ -81,5 +81,5 @@ class Log:
         if accelerator.is_main_process:
             write_records(self.path, self.records)
         by_range = zip(self.trainer.task.ranges, record.validation, strict=True)
-        validation = {f"validation_loss/{r.low}-{r.high}": v for r, v in by_range}
+        validation = {f"validation_loss/{r.low:g}-{r.high:g}": v for r, v in by_range}
         accelerator.log(losses | validation | distance, record.update)

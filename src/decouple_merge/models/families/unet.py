@@ -4,12 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 from ...errors import UserError
 from ...merging.card import EXAMPLE, TASK
 from ..family import Encoders, Family
 from ..unet_blocks import unet_channels, unet_output_layers
+
+# Of a base from nothing.
+SCHEDULERS: dict[str, Any] = {
+    "DDPMScheduler": DDPMScheduler,
+    "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
+}
 
 
 class UNet(Family):
@@ -23,6 +29,7 @@ class UNet(Family):
     pipelines = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
     network = UNet2DModel
     component = "unet"
+    flows = "too"
 
     def find_encoders(self, name: str, folder: Path, network: Any) -> Encoders | None:
         config = network.config
@@ -59,8 +66,17 @@ class UNet(Family):
 
 
 def create_pipeline(model: dict[str, Any], scheduler: dict[str, Any]) -> Any:
-    """Make an untrained UNet2DModel in a DDPMPipeline from diffusers' own arguments."""
-    return DDPMPipeline(UNet2DModel(**model), DDPMScheduler(**scheduler))
+    """Make an untrained UNet2DModel in a DDPMPipeline from diffusers' own arguments.
+
+    Args:
+        scheduler: those of a DDPMScheduler, or of the flow's where ``_class_name`` says so.
+    """
+    arguments = dict(scheduler)
+    name = arguments.pop("_class_name", "DDPMScheduler")
+    if name not in SCHEDULERS:
+        raise ValueError(f"_class_name is {name!r}, expected one of {', '.join(SCHEDULERS)}")
+    # It samples flows as they are: of a scheduler it asks for timesteps and steps alone.
+    return DDPMPipeline(UNet2DModel(**model), SCHEDULERS[name](**arguments))
 
 
 def tiny_unet(**changes: Any) -> UNet2DModel:
