@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +16,16 @@ from hypothesis import strategies as st
 
 from decouple_merge.config import Config, Merge, Protocol, Section, dump_config, load_config, validate
 from decouple_merge.config.loader import _keys
+from decouple_merge.data.prompts import read_prompts
 from decouple_merge.errors import UserError
+from decouple_merge.evaluation.compare import compare
+from decouple_merge.merging.experts import open_expert
+from decouple_merge.merging.recipes import describe_model, repeat_merge
+from decouple_merge.models.base import load_base
+from decouple_merge.storage.files import read_records, read_tensors
+from decouple_merge.storage.layouts import model_files
+from decouple_merge.storage.reading import read_record
+from decouple_merge.storage.tensors import TensorFiles
 
 NUM_EXAMPLES = int(os.environ.get("DEME_FUZZ_EXAMPLES", "500"))
 fuzz = settings(
@@ -150,3 +160,92 @@ def test_an_override_is_taken_or_refused(override: str) -> None:
         validate(Protocol, {}, "deme evaluate", [override])
     with suppress(UserError):
         validate(Merge, {"weights": [1.0]}, "merge", [override])
+
+
+# -- files
+
+NAMES = st.sampled_from(["a", "b", "conv_in.weight", "", "__metadata__", "a.alpha", "\0", "é", "x.lora_A.weight"])
+OFFSETS = st.lists(st.integers(-1, 24) | st.sampled_from([2**63, 2**64, 10**30]), max_size=3) | SCALARS
+ENTRIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "F4", "X9", "", "f32"]) | SCALARS,
+        "shape": st.lists(st.integers(-1, 6) | st.sampled_from([2**32, 2**63, 10**20]), max_size=4) | SCALARS,
+        "data_offsets": OFFSETS,
+        "extra": SCALARS,
+    },
+)
+HEADERS = st.lists(st.tuples(NAMES, ENTRIES | VALUES), max_size=4).map(
+    # Written by hand, since a dict can't hold a key twice.
+    lambda pairs: "{" + ",".join(f"{json.dumps(k)}:{json.dumps(v, default=str, skipkeys=True)}" for k, v in pairs) + "}"
+)
+SIZES = st.none() | st.integers(0, 2**16) | st.sampled_from([2**31, 2**63 - 1, 2**64 - 1, 100_000_001])
+
+
+@fuzz
+@given(header=HEADERS.map(str.encode) | st.binary(max_size=40), size=SIZES, data=st.binary(max_size=32))
+def test_a_weights_file_of_any_header_is_read_or_refused(
+    folder: Path, header: bytes, size: int | None, data: bytes
+) -> None:
+    path = folder / "header.safetensors"
+    path.write_bytes((len(header) if size is None else size).to_bytes(8, "little") + header + data)
+    with suppress(UserError):
+        files = TensorFiles([path])
+        assert len(files.sha256()) == 64
+    with suppress(UserError):
+        read_tensors(path)
+
+
+CONTENTS = st.one_of(
+    st.binary(max_size=60),
+    VALUES.map(lambda value: json.dumps(value, default=str, skipkeys=True).encode()),
+    st.lists(TOKENS | st.text(max_size=4), max_size=20).map(lambda t: "".join(t).encode(errors="surrogatepass")),
+    st.lists(
+        st.fixed_dictionaries({}, optional={"image_id": SCALARS, "id": SCALARS, "caption": SCALARS}) | SCALARS,
+        max_size=3,
+    ).map(lambda found: json.dumps({"annotations": found}, default=str).encode()),
+    st.sampled_from([b"[" * 9_000, b'{"a":' * 2_000, b"9" * 5_000, b"[" + b"9" * 10_000 + b"]", b"", b"\xef\xbb\xbf"]),
+)
+
+
+@fuzz
+@given(content=CONTENTS, suffix=st.sampled_from([".txt", ".tsv", ".json"]))
+def test_a_prompt_file_of_any_content_is_read_or_refused(folder: Path, content: bytes, suffix: str) -> None:
+    path = folder / f"prompts{suffix}"
+    path.write_bytes(content)
+    with suppress(UserError):
+        assert all(isinstance(prompt, str) and prompt for prompt in read_prompts(path))
+
+
+@fuzz
+@given(content=CONTENTS)
+def test_records_of_any_content_are_read_or_refused(folder: Path, content: bytes) -> None:
+    path = folder / "record.json"
+    path.write_bytes(content)
+    with suppress(UserError):
+        assert isinstance(read_record(path, "make it again", base_sha256=str)["base_sha256"], str)
+    with suppress(UserError):
+        assert all(isinstance(record["model"], str) for record in read_records(path, model=str))
+    with suppress(UserError):
+        list(compare(str(path), str(path)))
+
+
+@fuzz
+@given(index=CONTENTS, name=st.sampled_from(["model_index.json", "diffusion_pytorch_model.safetensors.index.json"]))
+def test_a_folder_with_any_index_is_read_or_refused(folder: Path, index: bytes, name: str) -> None:
+    model = folder / "model"
+    shutil.rmtree(model, ignore_errors=True)
+    model.mkdir()
+    (model / name).write_bytes(index)
+    for read in (model_files, open_expert, lambda path: list(describe_model(path)), lambda path: load_base(str(path))):
+        with suppress(UserError):
+            read(model)
+
+
+@fuzz
+@given(recipe=CONTENTS | HEADERS.map(str.encode))
+def test_a_recipe_of_any_content_is_read_or_refused(folder: Path, recipe: bytes) -> None:
+    path = folder / "merge.json"
+    path.write_bytes(recipe)
+    with suppress(UserError):
+        list(repeat_merge(path, folder / "merged", dry_run=True))

@@ -204,7 +204,7 @@ def no_denoiser(folder: Path) -> None:
         (lost_shard, "1 of [0-9]+ shards are missing, .*-00002-of-"),
         (index_without_a_map, "expected a weight_map"),
         (index_that_climbs, "expected a weight_map of keys to files beside it"),
-        (broken_pipeline, r"model_index\.json: expected a JSON object"),
+        (broken_pipeline, r"model_index\.json, line 1, column 3: not JSON"),
         (no_denoiser, "is a pipeline without unet, transformer or prior"),
     ],
 )

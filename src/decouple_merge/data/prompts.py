@@ -1,12 +1,12 @@
 """Prompts from files: lines of text, a column of TSV as PartiPrompts has them, names in JSON, captions of COCO."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..config import Text
 from ..errors import UserError
 from ..seeds import stream_seed
+from ..storage.reading import parse_json, read_text
 
 PROMPT_COLUMN = "Prompt"
 
@@ -69,12 +69,7 @@ def _tsv_prompts(path: Path) -> list[str]:
 
 
 def _json_prompts(path: Path, seed: int) -> list[str]:
-    try:
-        found = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}); fetch the file again"
-        ) from error
+    found = parse_json(_read(path), path, "fetch the file again")
     if isinstance(found, dict) and isinstance(found.get("annotations"), list):
         return _coco_prompts(path, found["annotations"], seed)
     if not isinstance(found, list):
@@ -121,13 +116,4 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _read(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}, is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a UTF-8 text file, one text a line") from error
+    return read_text(path, "expected a UTF-8 text file, one text a line")

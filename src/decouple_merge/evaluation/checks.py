@@ -30,6 +30,23 @@ def check_evaluate(config: Config, base: Base) -> None:
         raise UserError(f"evaluate.metrics has {with_texts[0]}, but {config.base} reads no texts; take another metric")
 
 
+def check_num_references(config: Config, num_images: int) -> None:
+    """Require that the data has as many images as the metrics compare with.
+
+    Raises:
+        UserError: as said.
+    """
+    num = min(config.evaluate.num_reference_images or num_images, num_images)
+    watched = [d.metric for d in (config.finetune.distance,) if d is not None]
+    for metric in [*config.evaluate.metrics, config.search.metric, *watched]:
+        least = METRICS[metric].min_reference_images
+        if METRICS[metric].needs not in (None, "texts") and num < least:
+            raise UserError(
+                f"{metric} compares with {num} image(s), expected at least {least}: take more data, raise "
+                "evaluate.num_reference_images, or take another metric"
+            )
+
+
 def check_watched(distance: Distance, settings: Evaluate) -> None:
     """Require that a training can be watched by a distance.
 

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import json
 from collections.abc import Iterator, Sequence
 
 import matplotlib.pyplot as plt
@@ -13,6 +12,7 @@ from ..analysis import analyses, open_analysis
 from ..analysis.subject import Finding, Subject
 from ..models.base import tensors_sha256
 from ..storage.files import atomic_path, write_json, write_text
+from ..storage.reading import AGAIN, read_record
 from .plan import Plan, load_experts
 
 
@@ -37,7 +37,7 @@ def analyze(plan: Plan, only: Sequence[str] = ()) -> Iterator[str]:
     }
     for name, analysis in chosen.items():
         table, summary = plan.run.analysis(f"{name}.csv"), plan.run.analysis(f"{name}.json")
-        if summary.exists() and json.loads(summary.read_text(encoding="utf-8"))["made_from"] == made_from:
+        if summary.exists() and read_record(summary, AGAIN).get("made_from") == made_from:
             yield f"{name}: done, {table}"
             continue
         finding: Finding = yield from analysis.compute(subject)

@@ -1,6 +1,5 @@
 """A run's merged model on disk: a pipeline with the record of how it was made, and a LoRA where it is one."""
 
-import json
 from typing import Any
 
 from ..config import Merge
@@ -11,6 +10,7 @@ from ..models.export import export_pipeline
 from ..models.lora import FILE, merge_factors
 from ..searching.trial import Level, Trial
 from ..storage.files import read_tensors, write_tensors
+from ..storage.reading import AGAIN, read_record
 from .plan import Plan
 
 
@@ -18,7 +18,7 @@ def export_merge(plan: Plan, merger: Merger, experts_sha256: list[str], level: L
     """Write the merged model with its record, unless it is there."""
     record = export_record(plan, experts_sha256, level, winner)
     written = plan.run.merged / "merge.json"
-    if written.exists() and json.loads(written.read_text()) == record:
+    if written.exists() and read_record(written, AGAIN) == record:
         return
     if _is_one_lora(plan):
         factors = [read_tensors(plan.run.expert(i) / "lora" / FILE)[0] for i in range(len(plan.ranges))]

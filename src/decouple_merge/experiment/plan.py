@@ -15,7 +15,7 @@ from ..data.prompts import load_prompts
 from ..data.sources import load_images
 from ..data.split import split
 from ..diffusion.timesteps import TimestepRange
-from ..evaluation.checks import check_evaluate, check_watched
+from ..evaluation.checks import check_evaluate, check_num_references, check_watched
 from ..executors import check_executor
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
@@ -78,6 +78,7 @@ def check(config: Config, out: Path) -> Plan:
     check_search(config.search, base, len(ranges))
     images = load_images(config.data, base.channels, base.image_size)
     split(images, config.data)
+    check_num_references(config, len(images))
     return image_plan(config, out, base, tuple(ranges), images)
 
 

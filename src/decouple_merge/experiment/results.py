@@ -89,7 +89,10 @@ def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) ->
 def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
     """Score every model of the result table on every set of report seeds; yields the table's rows."""
     config, device = plan.config, default_device()
-    done = {(r["model"], r["metric"], r["seeds"][0]) for r in read_records(plan.run.metrics)}
+    done = {
+        (r["model"], r["metric"], r["seeds"][0])
+        for r in read_records(plan.run.metrics, model=str, metric=str, seeds=list)
+    }
     calls: list[tuple[Any, ...]] = []
     for index in range(config.evaluate.num_seed_sets):
         seeds = _seed_set(config, index)

@@ -1,7 +1,6 @@
 """Weights that a run's search starts with, learned by the gradient of the denoising loss."""
 
 import copy
-import json
 
 import torch
 from jaxtyping import Float
@@ -15,6 +14,7 @@ from ..searching.learned import DenoisingLoss, learn_weights
 from ..searching.strategies import Weights
 from ..seeds import stream_seed
 from ..storage.files import write_json
+from ..storage.reading import AGAIN, read_record
 from ..training.validation import validation_losses
 from .plan import Plan
 
@@ -28,7 +28,7 @@ def learn_start(plan: Plan, merger: Merger, experts_sha256: list[str]) -> Weight
     path, config, experts = plan.run.learned, plan.config, merger.experts
     num, blocks = config.search.gradient_batches, config.search.blocks
     record = {"num_batches": num, "experts_sha256": experts_sha256, "blocks": blocks}
-    if path.exists() and (found := json.loads(path.read_text())) | record == found:
+    if path.exists() and (found := read_record(path, AGAIN, weights=list)) | record == found:
         return tuple(found["weights"])
     seed = stream_seed(config.seed, "merging weights")
     batches = training_batches(plan.images, config.data, config.finetune.batch_size, seed, 0, num)

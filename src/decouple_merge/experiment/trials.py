@@ -1,6 +1,5 @@
 """What a run's folder says of its search: every trial, the candidates that everyone asks for, two figures."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +9,7 @@ from ..errors import NotFiniteError
 from ..searching.levels import fixed_candidates, ranked
 from ..searching.trial import Level, Trial
 from ..storage.files import write_json, write_records
+from ..storage.reading import AGAIN, read_record
 from .plan import Plan
 
 
@@ -54,6 +54,6 @@ def report_candidates(plan: Plan, screened: list[Trial], score_ensemble: Callabl
                 table["ensemble"] = None
         table["best"] = ranked(screened, search.frozen)[0].value
         write_json(plan.run.candidates, {"metric": search.metric, **table})
-    found = json.loads(plan.run.candidates.read_text())
+    found = read_record(plan.run.candidates, AGAIN, metric=str)
     said = {name: "lost" if value is None else f"{value:.4g}" for name, value in found.items() if name != "metric"}
     yield f"on the search seeds, {found['metric']}: " + ", ".join(f"{name} {value}" for name, value in said.items())

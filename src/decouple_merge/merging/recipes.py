@@ -9,6 +9,7 @@ from ..config import Merge, validate
 from ..errors import UserError
 from ..storage.hub import pipeline_folder
 from ..storage.outputs import MERGED_FILE, MERGED_FOLDER, Kind, check_output
+from ..storage.reading import as_record, parse_json, read_record, read_text
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
 from .experts import open_expert
@@ -90,14 +91,14 @@ def repeat_merge(recipe: Path, out: Path, dry_run: bool = False) -> Iterator[str
         UserError: the file is no recipe, ``out`` may not be written, or an input is gone or is not what it was.
     """
     check_output(out, _kind(out), [recipe])
-    try:
-        record = json.loads(recipe.read_text())
-        base, experts = record["base"]["name"], [_beside(recipe, e) for e in record["experts"]]
-        settings = validate(Merge, record["settings"], str(recipe))
-        expected = [record["base"]["sha256"], *record["experts_sha256"]]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{recipe}: expected the merge.json of a deme merge or of a run ({error})") from error
-    yield from merge_models(base, experts, settings, out, dry_run, expected)
+    advice = "give the merge.json of a deme merge or of a run"
+    record = read_record(recipe, advice, base=dict, experts=list, settings=dict, experts_sha256=list)
+    base = as_record(record["base"], f"{recipe}, base", advice, name=str, sha256=str)
+    if not all(isinstance(name, str) for name in [*record["experts"], *record["experts_sha256"]]):
+        raise UserError(f"{recipe}: experts or experts_sha256 hold other things than texts; {advice}")
+    settings = validate(Merge, record["settings"], str(recipe))
+    experts, expected = [_beside(recipe, e) for e in record["experts"]], [base["sha256"], *record["experts_sha256"]]
+    yield from merge_models(base["name"], experts, settings, out, dry_run, expected)
 
 
 def _beside(recipe: Path, name: str) -> Path:
@@ -117,8 +118,9 @@ def describe_model(model: Path) -> Iterator[str]:
     yield "elements: " + ", ".join(f"{n:,} {name}" for name, n in sorted(sizes.items()))
     yield f"sha256 of the tensors: {files.sha256()}"
     recipe = model / "merge.json"
-    text = recipe.read_text() if recipe.is_file() else files.metadata.get("merge")
+    advice = "remove the record, or merge again"
+    text = read_text(recipe, advice) if recipe.is_file() else files.metadata.get("merge")
     if text is None:
         yield "no record of a merge"
     else:
-        yield json.dumps(json.loads(text), indent=2)
+        yield json.dumps(parse_json(text, model, advice), indent=2)

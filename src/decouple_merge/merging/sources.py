@@ -1,6 +1,5 @@
 """What files are merged from: a base and experts, opened and checked."""
 
-import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from ..config import Merge
 from ..errors import UserError
 from ..seeds import stream_seed
 from ..storage.layouts import chosen_part, denoisers, parts_like, weight_files
+from ..storage.reading import read_record
 from ..storage.tensors import DTYPES, NAMES, Layout, TensorFiles, hash_tensors
 from .experts import open_expert, open_parts
 from .keys import is_trunk_projection
@@ -118,7 +118,11 @@ class Sources:
 
     def _check_origin(self, experts: list[Path]) -> None:
         records = [(p, p / "expert.json" if p.is_dir() else p.parent / "expert.json") for p in experts]
-        origins = [(p, json.loads(r.read_text())["base_sha256"]) for p, r in records if r.is_file()]
+        origins = [
+            (p, read_record(r, "remove it, or make the expert again", base_sha256=str)["base_sha256"])
+            for p, r in records
+            if r.is_file()
+        ]
         if not origins:
             return
         found = widened_sha256(self.base)

@@ -12,7 +12,9 @@ from torch import Tensor
 from ..diffusion.process import Process
 from ..errors import UserError
 from ..storage.hub import pipeline_folder
-from ..storage.tensors import DTYPES, hash_tensors
+from ..storage.layouts import model_files
+from ..storage.reading import read_record
+from ..storage.tensors import DTYPES, TensorFiles, hash_tensors
 from .families import FAMILIES, stable_diffusion, unet
 from .family import Encoders, Family, read_index, square_side
 from .processes import process_of
@@ -80,11 +82,11 @@ def load_base(name: str) -> Base:
         if (kind := read_index(folder).get("_class_name")) is None:
             raise UserError(f"{folder} has no model_index.json that names a pipeline's class")
         # Others are refused below, before gigabytes are loaded.
-        pipeline = FAMILIES[kind].load(folder) if kind in FAMILIES else None
+        pipeline = _load(FAMILIES[kind], folder) if kind in FAMILIES else None
     except (SafetensorError, EOFError) as error:
         raise UserError(f"base {name!r}: its weights file is damaged ({error}); fetch or copy it again") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"base {name!r} can't be loaded ({reason}); expected {SUPPORTED}, by folder or hub name"
         ) from error
@@ -93,6 +95,7 @@ def load_base(name: str) -> Base:
     family = FAMILIES[kind]
     network: Any = getattr(pipeline, family.component)
     _check(name, family, kind, network)
+    _check_whole(name, folder, network)
     process = process_of(name, family, network, pipeline.scheduler)
     encoders = family.find_encoders(name, folder, network)
     network.requires_grad_(False).eval()
@@ -105,6 +108,18 @@ def load_base(name: str) -> Base:
         stored_dtype(folder),
         encoders,
     )
+
+
+def _load(family: Family, folder: Path) -> Any:
+    """Load denoiser and scheduler, whose configs must be of the classes in the index: diffusers believes that alone."""
+    index = read_index(folder)
+    for part, file in ((family.component, "config.json"), ("scheduler", "scheduler_config.json")):
+        if (path := folder / part / file).is_file():
+            declared = str((index.get(part) or [""])[-1])
+            found = read_record(path, "fetch or copy it again").get("_class_name", declared)
+            if not isinstance(found, str) or (part != "scheduler" and found != declared):
+                raise UserError(f"{path} is of class {found!r}, model_index.json says {declared}")
+    return family.load(folder)
 
 
 def _check(name: str, family: Family, kind: str, network: Any) -> None:
@@ -122,8 +137,24 @@ def _check(name: str, family: Family, kind: str, network: Any) -> None:
         )
     try:
         square_side(network.config.sample_size)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"base {name!r}: its {error}") from error
+
+
+def _check_whole(name: str, folder: Path, network: Any) -> None:
+    """Require that the files have every tensor of the network: diffusers makes random ones in their place.
+
+    Pickles and folders of several weights are diffusers' to read.
+    """
+    try:
+        stored = TensorFiles(model_files(folder)).entries
+    except UserError:
+        return
+    if missing := [key for key in network.state_dict() if key not in stored]:
+        raise UserError(
+            f"base {name!r}: its weights file lacks {len(missing)} tensors, {missing[0]} among them; fetch or copy it "
+            "again"
+        )
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

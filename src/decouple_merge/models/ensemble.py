@@ -1,6 +1,5 @@
 """The experts as one denoiser: a module that takes the place of a network in a stock diffusers pipeline."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from ..merging.arithmetic import Tensors
 from ..merging.keys import check_same_keys, has_trunk
 from ..storage.files import read_tensors
 from ..storage.hub import pipeline_folder
+from ..storage.reading import read_record
 from ..storage.run_folder import Run
 from .base import Base, load_base
 from .network import load_network, new_network
@@ -194,7 +194,7 @@ def load_expert(folder: Path, base: Base) -> Tensors:
     """
     if not (folder / "model.safetensors").exists():
         raise UserError(f"{folder} has no finished expert; run deme finetune first")
-    record = json.loads((folder / "expert.json").read_text())
+    record = read_record(folder / "expert.json", "remove the folder to finetune again", base_sha256=str)
     if record["base_sha256"] != base.sha256:
         raise UserError(
             f"{folder} was finetuned from another base: found {record['base_sha256'][:16]}, expected "

@@ -1,6 +1,5 @@
 """What a kind of pipeline answers for itself: a subclass of ``Family`` for each, in a file of ``families/``."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..storage.reading import read_record
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def tokenizer_of(text_encoder: str) -> str:
 def read_index(folder: Path) -> dict[str, Any]:
     """Read a pipeline's model_index.json; empty where there is none."""
     path = folder / "model_index.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_record(path, "fetch or copy it again") if path.is_file() else {}
 
 
 def load_parts(folder: Path, *parts: str) -> Any:
@@ -181,6 +181,6 @@ def square_side(size: Any) -> int:
         UserError: it is neither.
     """
     sides = [size] if isinstance(size, int) else list(size or ())
-    if not sides or not all(isinstance(side, int) for side in sides) or len(sides) > 2 or len(set(sides)) > 1:
+    if not sides or not all(type(side) is int and side > 0 for side in sides) or len(sides) > 2 or len(set(sides)) > 1:
         raise UserError(f"sample_size is {size!r}, expected one integer, or two that are equal: square images")
     return sides[0]

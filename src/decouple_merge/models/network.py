@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..merging.keys import has_trunk
-from ..storage.layouts import model_files, network_folder, read_json
+from ..storage.layouts import model_files, network_folder
+from ..storage.reading import read_record
 from ..storage.tensors import TensorFiles
 from .base import Base
 from .projection import attach_projections
@@ -41,7 +42,7 @@ def num_parameters(network: nn.Module) -> int:
 
 def empty_network(folder: Path) -> nn.Module:
     """Build the denoiser of a pipeline's folder from its config alone, on the meta device: shapes without memory."""
-    config = read_json(network_folder(folder) / "config.json")
+    config = read_record(network_folder(folder) / "config.json", "fetch or copy it again")
     with torch.device("meta"):
         return getattr(diffusers, config["_class_name"]).from_config(config)
 

@@ -30,7 +30,10 @@ def process_of(name: str, family: Family, network: Any, scheduler: Any) -> Proce
             )
         if found := [key for key in UNSUPPORTED if config.get(key)]:
             raise UserError(f"base {name!r} has a {kind} with {found[0]}, which is not supported: expected it false")
-        return Flow(_shift(family, network, scheduler), num_train_timesteps=config.num_train_timesteps)
+        shift = _shift(family, network, scheduler)
+        if not (isinstance(shift, int | float) and 0 < shift < math.inf):
+            raise UserError(f"base {name!r}: its scheduler's shift is {shift!r}, expected a number above 0")
+        return Flow(shift, num_train_timesteps=config.num_train_timesteps)
     prediction_type = config.get("prediction_type", "epsilon")
     if getattr(scheduler, "alphas_cumprod", None) is None or prediction_type not in PREDICTION_TYPES:
         raise UserError(
@@ -42,7 +45,14 @@ def process_of(name: str, family: Family, network: Any, scheduler: Any) -> Proce
             f"base {name!r} has a {kind}, whose schedule is a table of ᾱ_t, and a {family.network.__name__} is trained "
             "by flow matching; expected a FlowMatchEulerDiscreteScheduler"
         )
-    return VP(scheduler.alphas_cumprod.float(), prediction_type)
+    alphas = scheduler.alphas_cumprod
+    falls = len(alphas) and alphas[0] <= 1 and alphas[-1] >= 0 and bool((alphas.diff() <= 0).all())
+    if not falls:
+        raise UserError(
+            f"base {name!r}: its scheduler's ᾱ_t goes from {alphas[:1].tolist()} to {alphas[-1:].tolist()}, expected a "
+            "fall within [0, 1]; mend beta_start, beta_end or trained_betas in scheduler_config.json"
+        )
+    return VP(alphas.float(), prediction_type)
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
+from .reading import as_record, check_file, parse_json, read_text
 
 # Folders in which something is being written, or was when its writer died.
 LEFTOVERS = ".deme-*.tmp"
@@ -149,11 +150,20 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         write_text(path, old + ("\n" if old and not old.endswith("\n") else "") + json.dumps(record) + "\n")
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file; a missing one has no records."""
+def read_records(path: Path, **fields: type | tuple[type, ...]) -> list[dict[str, Any]]:
+    """Read a JSON-lines file, whose records have some fields of some types; a missing one has no records.
+
+    Raises:
+        UserError: a line is no such record; it is named.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    advice = "mend or remove the line"
+    records = []
+    for number, line in enumerate(read_text(path, advice).splitlines(), start=1):
+        where = f"{path}, line {number}"
+        records.append(as_record(parse_json(line, where, advice), where, advice, **fields))
+    return records
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -168,6 +178,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: the file is missing or damaged.
     """
+    check_file(path, "remove it to make it again")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -1,13 +1,13 @@
 """Where the weights of a model lie: files, shards, variants and pipelines, by diffusers' own rules."""
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
+from .reading import read_record
 
+ADVICE = "fetch or copy it again"
 # Trunk projections of a pipeline, which stock diffusers does not read.
 PROJECTIONS_FILE = "projections.safetensors"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
@@ -18,18 +18,6 @@ INDEX = re.compile(r"(?P<stem>diffusion_pytorch_model|model)\.safetensors\.index
 WEIGHTS = re.compile(r"(?P<stem>diffusion_pytorch_model|model)(?:\.(?P<variant>[^.-]+))?\.safetensors")
 # Files that would be stale copies of a network's weights beside new ones.
 STALE = ("*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.index.json", "*.index.*.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        UserError: it can't be read, or holds something else.
-    """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: expected a JSON object ({error})") from error
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -52,7 +40,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    places = read_json(index).get("weight_map")
+    places = read_record(index, ADVICE).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(n, str) and Path(n).name == n for n in places.values()):
         raise UserError(f"{index}: expected a weight_map of keys to files beside it")
     names = sorted(set(places.values()))
@@ -72,7 +60,7 @@ def _of_folder(path: Path) -> Path:
         found |= {(m["stem"], m["variant"] or ""): n for n in names if (m := pattern.fullmatch(n))}
     stems = sorted({stem for stem, _ in found})
     if len(stems) > 1 and (path / "config.json").is_file():
-        is_diffusers = "_class_name" in read_json(path / "config.json")
+        is_diffusers = "_class_name" in read_record(path / "config.json", ADVICE)
         stems = ["diffusion_pytorch_model" if is_diffusers else "model"]
     pickles = [n for n in names if Path(n).suffix in PICKLES]
     if len(stems) == 1:
@@ -114,7 +102,7 @@ def pipeline_parts(path: Path) -> dict[str, Path]:
     """
     if not (path / "model_index.json").is_file():
         return {}
-    index = read_json(path / "model_index.json")
+    index = read_record(path / "model_index.json", ADVICE)
     named = [k for k, v in index.items() if isinstance(v, list) and v and v[0] is not None]
     folders = {p.name: p for p in sorted(path.iterdir()) if p.is_dir()}
     at_root = [n for n in named if n not in folders and DENOISER.fullmatch(n) and (path / "config.json").is_file()]

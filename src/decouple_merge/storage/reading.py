@@ -7,6 +7,8 @@ from typing import Any
 
 from ..errors import UserError
 
+# What to do about a file of ours that holds something else.
+AGAIN = "remove it to have it made again"
 # By what a path is where a file was expected.
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 

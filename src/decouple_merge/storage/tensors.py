@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
+from .reading import check_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -63,6 +64,7 @@ class TensorFiles:
         self._open = {}
         unknown = []
         for path in files:
+            check_file(path, "give a .safetensors file")
             try:
                 file = self._open[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:

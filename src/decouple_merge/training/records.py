@@ -69,7 +69,7 @@ class Log:
 
     def __init__(self, path: Path, trainer: Trainer) -> None:
         self.path, self.trainer = path, trainer
-        self.records = [r for r in read_records(path) if r["update"] <= trainer.num_done]
+        self.records = [r for r in read_records(path, update=int) if r["update"] <= trainer.num_done]
 
     def write(self, record: StepRecord) -> None:
         """Add a validation's record."""

@@ -1,6 +1,5 @@
 """What the families of latent pipelines share: a VAE around the denoiser, its scale, and parts that fit."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import UserError
+from ...storage.reading import read_record
 from ..family import Encoders, Family, read_index, square_side, tokenizer_of
 from ..parts import vae_downscale
 
@@ -54,7 +54,7 @@ class Latent(Family):
             path = folder / part / f"{file}.json"
             if not path.is_file():
                 raise UserError(f"base {name!r}: there is no {path}, expected {kind} with all of its parts")
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_record(path, "fetch or copy it again")
 
         vae, texts = read("vae"), [read(text) for text in self.text_encoders]
         for text in self.text_encoders:
