@@ -1,6 +1,7 @@
 """What the verbs print: events as they come, tables at the end."""
 
 import sys
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 # Without a terminal a console is 80 columns wide, too few for the result table.
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 
+# In a pipe or a log, a merge says how far it is no more often.
+SECONDS_BETWEEN_LINES = 5.0
+
 
 def show(events: Iterable[Any]) -> None:
     """Print events as they come, and the rows of the result table together at the end."""
@@ -25,15 +29,19 @@ def show(events: Iterable[Any]) -> None:
 
 
 def show_bytes(events: Iterable[Any]) -> None:
-    """Print lines as they come, and the bytes written so far with their rate."""
+    """Print lines as they come, and the bytes written so far: a bar on a terminal, else a line now and then."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("merge", total=None)
+        bar, said = progress.add_task("merge", total=None), time.monotonic()
         for event in events:
             if isinstance(event, str):
                 console.print(event)
             else:
                 progress.update(bar, completed=event.num_done, total=event.num_bytes)
+                if not console.is_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    share = event.num_done / event.num_bytes
+                    console.print(f"{event.num_done / 1e9:.3f} of {event.num_bytes / 1e9:.3f} GB written, {share:.0%}")
 
 
 def result_table(rows: "list[Row]") -> Table:

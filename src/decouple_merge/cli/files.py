@@ -47,11 +47,12 @@ def merge(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="density, seed, fishers, dtype, max_shard_bytes or allow_non_finite, as docs/merging.md has them",
+            help="density, seed, fishers, dtype, min_delta_cosine and more, as docs/merging.md has them",
         ),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="Repeat the merge of a merge.json; only --out and --dry-run go with it")
+        Path | None,
+        typer.Option(help="A merge.json, a merged file or YAML: do that merge; only --out and --dry-run go with it"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done")] = False,
 ) -> None:
@@ -94,6 +95,9 @@ def info(
 def _settings(named: dict[str, str | None], weights: str, blocks: list[str], overrides: list[str] | None) -> "Merge":
     from ..config import Merge, validate
 
+    patterns = [pattern for pattern, _ in map(_block, blocks)]
+    if twice := [p for i, p in enumerate(patterns) if p in patterns[:i]]:
+        raise UserError(f"--block {twice[0]!r} is given twice, expected weights of each pattern once")
     given = {
         **{name: value for name, value in named.items() if value is not None},
         "weights": _numbers("--weights", weights),

@@ -10,6 +10,7 @@ from .loader import dump_config, load_config, validate
 from .merge import Merge
 from .pretrain import PartTraining, Pretrain, TextEncoder, Vae
 from .protocol import Protocol, load_protocol
+from .recipe import Origin, Recipe, parse_recipe
 from .run import Config
 from .sample import Drawing, Sample, Text
 from .search import Search
@@ -28,12 +29,14 @@ __all__ = [
     "Finetune",
     "Lora",
     "Merge",
+    "Origin",
     "PartTraining",
     "Precision",
     "Pretrain",
     "Projection",
     "Protocol",
     "Ranges",
+    "Recipe",
     "Sample",
     "Search",
     "Section",
@@ -45,5 +48,6 @@ __all__ = [
     "dump_config",
     "load_config",
     "load_protocol",
+    "parse_recipe",
     "validate",
 ]

@@ -3,28 +3,36 @@
 from typing import Any
 
 from ..config import Merge
-from ..merging.card import model_card
+from ..merging.card import Usage, model_card
 from ..merging.merger import Merger
-from ..merging.record import merge_record
+from ..merging.record import merge_record, name_from
+from ..merging.usage import inherited
 from ..models.export import export_pipeline
 from ..models.lora import FILE, merge_factors
 from ..searching.trial import Level, Trial
 from ..storage.files import read_tensors, write_tensors
+from ..storage.hub import pipeline_folder
 from ..storage.reading import AGAIN, read_record
 from .plan import Plan
 
 
-def export_merge(plan: Plan, merger: Merger, experts_sha256: list[str], level: Level, winner: Trial) -> None:
-    """Write the merged model with its record, unless it is there."""
-    record = export_record(plan, experts_sha256, level, winner)
+def export_merge(plan: Plan, merger: Merger, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:
+    """Write the merged model with its record, unless it is there; returns the record.
+
+    A change that half precision loses is told and not refused: the candidates were scored as they are written.
+    """
+    delta = merger.survival(winner.weights)
+    record = export_record(plan, experts_sha256, level, winner) | ({"delta": delta} if delta else {})
     written = plan.run.merged / "merge.json"
     if written.exists() and read_record(written, AGAIN) == record:
-        return
+        return record
     if _is_one_lora(plan):
         factors = [read_tensors(plan.run.expert(i) / "lora" / FILE)[0] for i in range(len(plan.ranges))]
         write_tensors(plan.run.merged_lora / FILE, merge_factors(factors, winner.weights))
-    card = model_card(record, *plan.base.family.usage(plan.base.encoders))
+    kept = inherited(pipeline_folder(plan.config.base), record["base"]["name"])
+    card = model_card(record, Usage(*plan.base.family.usage(plan.base.encoders)), kept)
     export_pipeline(plan.base, merger.merge(winner.weights), plan.run.merged, card, record)
+    return record
 
 
 def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:
@@ -34,10 +42,10 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
     rows = [list(winner.weights[i : i + num]) for i in range(0, len(winner.weights), num)]
     blocks = dict(zip(search.blocks[:-1], rows[:-1], strict=True))
     return merge_record(
-        Merge(method=search.method, density=search.density, weights=rows[-1], blocks=blocks),
-        {"name": plan.config.base, "sha256": plan.base.sha256},
+        Merge(method=search.method, density=search.density, weights=rows[-1], blocks=blocks, min_delta_cosine=-1),
+        {"name": name_from(plan.run.merged, plan.config.base), "sha256": plan.base.sha256},
         # From where the record lies, so that a run may be moved.
-        search.checkpoints or [f"../experts/{i}" for i in range(num)],
+        [name_from(plan.run.merged, c) for c in search.checkpoints] or [f"../experts/{i}" for i in range(num)],
         experts_sha256,
         None if search.checkpoints else [[r.low, r.high] for r in plan.ranges],
         merged_sha256=winner.merged_sha256,

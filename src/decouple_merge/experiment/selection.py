@@ -9,6 +9,7 @@ from ..executors import run_all
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..merging.merger import Merger
+from ..merging.survival import survival_line
 from ..models.base import tensors_sha256
 from ..searching.checkpoints import load_checkpoints
 from ..searching.levels import levels, ranked, search, work
@@ -137,7 +138,9 @@ def _lead(plan: Plan, hashes: list[str]) -> Iterator[Event]:
     write_trials(plan, found)
     (screen, screened), (last, finalists) = found[0], found[-1]
     winner = ranked(finalists, config.search.frozen)[0]
-    export_merge(plan, merger, hashes, last, winner)
+    record = export_merge(plan, merger, hashes, last, winner)
+    if "delta" in record:
+        yield survival_line(record["delta"])
     draw_search(plan, found)
     yield from report_candidates(
         plan, screened, lambda: scorer().distance(plan.ensemble(experts, merger.device), screen)

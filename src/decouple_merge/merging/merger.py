@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import UserError
 from ..storage.tensors import hash_tensors
-from .arithmetic import Tensors, cast, cut_blocks
+from .arithmetic import Tensors, cast, cut_blocks, versions
 from .stacked import Stacked, Trimmed
+from .survival import change_of, survival_record
 
 
 class Merger:
@@ -67,6 +69,19 @@ class Merger:
         Raises:
             UserError: there are more or fewer weights.
         """
+        return cast(self._merge(weights), self.dtype)
+
+    def survival(self, weights: Sequence[float]) -> dict[str, Any] | None:
+        """Say what rounding to ``dtype`` leaves of a merge's change; None where it is as fine as the sums."""
+        if self.dtype.itemsize >= torch.float32.itemsize:
+            return None
+        merged, changes = self._merge(weights), {}
+        for key, (start, *others) in versions(self.base, self.experts):
+            if start.is_floating_point():
+                changes[key] = change_of(start, others, merged[key], merged[key].to(self.dtype))
+        return survival_record(changes)
+
+    def _merge(self, weights: Sequence[float]) -> Tensors:
         num = len(self.experts)
         rows = [weights[i : i + num] for i in range(0, len(weights), num)]
         if len(weights) != len(self.zeros):
@@ -74,7 +89,7 @@ class Merger:
         merged: Tensors = {}
         for block, row in zip(self._blocks, rows, strict=True):
             merged |= block.merge(row)
-        return cast(merged, self.dtype)
+        return merged
 
     def attach(self, network: nn.Module) -> None:
         """Choose the network that ``write`` writes into; it then holds the base.

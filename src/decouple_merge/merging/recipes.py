@@ -4,29 +4,28 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from ..config import Merge, validate
+from ..config import Merge
 from ..errors import UserError
 from ..storage.hub import pipeline_folder
+from ..storage.layouts import read_json
 from ..storage.outputs import MERGED_FILE, MERGED_FOLDER, Kind, check_output
-from ..storage.reading import as_record, parse_json, read_record, read_text
+from ..storage.reading import parse_json, read_text
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
+from .differences import differences
 from .experts import open_expert
 from .files import NUM_AHEAD, Progress, merge_files
 from .lora import Lora
-from .record import merge_record
+from .record import merge_record, name_from, read_recipe
 from .rules import check_method
 from .sources import Sources, widened_sha256
+from .usage import inherited, usage_of
 
 
 def merge_models(
-    base: str,
-    experts: list[Path],
-    settings: Merge,
-    out: Path,
-    dry_run: bool = False,
-    expected_sha256: list[str] | None = None,
+    base: str, experts: list[Path], settings: Merge, out: Path, dry_run: bool = False
 ) -> Iterator[str | Progress]:
     """Merge experts into a base, one tensor at a time; yields lines for the user and progress in bytes.
 
@@ -34,13 +33,47 @@ def merge_models(
         base: a pipeline or a network's folder (``out`` is then a folder), or a ``.safetensors`` file (``out`` is one).
         experts: expert folders of a run, pipelines, networks' folders, ``.safetensors`` files or LoRAs.
         dry_run: check everything and say what would be done.
-        expected_sha256: of the base and of each expert, where a recipe says what they were.
 
     Raises:
         UserError: ``out`` may not be written, there is no such rule, the counts differ, a file is missing or damaged,
-            keys or shapes don't fit the base's, an expert is of another base, an input is not the expected one, or has
-            NaN or infinity.
+            keys or shapes don't fit the base's, an expert is of another base, or has NaN or infinity.
     """
+    place = out.parent if out.suffix == ".safetensors" else out
+    named = settings.model_copy(update={"fishers": [Path(name_from(place, f)) for f in settings.fishers]})
+    ranges = [_range_of(path) for path in experts]
+    record = merge_record(
+        named,
+        {"name": name_from(place, base)},
+        [name_from(place, e) for e in experts],
+        [],
+        ranges if any(ranges) else None,
+    )
+    yield from _merge(base, experts, settings, out, dry_run, record, [None] * (1 + len(experts)))
+
+
+def repeat_merge(recipe: Path, out: Path, dry_run: bool = False) -> Iterator[str | Progress]:
+    """Do a merge again, to the same bytes, from its record or from a recipe written by hand.
+
+    Args:
+        recipe: a merge.json, of a run too, or the folder that holds it; a merged ``.safetensors`` file; or YAML.
+
+    Raises:
+        UserError: the file is no recipe, an input is gone or is not what it was, or as ``merge_models``.
+    """
+    check_output(out, _kind(out), [recipe])
+    found = read_recipe(recipe)
+    yield from _merge(found.base, found.experts, found.settings, out, dry_run, found.record, found.expected_sha256)
+
+
+def _merge(
+    base: str,
+    experts: list[Path],
+    settings: Merge,
+    out: Path,
+    dry_run: bool,
+    record: dict[str, Any],
+    expected_sha256: list[str | None],
+) -> Iterator[str | Progress]:
     check_method(settings.method)
     check_output(out, _kind(out), [base, *experts, *settings.fishers])
     folder = pipeline_folder(base)
@@ -49,21 +82,27 @@ def merge_models(
             f"--out is {out}, expected a {'.safetensors file' if folder.is_file() else 'folder'}, as the base is one"
         )
     sources = Sources(folder, experts, settings)
-    for expert in sources.experts:
+    for expert, path in zip(sources.experts, experts, strict=True):
         yield from expert.notes
+        yield from differences(folder, path, sources.parts)
     yield from _merge_plan(sources, settings)
-    if dry_run and expected_sha256 is None:
-        return
     inputs = zip([base, *experts], [sources.base, *(e.files for e in sources.experts)], strict=True)
-    for (path, files), expected in zip(inputs, expected_sha256 or [], strict=expected_sha256 is not None):
-        if (sha256 := files.sha256()) != expected and widened_sha256(files) != expected:
+    for (name, files), expected in zip(inputs, expected_sha256, strict=True):
+        if expected and (sha256 := files.sha256()) != expected and widened_sha256(files) != expected:
             raise UserError(
-                f"{path} is not what the recipe was made with: found {sha256[:16]}, expected {expected[:16]}"
+                f"{name} is not what the recipe was made with: found {sha256[:16]}, expected {expected[:16]}"
             )
     if dry_run:
         return
-    record = merge_record(settings, {"name": base}, [str(e) for e in experts], [])
-    yield from merge_files(folder, out, sources, record, model_card)
+    usage, kept = usage_of(folder), inherited(folder, record["base"]["name"])
+    yield from merge_files(folder, out, sources, record, lambda record: model_card(record, usage, kept))
+
+
+def _range_of(expert: Path) -> list[int | float] | None:
+    """Read on which timesteps a run's expert was finetuned; None of any other model."""
+    path = (expert if expert.is_dir() else expert.parent) / "expert.json"
+    own = read_json(path).get("own") if path.is_file() else None
+    return [own["low"], own["high"]] if isinstance(own, dict) and own.keys() >= {"low", "high"} else None
 
 
 def _kind(out: Path) -> Kind:
@@ -82,28 +121,6 @@ def _merge_plan(sources: Sources, settings: Merge) -> Iterator[str]:
         f"{num_bytes / 1e9:.3g} GB to write, {sum(e.files.num_bytes for e in sources.experts) / 1e9:.3g} GB of experts "
         f"to read, about {memory / 1e9:.2g} GB of memory"
     )
-
-
-def repeat_merge(recipe: Path, out: Path, dry_run: bool = False) -> Iterator[str | Progress]:
-    """Do a merge again, to the same bytes, from its merge.json or from that of a run.
-
-    Raises:
-        UserError: the file is no recipe, ``out`` may not be written, or an input is gone or is not what it was.
-    """
-    check_output(out, _kind(out), [recipe])
-    advice = "give the merge.json of a deme merge or of a run"
-    record = read_record(recipe, advice, base=dict, experts=list, settings=dict, experts_sha256=list)
-    base = as_record(record["base"], f"{recipe}, base", advice, name=str, sha256=str)
-    if not all(isinstance(name, str) for name in [*record["experts"], *record["experts_sha256"]]):
-        raise UserError(f"{recipe}: experts or experts_sha256 hold other things than texts; {advice}")
-    settings = validate(Merge, record["settings"], str(recipe))
-    experts, expected = [_beside(recipe, e) for e in record["experts"]], [base["sha256"], *record["experts_sha256"]]
-    yield from merge_models(base["name"], experts, settings, out, dry_run, expected)
-
-
-def _beside(recipe: Path, name: str) -> Path:
-    """Find an input where its name says, or from the recipe's folder on, which is where runs count from."""
-    return recipe.parent / name if not Path(name).exists() and (recipe.parent / name).exists() else Path(name)
 
 
 def describe_model(model: Path) -> Iterator[str]:

@@ -1,10 +1,19 @@
-"""What merge.json says of a merge."""
+"""The record of a merge, which is its recipe: written as merge.json, and read back."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..config import Merge
+from ..config import Merge, parse_recipe
+from ..errors import UserError
+from ..storage.reading import read_text
+from ..storage.tensors import TensorFiles
+
+# What a run knows of its merge besides, and a repeated merge says again.
+CARRIED = ("search", "text", "pipeline", "projection")
 
 
 def merge_record(
@@ -12,14 +21,14 @@ def merge_record(
     base: dict[str, str],
     experts: Sequence[str],
     experts_sha256: Sequence[str],
-    ranges: list[list[int | float]] | None = None,
+    ranges: Sequence[list[int | float] | None] | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
     """Say how a model was merged, so that ``recipes.repeat_merge`` can do it again.
 
     Args:
         base: name, and sha256 where it is known by now.
-        experts: paths, from the folder of merge.json or as the user gave them.
+        experts: paths. They count from the folder of merge.json, as all names in a record do.
         ranges: [low, high) in timesteps of each expert, where they were finetuned on some.
         fields: what else is known of the merge.
     """
@@ -34,3 +43,73 @@ def merge_record(
         **fields,
         "decouple_merge": __version__,
     }
+
+
+def name_from(place: Path, name: str | Path) -> str:
+    """Name a path from the folder where a record lies, starting with a dot; what is no path is the hub's name."""
+    if not Path(name).exists():
+        return str(name)
+    relative = Path(os.path.relpath(os.path.abspath(name), os.path.realpath(place))).as_posix()
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def found_from(place: Path, name: str) -> str:
+    """Find what a name means in a record that lies in a folder; the hub's names stay as they are."""
+    at = place / name
+    return str(at) if at.exists() or name.startswith((".", "/")) else name
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A merge that is to be done again.
+
+    Attributes:
+        settings: with paths where they are.
+        expected_sha256: of the base and of each expert; None where the recipe doesn't say.
+        record: what the new model's record says of its inputs: what the recipe says, word for word, so that a
+            repeated merge has the same bytes.
+    """
+
+    base: str
+    experts: list[Path]
+    settings: Merge
+    expected_sha256: list[str | None]
+    record: dict[str, Any]
+
+
+def read_recipe(path: Path) -> Repeat:
+    """Read a recipe: a merge.json or the folder that holds it, a merged .safetensors file, or YAML.
+
+    Raises:
+        UserError: it is none, can't be read, or an input is gone.
+    """
+    recipe, place = parse_recipe(_text_of(path), str(path)), path if path.is_dir() else path.parent
+    base, settings = recipe.origin, recipe.merge
+    experts = [Path(found_from(place, name)) for name in recipe.experts]
+    fishers = [Path(found_from(place, str(name))) for name in settings.fishers]
+    for found, name in zip([*experts, *fishers], [*recipe.experts, *settings.fishers], strict=True):
+        if not found.exists():
+            raise UserError(
+                f"{path}: there is no {name} from {place.resolve()} on, expected an input of the merge: paths in a "
+                "recipe count from its folder, so put it back where it was made, or mend the path"
+            )
+    known = {"name": base.name} | ({} if base.sha256 is None else {"sha256": base.sha256})
+    hashes: list[str | None] = [*recipe.experts_sha256] or [None] * len(experts)
+    fields = {name: value for name in CARRIED if (value := getattr(recipe, name)) is not None}
+    return Repeat(
+        found_from(place, base.name),
+        experts,
+        settings.model_copy(update={"fishers": fishers}),
+        [base.sha256, *hashes],
+        merge_record(settings, known, recipe.experts, [], recipe.ranges, **fields),
+    )
+
+
+def _text_of(path: Path) -> str:
+    at = path / "merge.json" if path.is_dir() else path
+    if at.suffix == ".safetensors":
+        text = TensorFiles([at]).metadata.get("merge")
+        if text is None:
+            raise UserError(f"{path}: no record of a merge in its metadata, expected a file of deme merge")
+        return text
+    return read_text(at, "expected a recipe: a merge.json, a merged model, or YAML")
