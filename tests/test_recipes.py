@@ -163,6 +163,9 @@ def test_an_input_that_is_another_one_or_gone_is_an_error_before_anything_is_wri
     experts[1].unlink()
     with pytest.raises(ValueError, match=r"there is no \./inputs/2\.safetensors from .* on, expected an input"):
         list(repeat_merge(tmp_path / name, tmp_path / "again.safetensors"))
+    base.unlink()
+    with pytest.raises(ValueError, match=r"there is no \./inputs/[02]\.safetensors from"):
+        list(repeat_merge(tmp_path / name, tmp_path / "again.safetensors"))
     assert not (tmp_path / "again.safetensors").exists()
 
 
@@ -176,9 +179,9 @@ def test_an_input_that_is_another_one_or_gone_is_an_error_before_anything_is_wri
         ("base: a\nexperts: [b]\nweights: [.nan]", "finite number"),
         ("base: a\nexperts: [b]\nweights: [1]\nsettings: {weights: [2]}", "weights and settings.weights differ"),
         ("base: a\nexperts: [b]\nweights: [1]\nexperts_sha256: [x, y]", "2 hashes for 1 experts"),
-        ("base: a\nexperts: [b]\nweights: [1]\nsettings: 3", "expected a recipe with base, experts and weights"),
-        ("- base", "expected a recipe with base, experts and weights"),
-        ("", "expected a recipe with base, experts and weights"),
+        ("base: a\nexperts: [b]\nweights: [1]\nsettings: 3", "expected base, experts and weights"),
+        ("- base", "expected base, experts and weights"),
+        ("", "expected base, experts and weights"),
         ("base: [", "r.yaml is not valid YAML"),
         ('{"base": 3, "experts": ["b"], "weights": [1]}', "base"),
     ],
@@ -190,6 +193,7 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -
 
 
 def test_files_without_a_record_are_no_recipes(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
     (tmp_path / "latin.yaml").write_bytes(b"base: \xff\xfe")
     for path, message in (
         (saved(tmp_path / "b.safetensors", 0), "no record of a merge in its metadata"),
@@ -198,7 +202,7 @@ def test_files_without_a_record_are_no_recipes(tmp_path: Path) -> None:
             "No such file or directory; expected a recipe: a merge.json, a merged model, or YAML",
         ),
         (tmp_path / "latin.yaml", "line 1, is not UTF-8"),
-        (tmp_path, r"merge\.json: No such file or directory"),
+        (tmp_path / "empty", r"merge\.json: No such file or directory"),
     ):
         with pytest.raises(ValueError, match=message):
             list(repeat_merge(path, tmp_path / "m"))

@@ -24,6 +24,10 @@ ExtraKeysOption = Annotated[
 MissingKeysOption = Annotated[
     str | None, typer.Option(metavar="error|base", help="What is done with tensors that an expert lacks")
 ]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option(help="A merge.json, a merged file or YAML: do that merge; only --out and --dry-run go with it"),
+]
 
 
 def merge(
@@ -50,10 +54,7 @@ def merge(
             help="density, seed, fishers, dtype, min_delta_cosine and more, as docs/merging.md has them",
         ),
     ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(help="A merge.json, a merged file or YAML: do that merge; only --out and --dry-run go with it"),
-    ] = None,
+    recipe: RecipeOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done")] = False,
 ) -> None:
     """Merge experts into their base, one tensor at a time, whatever their size.

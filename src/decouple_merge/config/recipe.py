@@ -10,6 +10,8 @@ from .loader import validate
 from .merge import Merge
 from .section import Section
 
+ADVICE = "give the merge.json of a deme merge or of a run, a merged file, or YAML with the keys of a merge.json"
+
 
 class Origin(Section):
     """What is merged into: a name, and the hash of its tensors where it is known."""
@@ -61,12 +63,18 @@ def parse_recipe(text: str, where: str) -> Recipe:
         UserError: it is none, a key is unknown, a value is wrong or given twice, or the hashes are not as many as
             the experts; the message starts with ``where``.
     """
-    values = parse(text, where)
+    try:
+        return _recipe(parse(text, where), where)
+    except UserError as error:
+        raise UserError(f"{error}; {ADVICE}") from error
+
+
+def _recipe(values: Any, where: str) -> Recipe:
     if not isinstance(values, dict) or not isinstance(values.get("settings", {}), dict):
-        raise UserError(f"{where}: expected a recipe with base, experts and weights, as merge.json has them")
+        raise UserError(f"{where}: expected base, experts and weights")
     settings = values.pop("settings", {})
     if twice := [key for key in settings if key in values and values[key] != settings[key]]:
-        raise UserError(f"{where}: {twice[0]} and settings.{twice[0]} differ, expected one value: remove one of them")
+        raise UserError(f"{where}: {twice[0]} and settings.{twice[0]} differ, expected one value")
     recipe = validate(Recipe, settings | values, where)
     if recipe.experts_sha256 and len(recipe.experts_sha256) != len(recipe.experts):
         raise UserError(

@@ -1,11 +1,12 @@
 """A run's merged model on disk: a pipeline with the record of how it was made, and a LoRA where it is one."""
 
+from pathlib import Path
 from typing import Any
 
 from ..config import Merge
 from ..merging.card import Usage, model_card
 from ..merging.merger import Merger
-from ..merging.record import merge_record, name_from
+from ..merging.record import merge_record
 from ..merging.usage import inherited
 from ..models.export import export_pipeline
 from ..models.lora import FILE, merge_factors
@@ -43,9 +44,9 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
     blocks = dict(zip(search.blocks[:-1], rows[:-1], strict=True))
     return merge_record(
         Merge(method=search.method, density=search.density, weights=rows[-1], blocks=blocks, min_delta_cosine=-1),
-        {"name": name_from(plan.run.merged, plan.config.base), "sha256": plan.base.sha256},
-        # From where the record lies, so that a run may be moved.
-        [name_from(plan.run.merged, c) for c in search.checkpoints] or [f"../experts/{i}" for i in range(num)],
+        {"name": _absolute(plan.config.base), "sha256": plan.base.sha256},
+        # Experts from where the record lies: a run may be moved, and its base stays where it is.
+        [_absolute(c) for c in search.checkpoints] or [f"../experts/{i}" for i in range(num)],
         experts_sha256,
         None if search.checkpoints else [[r.low, r.high] for r in plan.ranges],
         merged_sha256=winner.merged_sha256,
@@ -60,6 +61,10 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
         pipeline=type(plan.base.pipeline).__name__,
         projection=plan.config.finetune.projection.placement,
     )
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 def _is_one_lora(plan: Plan) -> bool:

@@ -53,10 +53,15 @@ def name_from(place: Path, name: str | Path) -> str:
     return relative if relative.startswith("..") else f"./{relative}"
 
 
+def is_path(name: str) -> bool:
+    """Tell a path, as ``name_from`` writes it, from the hub's name."""
+    return name.startswith((".", "/"))
+
+
 def found_from(place: Path, name: str) -> str:
     """Find what a name means in a record that lies in a folder; the hub's names stay as they are."""
     at = place / name
-    return str(at) if at.exists() or name.startswith((".", "/")) else name
+    return str(at) if at.exists() or is_path(name) else name
 
 
 @dataclass(frozen=True)
@@ -84,23 +89,26 @@ def read_recipe(path: Path) -> Repeat:
         UserError: it is none, can't be read, or an input is gone.
     """
     recipe, place = parse_recipe(_text_of(path), str(path)), path if path.is_dir() else path.parent
-    base, settings = recipe.origin, recipe.merge
+    origin, settings = recipe.origin, recipe.merge
+    base = found_from(place, origin.name)
     experts = [Path(found_from(place, name)) for name in recipe.experts]
     fishers = [Path(found_from(place, str(name))) for name in settings.fishers]
-    for found, name in zip([*experts, *fishers], [*recipe.experts, *settings.fishers], strict=True):
+    inputs = [*zip([*experts, *fishers], [*recipe.experts, *settings.fishers], strict=True)]
+    inputs += [(Path(base), recipe.origin.name)] if is_path(recipe.origin.name) else []
+    for found, name in inputs:
         if not found.exists():
             raise UserError(
                 f"{path}: there is no {name} from {place.resolve()} on, expected an input of the merge: paths in a "
                 "recipe count from its folder, so put it back where it was made, or mend the path"
             )
-    known = {"name": base.name} | ({} if base.sha256 is None else {"sha256": base.sha256})
+    known = {"name": origin.name} | ({} if origin.sha256 is None else {"sha256": origin.sha256})
     hashes: list[str | None] = [*recipe.experts_sha256] or [None] * len(experts)
     fields = {name: value for name in CARRIED if (value := getattr(recipe, name)) is not None}
     return Repeat(
-        found_from(place, base.name),
+        base,
         experts,
         settings.model_copy(update={"fishers": fishers}),
-        [base.sha256, *hashes],
+        [origin.sha256, *hashes],
         merge_record(settings, known, recipe.experts, [], recipe.ranges, **fields),
     )
 
@@ -112,4 +120,4 @@ def _text_of(path: Path) -> str:
         if text is None:
             raise UserError(f"{path}: no record of a merge in its metadata, expected a file of deme merge")
         return text
-    return read_text(at, "expected a recipe: a merge.json, a merged model, or YAML")
+    return read_text(at, ADVICE)
