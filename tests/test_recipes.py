@@ -199,7 +199,7 @@ def test_files_without_a_record_are_no_recipes(tmp_path: Path) -> None:
         (saved(tmp_path / "b.safetensors", 0), "no record of a merge in its metadata"),
         (
             tmp_path / "nowhere.json",
-            "No such file or directory; expected a recipe: a merge.json, a merged model, or YAML",
+            "No such file or directory; give the merge.json of a deme merge",
         ),
         (tmp_path / "latin.yaml", "line 1, is not UTF-8"),
         (tmp_path / "empty", r"merge\.json: No such file or directory"),

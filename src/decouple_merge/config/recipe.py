@@ -73,6 +73,8 @@ def _recipe(values: Any, where: str) -> Recipe:
     if not isinstance(values, dict) or not isinstance(values.get("settings", {}), dict):
         raise UserError(f"{where}: expected base, experts and weights")
     settings = values.pop("settings", {})
+    if unnamed := [key for key in (*values, *settings) if not isinstance(key, str)]:
+        raise UserError(f"{where}: found the key {unnamed[0]!r}, expected names")
     if twice := [key for key in settings if key in values and values[key] != settings[key]]:
         raise UserError(f"{where}: {twice[0]} and settings.{twice[0]} differ, expected one value")
     recipe = validate(Recipe, settings | values, where)

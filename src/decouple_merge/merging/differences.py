@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..storage.layouts import read_json, weight_files
+from ..storage.layouts import weight_files
+from ..storage.reading import read_record
 from ..storage.tensors import TensorFiles
 
+ADVICE = "mend it, or fetch the model again"
 CONFIGS = ("config.json", "scheduler_config.json")
 # What says nothing of how a part computes.
 SILENT = ("dtype", "torch_dtype", "transformers_version", "architectures")
@@ -28,7 +30,7 @@ def differences(base: Path, expert: Path, merged: dict[str, Path]) -> Iterator[s
         if len(merged) == 1 and not other.is_file():
             yield from _config_differences(next(iter(merged.values())), expert, str(expert))
         return
-    parts, others = ({k: v for k, v in read_json(i).items() if isinstance(v, list)} for i in (index, other))
+    parts, others = ({k: v for k, v in read_record(i, ADVICE).items() if isinstance(v, list)} for i in (index, other))
     for part in [k for k in parts if k in others]:
         where = f"{expert / part}"
         if parts[part] != others[part]:
@@ -51,7 +53,7 @@ def _config_differences(base: Path, expert: Path, where: str) -> Iterator[str]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    return {k: v for k, v in read_json(path).items() if not k.startswith("_") and k not in SILENT}
+    return {k: v for k, v in read_record(path, ADVICE).items() if not k.startswith("_") and k not in SILENT}
 
 
 def _have_other_weights(base: Path, expert: Path) -> bool:

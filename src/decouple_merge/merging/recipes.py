@@ -9,9 +9,8 @@ from typing import Any
 from ..config import Merge
 from ..errors import UserError
 from ..storage.hub import pipeline_folder
-from ..storage.layouts import read_json
 from ..storage.outputs import MERGED_FILE, MERGED_FOLDER, Kind, check_output
-from ..storage.reading import parse_json, read_text
+from ..storage.reading import parse_json, read_record, read_text
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
 from .differences import differences
@@ -101,8 +100,10 @@ def _merge(
 def _range_of(expert: Path) -> list[int | float] | None:
     """Read on which timesteps a run's expert was finetuned; None of any other model."""
     path = (expert if expert.is_dir() else expert.parent) / "expert.json"
-    own = read_json(path).get("own") if path.is_file() else None
-    return [own["low"], own["high"]] if isinstance(own, dict) and own.keys() >= {"low", "high"} else None
+    own = read_record(path, "remove it, or make the expert again").get("own") if path.is_file() else None
+    ends = [own.get("low"), own.get("high")] if isinstance(own, dict) else [None]
+    numbers: list[int | float] = [end for end in ends if isinstance(end, int | float)]
+    return numbers if numbers == ends else None
 
 
 def _kind(out: Path) -> Kind:

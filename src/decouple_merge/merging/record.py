@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..config import Merge, parse_recipe
+from ..config.recipe import ADVICE
 from ..errors import UserError
 from ..storage.reading import read_text
 from ..storage.tensors import TensorFiles

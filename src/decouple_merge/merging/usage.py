@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
-from ..storage.layouts import read_json
+from ..storage.reading import read_record
 from .card import EXAMPLE, TASK, Usage
 
+ADVICE = "mend it, or fetch the model again"
 PROMPT = '"a lighthouse on a hill"'
 SAVE = '.images[0].save("image.png")'
 VIDEO = re.compile(r"Video|^Wan|^LTX|^Mochi|^Allegro|^Latte|^Animate|^Cosmos")
@@ -18,14 +19,14 @@ def usage_of(folder: Path) -> Usage:
     index = folder / "model_index.json"
     if not index.is_file():
         return _network_usage(folder)
-    parts = read_json(index)
+    parts = read_record(index, ADVICE)
     kind = str(parts.get("_class_name", ""))
     if any(part.startswith("text_encoder") and value != [None, None] for part, value in parts.items()):
         return _text_usage(kind)
     if kind == "DiTPipeline":
         return Usage("class-conditional-image-generation", f"pipeline(class_labels=[0], num_inference_steps=50){SAVE}")
     unet = folder / "unet/config.json"
-    if unet.is_file() and read_json(unet).get("num_class_embeds") is not None:
+    if unet.is_file() and read_record(unet, ADVICE).get("num_class_embeds") is not None:
         return Usage(
             "class-conditional-image-generation",
             "# No pipeline of diffusers draws classes with a UNet2DModel: in the scheduler's loop, for each x and t,\n"
@@ -52,7 +53,7 @@ def inherited(folder: Path, name: str) -> str:
 
 def _network_usage(folder: Path) -> Usage:
     config = folder / "config.json"
-    kind = str(read_json(config).get("_class_name", "")) if config.is_file() else ""
+    kind = str(read_record(config, ADVICE).get("_class_name", "")) if config.is_file() else ""
     if not kind.isidentifier():
         return Usage(None, "", "")
     return Usage(None, "", f'from diffusers import {kind}\n\nnetwork = {kind}.from_pretrained("path/of/this/folder")\n')
