@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from decouple_merge.cli import main as cli
 from decouple_merge.config import Merge
+from decouple_merge.merging.merger import Merger
 from decouple_merge.merging.recipes import merge_models, repeat_merge
 from decouple_merge.merging.survival import change_of, survival_record, whole
 
@@ -138,6 +139,21 @@ def test_the_command_prints_it_and_exits_with_2_where_too_little_is_left(tmp_pat
     assert "rounding leaves a change" in CliRunner().invoke(cli.app, arguments).output
     refused = CliRunner().invoke(cli.app, [*arguments, "--set", "min_delta_cosine=1"])
     assert isinstance(refused.exception, ValueError)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_runs_merge_in_half_precision_reports_what_files_would(tmp_path: Path, method: str) -> None:
+    base = {k: v.float() for k, v in network(torch.bfloat16).items()}
+    experts = [moved(base, 0.02), moved(base, 1e-4, ("layer.1",))]
+    settings: dict[str, Any] = {"method": method, "density": 0.7}
+    merger = Merger(base, experts, dtype=torch.bfloat16, device=torch.device("cpu"), **settings)
+    paths = [saved(tmp_path / f"{i}.safetensors", e) for i, e in enumerate(experts)]
+    given = Merge(weights=[0.5, 0.3], dtype="BF16", min_delta_cosine=-1, **settings)
+    origin = saved(tmp_path / "base.safetensors", base)
+    list(merge_models(str(origin), paths, given, tmp_path / "out.safetensors"))
+    assert merger.survival([0.5, 0.3]) == record_of(tmp_path / "out.safetensors")["delta"]
+    full = Merger(base, experts, device=torch.device("cpu"), **settings)
+    assert full.survival([0.5, 0.3]) is None
 
 
 # -- overflow
