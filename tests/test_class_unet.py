@@ -146,7 +146,7 @@ def test_training_gives_each_image_its_class_and_the_teacher_the_same(
     for teachers, students in (seen[:2], seen[2:4]):
         assert torch.equal(teachers, students)
     batch: Any = next(training_batches(plan.images, plan.config.data, 14, 0, 0, 1))
-    stacked: Any = plan.images.stack(range(14))
+    stacked: Any = plan.images.stack(range(len(plan.images)))
     own = {image.numpy().tobytes() for image in stacked.images}
     known = {
         view.numpy().tobytes(): int(label)

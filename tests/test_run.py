@@ -277,9 +277,12 @@ def test_state_left_by_a_kill_after_the_last_write_is_removed(
     tmp_path: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = prepare(tiny_config(finetune={"baseline": False}), tmp_path / "run")
+    remove = shutil.rmtree
 
-    def die(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    def die(path: Path, **options: Any) -> None:
+        if Path(path).name == "state":
+            raise KeyboardInterrupt
+        remove(path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.shutil, "rmtree", die)
