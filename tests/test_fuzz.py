@@ -30,7 +30,7 @@ from decouple_merge.storage.tensors import TensorFiles
 NUM_EXAMPLES = int(os.environ.get("DEME_FUZZ_EXAMPLES", "500"))
 fuzz = settings(
     max_examples=NUM_EXAMPLES,
-    deadline=2000,
+    deadline=20_000,
     derandomize=NUM_EXAMPLES == 500,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
