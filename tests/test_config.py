@@ -48,6 +48,17 @@ def test_a_key_of_several_sections_names_them_all(tmp_path: Path) -> None:
         load_config(write(tmp_path, "data: {num_steps: 4}"))
 
 
+def test_a_value_of_several_forms_is_named_by_its_key_alone(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"unknown key 'finetune\.ranges\.unt'; the nearest .* 'finetune\.ranges\.unit'"
+    ):
+        load_config(write(tmp_path, "finetune: {ranges: {unt: 1}}"))
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, "finetune: {ranges: [[0, x]]}"))
+    assert "finetune.ranges.0.1: expected a number" in str(caught.value)
+    assert "function" not in str(caught.value)
+
+
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.yaml: ") as caught:
         load_config(write(tmp_path, "sed: 1\nfinetune: {num_updates: -3}"))

@@ -20,9 +20,11 @@ from decouple_merge.evaluation.compare import compare
 from decouple_merge.experiment.plan import check
 from decouple_merge.merging.recipes import merge_models, repeat_merge
 from decouple_merge.models.base import load_base
+from decouple_merge.searching.study import open_storage
 from decouple_merge.storage.files import append_record, read_records, read_tensors, write_tensors
 from decouple_merge.storage.reading import read_record
 from decouple_merge.storage.tensors import TensorFiles
+from decouple_merge.training.state import load_state
 
 MakeConfig = Callable[..., Config]
 
@@ -266,3 +268,32 @@ def test_a_path_that_can_not_be_is_one_line(
             cli.main()
         assert caught.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+# -- studies, states, adapters
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 200, b"SQLite format 3\0" + b"\0" * 50])
+def test_a_study_that_is_no_database_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "study.db").write_bytes(content)
+    with pytest.raises(UserError, match=r"study\.db: no study's database .*; remove it to have it made again"):
+        open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+
+
+def test_a_state_without_its_record_is_named(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 2)
+    weights = {k: v.detach() for k, v in layer.state_dict().items()}
+    write_tensors(tmp_path / "state.safetensors", weights)
+    with pytest.raises(UserError, match=r"state\.safetensors.*not JSON.*; remove it to have it made again"):
+        load_state(tmp_path / "state.safetensors", weights, torch.optim.AdamW(layer.parameters()))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 9999, "\xff", "9" * 5000])
+def test_an_adapter_config_of_another_shape_is_named(tmp_path: Path, text: str) -> None:
+    factors = {"a.lora_A.weight": torch.ones(1, 3), "a.lora_B.weight": torch.ones(3, 1)}
+    write_tensors(tmp_path / "base.safetensors", {"a.weight": torch.ones(3, 3)})
+    write_tensors(tmp_path / "adapter_model.safetensors", factors)
+    (tmp_path / "adapter_config.json").write_text(text, encoding="latin-1")
+    base, out = str(tmp_path / "base.safetensors"), tmp_path / "out.safetensors"
+    with pytest.raises(UserError, match=r"adapter_config\.json.*; expected the settings of a LoRA|is not UTF-8"):
+        list(merge_models(base, [tmp_path / "adapter_model.safetensors"], Merge(weights=[1.0]), out))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -285,7 +286,7 @@ def test_state_left_by_a_kill_after_the_last_write_is_removed(
         remove(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.shutil, "rmtree", die)
+        patch.setattr(loop, "shutil", SimpleNamespace(rmtree=die))  # Not that of atomic writes.
         with pytest.raises(KeyboardInterrupt):
             list(finetuning.finetune_experts(plan, 0))
     assert (tmp_path / "run/experts/0/model.safetensors").exists()

@@ -83,20 +83,28 @@ def _check_plain(value: Any, where: str, key: str = "") -> None:
 def _explain(model: Any, error: ValidationError, where: str) -> str:
     lines = []
     for e in error.errors():
-        key = ".".join(map(str, e["loc"]))
+        location = _place(e["loc"])
+        key = ".".join(map(str, location))
         if e["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}; the nearest valid key is {_nearest_key(model, e['loc'])}")
+            lines.append(f"unknown key {key!r}; the nearest valid key is {_nearest_key(model, location)}")
         else:
             message = e["msg"].removeprefix("Value error, ")
             lines.append(f"{key}: {message}, found {repr(e['input'])[:200]}" if key else message)
     return f"{where}: " + "; ".join(lines)
 
 
+def _place(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Leave out which form of a value was tried, where it may have several: pydantic has that between the keys."""
+    keys = [p for p in location if not str(p).startswith(("list[", "tuple[", "union[", "function-"))]
+    return (*(p for p in keys[:-1] if not str(p)[:1].isupper()), *keys[-1:])
+
+
 def _nearest_key(model: Any, location: tuple[int | str, ...]) -> str:
     """Name the valid key nearest to the unknown one at the end of a location, or the same in another section."""
     own, last = model, str(location[-1])
     for part in location[:-1]:
-        own = _section_of(own.model_fields[str(part)].annotation)
+        field = own.model_fields.get(str(part))
+        own = (field and _section_of(field.annotation)) or own
     near = difflib.get_close_matches(last, list(own.model_fields), n=1, cutoff=0.8)
     elsewhere = sorted((k for k in _keys(model) if k.split(".")[-1] == last), key=lambda k: k.count("."))
     if not near and elsewhere:

@@ -1,7 +1,6 @@
 """Images that are decoded when they are asked for, after each was decoded once to see that it can be."""
 
 import hashlib
-import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from ..config import Data
 from ..errors import UserError
 from ..storage.files import cache_folder, write_json
+from ..storage.reading import AGAIN, read_record
 from .decoding import VERSION, DamagedError, Decoded, centre_square, decode, has_colour, open_image
 from .images import Images, Source
 from .names import PassedOver
@@ -127,4 +127,4 @@ def _remembered(key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, An
     known = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if not known.exists():
         write_json(known, compute())
-    return json.loads(known.read_text())
+    return read_record(known, AGAIN)

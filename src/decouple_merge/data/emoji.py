@@ -91,7 +91,7 @@ def read_emoji(folder: Path | None) -> tuple[list[Emoji], UInt8[np.ndarray, "n 3
         order = torch.randperm(len(listed), generator=generator(NAME)).tolist()
         found = [drawing for group in order for drawing in _drawings(listed[group], group)]
         pixels = np.stack([_pixels(files[f"package/img/google/64/{emoji.name}"]) for emoji in found])
-    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as error:
+    except (OSError, EOFError, KeyError, ValueError, RecursionError, tarfile.TarError, zlib.error) as error:
         raise UserError(f"{path}: not a whole package of Noto emoji ({error!r}); fetch it again from {URL}") from error
     return found, pixels
 

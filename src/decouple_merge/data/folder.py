@@ -69,7 +69,7 @@ class Folder(EncodedSource):
             try:
                 record = json.loads(line)
                 captions[self.path / record["file_name"]] = record[field]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{path}, line {number}: expected JSON with file_name and {field!r} ({error!r}), found "
                     f"{line[:80]!r}; set data.caption_column where captions have another name"

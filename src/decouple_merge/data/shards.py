@@ -94,7 +94,7 @@ def _caption(content: bytes, field: str, name: str, is_json: bool) -> Any:
         return text.strip()
     try:
         return json.loads(text)[field]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{name}: expected JSON with the caption in {field!r} ({error!r}), found {text[:80]!r}; set "
             "data.caption_column where captions have another name"

@@ -1,15 +1,16 @@
 """What an adapter's config says: peft's ``adapter_config.json``, or what diffusers writes into the header."""
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..storage.reading import as_record, parse_json, read_text
 from ..storage.tensors import TensorFiles
 
 HEADER = "lora_adapter_metadata"
+ADVICE = "expected the settings of a LoRA as JSON"
 # What would change the sum B·A, or where it is added.
 REFUSED = (
     "alora_invocation_tokens",
@@ -33,12 +34,9 @@ class AdapterConfig:
 
     def __init__(self, files: TensorFiles, path: Path) -> None:
         beside = (path.parent if path.is_file() else path) / "adapter_config.json"
-        text = files.metadata.get(HEADER) or (beside.read_text(encoding="utf-8") if beside.is_file() else "{}")
+        text = files.metadata.get(HEADER) or (read_text(beside, ADVICE) if beside.is_file() else "{}")
         self.place = f"{path}: {HEADER}" if HEADER in files.metadata else str(beside)
-        try:
-            self.values: dict[str, Any] = dict(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{self.place}: expected the settings of a LoRA as JSON ({error})") from error
+        self.values: dict[str, Any] = as_record(parse_json(text, self.place, ADVICE), self.place, ADVICE)
         kind = self.values.get("peft_type", "LORA")
         refused = [key for key in self.values if self.values[key] and key.rpartition(".")[2] in REFUSED]
         if kind != "LORA" or refused:

@@ -123,7 +123,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     try:
         with Image.open(path) as image:
             found = json.loads(image.info[RECORD])
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError):
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

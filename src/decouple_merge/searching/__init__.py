@@ -1,4 +1,5 @@
 """The search for merging weights: strategies, levels, the workers' queue, the scorer, learned weights.
 
-Imports config, data, diffusion, errors, evaluation, merging, models, sampling, seeds, training.
+Imports config, data, diffusion, errors, evaluation, merging, models, sampling, seeds, storage,
+training.
 """

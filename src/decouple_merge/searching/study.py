@@ -24,6 +24,7 @@ from sqlalchemy import event
 
 from ..errors import UserError
 from ..seeds import stream_seed
+from ..storage.reading import AGAIN
 from .strategies import Known, Space, Strategy, Weights
 from .trial import Level, Objective, Trial
 
@@ -46,7 +47,9 @@ def open_storage(url: str) -> RDBStorage:
         # Several workers write to one file: each waits for its turn.
         storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if is_file else {})
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if is_file:
+            raise UserError(f"{url.removeprefix('sqlite:///')}: no study's database ({reason}); {AGAIN}") from error
         raise UserError(
             f"search.storage is {url!r}, which doesn't open ({type(error).__name__}: {reason}); expected a URL such as "
             "postgresql://user@host/database, with the server running and its driver (psycopg2-binary) installed"

@@ -136,7 +136,7 @@ def _foreign_to_records(file: Path) -> str | None:
                 record = json.loads(line)
                 if not isinstance(record, dict) or not {"metric", "value"} <= set(record):
                     return f"something else than a metrics record in line {number}"
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return "something else than JSON lines"
     return None
 
@@ -144,7 +144,7 @@ def _foreign_to_records(file: Path) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -83,7 +83,8 @@ def as_record(found: Any, where: object, advice: str, **fields: type | tuple[typ
         UserError: it is not; the first field that lacks or is of another type is named.
     """
     if not isinstance(found, dict):
-        raise UserError(f"{where}: found {type(found).__name__}, expected an object with {', '.join(fields)}; {advice}")
+        expected = f"an object with {', '.join(fields)}" if fields else "an object"
+        raise UserError(f"{where}: found {type(found).__name__}, expected {expected}; {advice}")
     for name, kind in fields.items():
         if not isinstance(value := found.get(name), kind):
             what = f"{name} is {str(value)[:80]!r}" if name in found else f"{name} is missing"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..storage.files import read_tensors, write_tensors
+from ..storage.reading import AGAIN, as_record, parse_json
 
 
 def optimizer_states(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -59,4 +60,4 @@ def load_state(path: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Op
     for key, value in of_optimizer.items():
         _, index, name = key.split(".")
         states[int(index)][name] = value.to(device) if value.is_floating_point() or value.dim() else value.item()
-    return json.loads(metadata["training"])
+    return as_record(parse_json(metadata.get("training", ""), path, AGAIN), path, AGAIN)
