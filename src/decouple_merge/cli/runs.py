@@ -9,6 +9,7 @@ from .console import console, show
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, see configs/")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/<config name> where not given")]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait until no other process works on the folder")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config")]
 
 
@@ -17,6 +18,7 @@ def run(
     out: Out = None,
     overrides: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done")] = False,
+    wait: Wait = False,
 ) -> None:
     """Do the whole job: finetune the experts, search the weights, export the merged model, evaluate.
 
@@ -31,7 +33,7 @@ def run(
     if dry_run:
         show(describe(settings, folder))
         return
-    show(workflow.run(settings, folder))
+    show(workflow.run(settings, folder, wait))
     console.print(f"merged model: {folder / 'merged'}")
 
 
@@ -40,6 +42,7 @@ def finetune(
     out: Out = None,
     overrides: Set = None,
     only: Annotated[int | None, typer.Option("--range", metavar="I", help="Only the expert of this range")] = None,
+    wait: Wait = False,
 ) -> None:
     """Finetune the experts, or one of them.
 
@@ -47,7 +50,7 @@ def finetune(
     """
     from ..experiment import finetuning, plan
 
-    show(finetuning.finetune_experts(plan.prepare(*_load(config, out, overrides)), only))
+    show(finetuning.finetune_experts(plan.prepare(*_load(config, out, overrides)), only, wait))
 
 
 def search(
@@ -55,6 +58,7 @@ def search(
     worker: Annotated[
         bool, typer.Option("--worker", help="Evaluate candidates of a search that runs elsewhere")
     ] = False,
+    wait: Wait = False,
 ) -> None:
     """Search the merging weights of a run's experts and export the best merge.
 
@@ -67,13 +71,14 @@ def search(
     if worker:
         show(selection.help_search(opened))
         return
-    show(selection.search_weights(opened))
+    show(selection.search_weights(opened, wait))
     console.print(f"merged model: {run_folder / 'merged'}")
 
 
 def fisher(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with finished experts")],
     num_batches: Annotated[int, typer.Option(min=1, help="For each expert, of finetune.batch_size images")] = 10,
+    wait: Wait = False,
 ) -> None:
     """Write the diagonal Fisher information of a run's experts, which a merge with `--method fisher` takes.
 
@@ -83,7 +88,7 @@ def fisher(
     from ..experiment import plan
     from ..experiment.fisher import write_fishers
 
-    show(write_fishers(plan.prepare(load_config(run_folder / "config.yaml"), run_folder), num_batches))
+    show(write_fishers(plan.prepare(load_config(run_folder / "config.yaml"), run_folder), num_batches, wait))
 
 
 def analyze(
@@ -103,14 +108,14 @@ def analyze(
     show(analyze_run(plan.prepare(load_config(run_folder / "config.yaml"), run_folder), only or ()))
 
 
-def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None) -> None:
+def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None, wait: Wait = False) -> None:
     """Train a base model from nothing; run it again to resume.
 
     Example: `deme pretrain configs/fashion-base.yaml`
     """
     from ..experiment import pretraining
 
-    show(pretraining.pretrain(*_load(config, out, overrides)))
+    show(pretraining.pretrain(*_load(config, out, overrides), wait))
 
 
 def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Path]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import Data
 from ..errors import UserError
 from ..storage.files import cache_folder, write_json
+from ..storage.locks import make_once
 from ..storage.reading import AGAIN, read_record
 from .decoding import VERSION, DamagedError, Decoded, centre_square, decode, has_colour, open_image
 from .images import Images, Source
@@ -125,6 +126,5 @@ class DecodedImages(Images):
 
 def _remembered(key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     known = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    if not known.exists():
-        write_json(known, compute())
+    make_once(known, lambda: write_json(known, compute()))
     return read_record(known, AGAIN)

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from ..errors import UserError
 from ..seeds import generator
-from ..storage.files import cache_folder
+from ..storage.files import cache_folder, lock_of
 from .arrays import ArraySource
 from .decoding import decode
 
@@ -104,7 +104,9 @@ def _find(folder: Path | None) -> Path:
             )
         return folder / FILE
     try:
-        return Path(pooch.retrieve(URL, SHA256, fname=FILE, path=cache_folder()))
+        # Processes that start together would each download it.
+        with lock_of(cache_folder() / FILE):
+            return Path(pooch.retrieve(URL, SHA256, fname=FILE, path=cache_folder()))
     except OSError as error:
         raise UserError(
             f"Noto emoji can't be downloaded ({error}); run npm pack emoji-datasource-google@16.0.0 elsewhere and set "

@@ -9,7 +9,7 @@ import pooch
 from jaxtyping import UInt8
 
 from ..errors import UserError
-from ..storage.files import cache_folder
+from ..storage.files import cache_folder, lock_of
 from .arrays import ArraySource
 
 # Debian's dataset-fashion-mnist puts its files here.
@@ -36,7 +36,8 @@ class FashionMnist(ArraySource):
                 f"data.path is {folder}, which has no {name}; expected Fashion-MNIST's four .gz files there"
             )
         try:
-            return Path(pooch.retrieve(URL + name, MD5[split], path=cache_folder()))
+            with lock_of(cache_folder() / name):
+                return Path(pooch.retrieve(URL + name, MD5[split], path=cache_folder()))
         except OSError as error:
             raise UserError(
                 f"Fashion-MNIST is neither in {FOLDER} nor can it be downloaded ({error}); "

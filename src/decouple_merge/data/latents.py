@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..models.family import Encoders
 from ..models.parts import check_classes, encoder_sha256, load_text_encoders, load_vae
 from ..storage.files import cache_folder, read_tensors, write_tensors
+from ..storage.locks import make_once
 from .batches import LatentBatch
 from .images import Images, to_model
 
@@ -61,14 +62,18 @@ class CachedRows:
         missing = [i for i in range(0, self.num_rows, ROWS_PER_FILE) if not self._path(i).exists()]
         if not missing:
             return
-        encode = self.open_encoder()
+        opened = cache(self.open_encoder)
         for first in missing:
             last = min(first + ROWS_PER_FILE, self.num_rows)
-            found = [encode(i.tolist()) for i in torch.arange(first, last).split(ENCODED_AT_ONCE)]
-            dtype = DTYPES[self.precision]
-            rows = {name: torch.cat([part[name].to("cpu", dtype) for part in found]) for name in found[0]}
-            write_tensors(self._path(first), rows, {"made_from": self.identity})
+            make_once(self._path(first), partial(self._compute, opened, range(first, last)))
             yield f"{self.kind}: {last:,} of {self.num_rows:,} computed"
+
+    def _compute(self, opened: Callable[[], Callable[[Sequence[int]], Rows]], indices: range) -> None:
+        encode = opened()
+        found = [encode(i.tolist()) for i in torch.tensor(indices).split(ENCODED_AT_ONCE)]
+        dtype = DTYPES[self.precision]
+        rows = {name: torch.cat([part[name].to("cpu", dtype) for part in found]) for name in found[0]}
+        write_tensors(self._path(indices.start), rows, {"made_from": self.identity})
 
     def read(self, indices: Sequence[int]) -> Rows:
         """Read some rows, in float32; computes what the cache lacks.

@@ -18,6 +18,7 @@ from ..data.sources import open_images
 from ..errors import UserError
 from ..executors.devices import default_device
 from ..storage.files import atomic_path, cache_folder, read_tensors, write_tensors
+from ..storage.locks import make_once
 from ..storage.outputs import STATISTICS, STATISTICS_COMMENT, check_output
 from .distances import FeatureStats, Moments, matrix_root
 from .extractors import Extractor, load_extractor, weights_of
@@ -109,8 +110,7 @@ def make_reference(name: str, images: Images, extractor: Extractor, num_images: 
         raise UserError(f"{name}: found {num} image(s), expected at least 2 to compare with")
     key = f"{images.sha256} {extractor.label} {num} {sorted(extractor.outputs)} {NUM_ROWS}"
     path = cache_folder() / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-    if not path.exists():
-        write_tensors(path, _statistics(images, num, extractor))
+    make_once(path, lambda: write_tensors(path, _statistics(images, num, extractor)))
     tensors, _ = read_tensors(path)
     moments = {
         o: Moments(*(tensors[f"{o}.{part}"] for part in ("mean", "covariance", "root"))) for o in extractor.outputs
@@ -247,6 +247,5 @@ def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -
 
 def _cached_root(covariance: Float[Tensor, "d d"], key: str) -> Float[Tensor, "d d"]:
     path = cache_folder() / "reference" / f"{key}.safetensors"
-    if not path.exists():
-        write_tensors(path, {"root": matrix_root(covariance)})
+    make_once(path, lambda: write_tensors(path, {"root": matrix_root(covariance)}))
     return read_tensors(path)[0]["root"]

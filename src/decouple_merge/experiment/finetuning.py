@@ -2,6 +2,9 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 from ..config import Finetune, Projection
 from ..data.latents import Latents
@@ -9,6 +12,7 @@ from ..diffusion.timesteps import TimestepRange
 from ..errors import UserError
 from ..evaluation.metrics import METRICS
 from ..executors import run_all
+from ..storage.locks import enter, hold
 from ..training.acceleration import main_process_first
 from ..training.records import StepRecord
 from ..training.trainer import Task
@@ -32,11 +36,16 @@ def _baseline_settings(plan: Plan) -> Finetune:
     return plan.config.finetune.model_copy(update={"num_updates": num_updates, **changes})
 
 
-def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[str | StepRecord]:
+def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) -> Iterator[str | StepRecord]:
     """Finetune the experts, or one of them, and the baseline where the config asks for it.
 
+    Several processes may finetune an expert each, side by side; all are one process's.
+
+    Args:
+        wait: until no other process works on the same, instead of refusing.
+
     Raises:
-        UserError: there is no range of that index.
+        UserError: there is no range of that index, or another process works on the same.
     """
     settings, num = plan.config.finetune, len(plan.ranges)
     if only is not None and not 0 <= only < num:
@@ -45,18 +54,31 @@ def finetune_experts(plan: Plan, only: int | None = None) -> Iterator[str | Step
     if settings.baseline and only is None:
         # It is the longest, so it starts first.
         calls.insert(0, (plan, _baseline_task(plan), _baseline_settings(plan), plan.run.baseline(BASELINE)))
-    unfinished = []
-    for call in calls:
-        folder = call[-1]
-        if (folder / "model.safetensors").exists():
+    locks = [plan.run.lock("run")] if only is None else []
+    locks += [plan.run.lock(call[1].name) for call in calls if not _is_finished(call[-1])]
+    with ExitStack() as held:
+        for lock in locks:
+            yield from enter(lock, wait)
+            held.enter_context(hold(lock, "deme finetune", wait))
+        yield from _finetune(plan, calls)
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "model.safetensors").exists()
+
+
+def _finetune(plan: Plan, calls: list[tuple[Plan, Task, Finetune, Path]]) -> Iterator[str | StepRecord]:
+    """Do the trainings that aren't finished, by now."""
+    distance = plan.config.finetune.distance
+    for *_, folder in calls:
+        if _is_finished(folder):
             shutil.rmtree(folder / "state", ignore_errors=True)
-        else:
-            unfinished.append(call)
+    unfinished: list[tuple[Any, ...]] = [call for call in calls if not _is_finished(call[-1])]
     if unfinished:
         # Before several processes ask for them at once.
         with main_process_first():
             if isinstance(plan.images, Latents):
                 yield from plan.images.fill()
-            if settings.distance is not None:
-                compared_of(plan, METRICS[settings.distance.metric].extractor)
+            if distance is not None:
+                compared_of(plan, METRICS[distance.metric].extractor)
     yield from run_all(train_watched, unfinished, plan.config.num_processes, plan.config.executor)

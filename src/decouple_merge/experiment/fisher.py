@@ -9,20 +9,31 @@ from ..executors.devices import default_device
 from ..models.base import tensors_sha256
 from ..seeds import stream_seed
 from ..storage.files import read_tensors, write_tensors
+from ..storage.locks import enter, hold
 from ..training.fisher import fisher_information
 from .plan import Plan, load_experts
 
 
-def write_fishers(plan: Plan, num_batches: int = 10) -> Iterator[str]:
+def write_fishers(plan: Plan, num_batches: int = 10, wait: bool = False) -> Iterator[str]:
     """Write ``fisher/<i>.safetensors`` for every expert of a run, from training images at its own timesteps.
 
     A file that was made from the same expert and as many images is kept. Batches are ``finetune.batch_size`` images.
 
+    Args:
+        wait: until no other process works on the folder, instead of refusing.
+
     Raises:
-        UserError: ``num_batches`` is below 1, or an expert is missing, damaged, or of another base.
+        UserError: ``num_batches`` is below 1, an expert is missing, damaged, or of another base, or another process
+            works on the folder.
     """
     if num_batches < 1:
         raise UserError(f"num_batches is {num_batches}, expected at least 1")
+    yield from enter(plan.run.lock("run"), wait)
+    with hold(plan.run.lock("run"), "deme fisher", wait):
+        yield from _write_fishers(plan, num_batches)
+
+
+def _write_fishers(plan: Plan, num_batches: int) -> Iterator[str]:
     config, experts, size = plan.config, load_experts(plan), plan.config.finetune.batch_size
     for index, (expert, own) in enumerate(zip(experts, plan.ranges, strict=True)):
         path = plan.run.fisher(index)

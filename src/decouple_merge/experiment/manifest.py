@@ -14,9 +14,10 @@ from ..errors import UserError
 from ..executors.devices import default_device
 from ..models.base import Base
 from ..storage.files import LEFTOVERS, remove_leftovers, write_json, write_text
+from ..storage.locks import hold
 from ..storage.outputs import RUN, check_output
 from ..storage.provenance import git_commit
-from ..storage.run_folder import Run
+from ..storage.run_folder import LOCKS, Run
 
 
 def check_owner(run: Run, config: Config, inputs: Sequence[str]) -> None:
@@ -26,6 +27,10 @@ def check_owner(run: Run, config: Config, inputs: Sequence[str]) -> None:
         UserError: as said.
     """
     check_output(run.folder, RUN, inputs)
+    _check_config(run, config)
+
+
+def _check_config(run: Run, config: Config) -> None:
     if run.config.exists():
         old = load_config(run.config).model_dump(mode="json")
         differing = sorted(_differing_keys(old, config.model_dump(mode="json")))
@@ -34,7 +39,7 @@ def check_owner(run: Run, config: Config, inputs: Sequence[str]) -> None:
                 f"{run.folder} belongs to another config, which differs in {', '.join(differing)}; "
                 "give another --out, or remove the folder"
             )
-    elif run.folder.exists() and any(p for p in run.folder.iterdir() if not p.name.startswith(".")):
+    elif run.folder.exists() and any(p for p in run.folder.iterdir() if not p.name.startswith(".") and p.name != LOCKS):
         raise UserError(f"{run.folder} is not empty and not a run folder (no config.yaml); give another --out")
 
 
@@ -42,13 +47,18 @@ def claim(run: Run, config: Config, record: dict[str, Any]) -> None:
     """Make the run folder, with config and manifest; an older run of the same config keeps its own.
 
     What a killed process left in the folder is removed.
+
+    Raises:
+        UserError: another process has made it meanwhile, of another config.
     """
     for folder in {place.parent for place in run.folder.rglob(LEFTOVERS)}:
         remove_leftovers(folder)
-    if not run.config.exists():
-        write_text(run.config, dump_config(config))
-    if not run.manifest.exists():
-        write_json(run.manifest, record)
+    with hold(run.lock("claim"), "another start", wait=True):
+        _check_config(run, config)
+        if not run.config.exists():
+            write_text(run.config, dump_config(config))
+        if not run.manifest.exists():
+            write_json(run.manifest, record)
 
 
 def manifest(config: Config, base: Base, images: Examples) -> dict[str, Any]:

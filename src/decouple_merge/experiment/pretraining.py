@@ -27,6 +27,7 @@ from ..models.ranges import with_density
 from ..models.text_encoders import create_text_encoder, create_tokenizer
 from ..seeds import stream_seed
 from ..storage.files import read_records, read_tensors, write_records
+from ..storage.locks import enter, hold
 from ..storage.run_folder import Run
 from ..training.acceleration import is_main_process, main_process_first
 from ..training.checks import check_training
@@ -122,16 +123,25 @@ def _ranges(settings: Pretrain, base: Base) -> tuple[TimestepRange, ...]:
     return tuple(base.process.split(settings.num_ranges))
 
 
-def pretrain(config: Config, out: Path) -> Iterator[str | StepRecord]:
+def pretrain(config: Config, out: Path, wait: bool = False) -> Iterator[str | StepRecord]:
     """Train a base from nothing; leaves a stock pipeline and its training curve in ``out/pipeline``.
 
     Of a text-to-image base the VAE is trained first, then the text encoder, and on their latents and embeddings, which
     are cached, the denoiser.
+
+    Args:
+        wait: until no other process works on the folder, instead of refusing.
     """
     settings = config.pretrain
     if settings is None:
         raise UserError("the config has no section pretrain, which holds the model's and the training's settings")
     check_owner(Run(out), config, [config.data.source])
+    yield from enter(Run(out).lock("run"), wait)
+    with hold(Run(out).lock("run"), "deme pretrain", wait):
+        yield from _pretrain(config, settings, out)
+
+
+def _pretrain(config: Config, settings: Pretrain, out: Path) -> Iterator[str | StepRecord]:
     if settings.vae is None:
         plan = _from_nothing(config, settings, out)
     else:

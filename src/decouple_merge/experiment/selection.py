@@ -12,10 +12,12 @@ from ..merging.merger import Merger
 from ..merging.survival import survival_line
 from ..models.base import tensors_sha256
 from ..searching.checkpoints import load_checkpoints
+from ..searching.leader import leading
 from ..searching.levels import levels, ranked, search, work
 from ..searching.scorer import Scorer
 from ..searching.study import Study, open_storage, open_study, trials
 from ..searching.trial import Level, Trial
+from ..storage.locks import enter, hold
 from .export import export_merge
 from .plan import Plan, load_experts
 from .start import learn_start
@@ -52,28 +54,34 @@ def open_scorer(plan: Plan, merger: Merger) -> Scorer:
     return Scorer(plan.base, merger, metric, compared, plan.config.sample, prompts)
 
 
-def search_weights(plan: Plan) -> Iterator[Event]:
+def search_weights(plan: Plan, wait: bool = False) -> Iterator[Event]:
     """Search the merging weights of a run's experts; leaves the studies and the best model in the run folder.
 
     The best merge so far is always on disk. ``num_processes`` of the config evaluate candidates side by side, and any
     number of ``deme search RUN --worker`` with them.
 
+    Args:
+        wait: until no other process works on the folder, instead of refusing.
+
     Raises:
-        ValueError: an expert or checkpoint is missing or doesn't fit, a start point or frozen weight belongs to no
-            expert, or the storage doesn't open.
+        UserError: an expert or checkpoint is missing or doesn't fit, a start point or frozen weight belongs to no
+            expert, the storage doesn't open, or another process works on the folder.
     """
-    hashes = _hashes(load_combined(plan))
-    first = level_opener(plan, hashes)("screen")
-    # Whoever helps waits for candidates; nobody need wait for a search that is finished.
-    num = 1 if first.user_attrs.get("finished") else plan.config.num_processes
-    yield from run_all(_lead_or_help, [(plan, hashes, i == 0) for i in range(num)], num, plan.config.executor)
+    yield from enter(plan.run.lock("run"), wait)
+    with hold(plan.run.lock("run"), "deme search", wait):
+        hashes = _hashes(load_combined(plan))
+        first = level_opener(plan, hashes)("screen")
+        # Whoever helps waits for candidates; nobody need wait for a search that is finished.
+        num = 1 if first.user_attrs.get("finished") else plan.config.num_processes
+        yield from run_all(_lead_or_help, [(plan, hashes, i == 0) for i in range(num)], num, plan.config.executor)
 
 
-def help_search(plan: Plan) -> Iterator[Trial]:
-    """Evaluate the candidates of a search that runs elsewhere, until it is finished.
+def help_search(plan: Plan) -> Iterator[Event]:
+    """Evaluate the candidates of a search that is led elsewhere, until it is finished.
 
     Raises:
-        ValueError: as ``search_weights``.
+        UserError: an expert is missing or doesn't fit, the storage doesn't open, or there was no leader
+            for ``leader.LEADERLESS_SECONDS``.
     """
     experts = load_combined(plan)
     scorer = _scorer_when_asked(plan, open_merger(plan, experts))
@@ -109,7 +117,8 @@ def level_opener(plan: Plan, hashes: list[str]) -> OpenLevel:
 
 def _lead_or_help(plan: Plan, hashes: list[str], is_leader: bool) -> Iterator[Event]:
     if is_leader:
-        yield from _lead(plan, hashes)
+        with leading(level_opener(plan, hashes)("screen")):
+            yield from _lead(plan, hashes)
     else:
         for _ in help_search(plan):
             pass

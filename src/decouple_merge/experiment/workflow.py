@@ -8,6 +8,8 @@ from ..analysis.figures import sample_grid
 from ..config import Config
 from ..merging.arithmetic import task_vector_norms
 from ..searching.trial import Trial
+from ..storage.locks import enter, hold
+from ..storage.run_folder import Run
 from ..training.records import StepRecord
 from .finetuning import finetune_experts
 from .plan import load_experts, prepare
@@ -18,12 +20,19 @@ from .selection import search_weights
 Event = str | StepRecord | Trial | dict[str, Any] | Row
 
 
-def run(config: Config, out: Path) -> Iterator[Event]:
-    """Do the whole job: finetune, search, export, evaluate. What is finished already is not done again."""
+def run(config: Config, out: Path, wait: bool = False) -> Iterator[Event]:
+    """Do the whole job: finetune, search, export, evaluate. What is finished already is not done again.
+
+    Args:
+        wait: until no other process works on the folder, instead of refusing.
+    """
+    lock = Run(out).lock("run")
+    yield from enter(lock, wait)
     plan = prepare(config, out)
-    yield from finetune_experts(plan)
-    norms = task_vector_norms(plan.base.network.state_dict(), load_experts(plan))
-    yield "task vector norms: " + ", ".join(f"{n:.3f}" for n in norms)
-    yield from search_weights(plan)
-    yield from evaluate_run(plan)
-    sample_grid({m: plan.run.samples(m) for m in report_models(plan)}, plan.run.sample_figure)
+    with hold(lock, "deme run", wait):
+        yield from finetune_experts(plan, wait=wait)
+        norms = task_vector_norms(plan.base.network.state_dict(), load_experts(plan))
+        yield "task vector norms: " + ", ".join(f"{n:.3f}" for n in norms)
+        yield from search_weights(plan)
+        yield from evaluate_run(plan)
+        sample_grid({m: plan.run.samples(m) for m in report_models(plan)}, plan.run.sample_figure)

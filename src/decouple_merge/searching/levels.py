@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from ..config import Config, Search
 from ..errors import UserError
 from ..seeds import stream_seed
+from .leader import LeaderWatch
 from .strategies import Space, Strategy, Weights, axis, cma_es, coordinate, evolution, greedy_soup, grid, uniform_random
 from .study import Study, evaluate_all, evaluate_next, give_up_own, sampled, trials
 from .trial import Level, Objective, Trial
@@ -150,14 +151,22 @@ def search(
     studies[0].set_user_attr("finished", True)
 
 
-def work(open_level: Callable[[str], Study], config: Config, num_experts: int, objective: Objective) -> Iterator[Trial]:
-    """Evaluate what a search proposes, until it is finished; yields each trial of this worker."""
+def work(
+    open_level: Callable[[str], Study], config: Config, num_experts: int, objective: Objective
+) -> Iterator[Trial | str]:
+    """Evaluate what a search proposes, until it is finished; yields each trial of this worker, and lines for the user.
+
+    Raises:
+        UserError: the search has had no leader for too long.
+    """
     name = f"{socket.gethostname()}-{os.getpid()}"
     every = [(level, open_level(level.name)) for level in levels(config, num_experts)]
     bounds = (config.search.low, config.search.high)
+    watch = LeaderWatch(every[0][1])
     while not every[0][1].user_attrs.get("finished"):
         done = [t for level, study in every for t in evaluate_next(study, name, level, bounds, objective)]
         yield from done
+        yield from watch.look()
         if not done:
             time.sleep(0.5)
 

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -166,20 +166,20 @@ def _take(study: Study, worker: str) -> optuna.Trial | None:
 
 
 @contextmanager
-def _heartbeat(trial: optuna.Trial) -> Iterator[None]:
-    """Count in the trial's record while its candidate is being evaluated."""
+def beating(beat: Callable[[int], None]) -> Iterator[None]:
+    """Call a function every few seconds with a count, while the context lasts."""
     stop = threading.Event()
 
-    def beat() -> None:
+    def go_on() -> None:
         for count in itertools.count(1):
             if stop.wait(HEARTBEAT_SECONDS):
                 return
             try:
-                trial.set_user_attr("beats", count)
+                beat(count)
             except UpdateFinishedTrialError:
                 return
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=go_on, daemon=True)
     thread.start()
     try:
         yield
@@ -196,7 +196,7 @@ def _evaluate(
     for i, w in enumerate(weights):
         trial.suggest_float(f"w{i}", min(bounds[0], w), max(bounds[1], w))
     started = time.monotonic()
-    with _heartbeat(trial):
+    with beating(lambda count: trial.set_user_attr("beats", count)):
         score = objective(weights, level)
     try:
         trial.set_user_attr("merged_sha256", score.merged_sha256)

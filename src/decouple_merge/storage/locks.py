@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import UserError
+from .files import lock_of
 
 # Who only looks whether a lock is free holds it for a moment.
 MOMENT_SECONDS = 1
@@ -33,8 +34,7 @@ def hold(path: Path, verb: str, wait: bool = False) -> Iterator[None]:
         UserError: another process holds it.
     """
     path = path.resolve()
-    is_first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
-    if path in _held or not is_first:
+    if path in _held or _is_another_rank():
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,34 +50,44 @@ def hold(path: Path, verb: str, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
+def _is_another_rank() -> bool:
+    """Say whether torchrun or Accelerate started this process, and it isn't the first."""
+    return "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
 def _acquire(lock: FileLock, path: Path, wait: bool) -> None:
     seconds = ORPHAN_SECONDS if _is_dead(_holder(path)) else MOMENT_SECONDS
     try:
         lock.acquire(timeout=-1 if wait else seconds)
     except Timeout:
-        raise UserError(
-            f"{path.parent.parent}: {describe_holder(path)}; wait until it has ended, or have this wait with --wait"
-        ) from None
+        raise UserError(f"{describe_holder(path)}; let it end, or have this one wait for it with --wait") from None
 
 
-def refuse_held(path: Path) -> None:
-    """Refuse a lock that another process holds, without taking it.
+def enter(path: Path, wait: bool) -> Iterator[str]:
+    """Look whether a lock is free, before work is done for it; yields a line where it has to be waited for.
 
     Raises:
-        UserError: as ``hold``.
+        UserError: another process holds it, and nobody waits.
     """
-    if path.exists() and path.resolve() not in _held:
+    if not path.exists() or path.resolve() in _held or _is_another_rank():
+        return
+    try:
         lock = FileLock(path)
         _acquire(lock, path, wait=False)
         lock.release()
+    except UserError:
+        if not wait:
+            raise
+        yield f"waiting: {describe_holder(path)}"
 
 
 def describe_holder(path: Path) -> str:
     """Say who holds a lock: the verb, the process, the machine, and since when."""
+    folder = path.parent.parent
     found = _holder(path)
     if not found:
-        return f"another process holds {path.name}"
-    return "{verb}, process {pid} on {host}, holds it since {since}".format(**found)
+        return f"{folder}: another process holds {path.name}"
+    return f"{folder}: " + "{verb} holds it, process {pid} on {host}, since {since}".format(**found)
 
 
 def _own_record(verb: str) -> dict[str, str]:
@@ -109,7 +119,6 @@ def _is_dead(holder: dict[str, str]) -> bool:
 def make_once(path: Path, make: Callable[[], None]) -> None:
     """Make a file of the cache where it isn't there; of several processes one does, the others wait."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock")):
+        with lock_of(path):
             if not path.exists():
                 make()

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+LOCKS = "locks"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -58,6 +60,9 @@ class Run:
 
     def search_figure(self, name: str) -> Path:
         return self.folder / "figures" / f"search-{name}.png"
+
+    def lock(self, name: str) -> Path:
+        return self.folder / LOCKS / f"{name}.lock"
 
     def expert(self, index: int) -> Path:
         return self.folder / "experts" / str(index)

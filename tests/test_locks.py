@@ -1,0 +1,251 @@
+"""Two processes on one folder, one cache entry or one search: one works, the other is told or waits."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from decouple_merge.cli.main import app
+from decouple_merge.config import Config, dump_config, load_config
+from decouple_merge.data.images import ArrayImages
+from decouple_merge.data.latents import CachedRows
+from decouple_merge.errors import UserError
+from decouple_merge.evaluation.extractors import Extractor
+from decouple_merge.evaluation.references import make_reference
+from decouple_merge.experiment.plan import prepare
+from decouple_merge.searching import leader
+from decouple_merge.searching.leader import LeaderWatch, leading
+from decouple_merge.searching.levels import work
+from decouple_merge.searching.study import open_storage, open_study
+from decouple_merge.storage.locks import hold, make_once
+from decouple_merge.storage.run_folder import Run
+from test_evaluate import features_of
+
+
+@contextlib.contextmanager
+def another_process(do: Callable[[], Any], seconds: float = 600.0) -> Iterator[int]:
+    """Have a forked process enter a context, stay in it for a while, and end; yields its id when it has entered."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with do():
+                os.write(write, b".")
+                time.sleep(seconds)
+        finally:
+            os._exit(0)
+    os.read(read, 1)
+    yield pid
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def in_processes(num: int, do: Callable[[int], Any]) -> None:
+    pids = []
+    for number in range(num):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            try:
+                do(number)
+                os._exit(0)
+            finally:
+                os._exit(1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * num
+
+
+@pytest.fixture
+def claimed(tiny_config: Callable[..., Config], tmp_path: Path) -> Path:
+    """A run folder that has its config and no more."""
+    prepare(tiny_config(finetune={"num_updates": 2, "baseline": False}), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def deme(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("verb", ["run", "finetune", "search", "fisher"])
+def test_a_second_process_is_told_who_holds_the_folder(verb: str, claimed: Path) -> None:
+    arguments = [claimed / "config.yaml", "--out", claimed] if verb in ("run", "finetune") else [claimed]
+    with another_process(lambda: hold(Run(claimed).lock("run"), "deme run")) as pid:
+        before = sorted(claimed.rglob("*"))
+        found = deme(verb, *arguments)
+        assert isinstance(found.exception, UserError)
+        assert re.fullmatch(
+            rf"{claimed}: deme run holds it, process {pid} on {socket.gethostname()}, since "
+            r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00; let it end, or have this one wait for it with --wait",
+            str(found.exception),
+        )
+        assert sorted(claimed.rglob("*")) == before
+
+
+def test_ranges_are_finetuned_side_by_side_but_each_by_one_process(claimed: Path) -> None:
+    def finetune(*more: Any) -> Any:
+        return deme("finetune", claimed / "config.yaml", "--out", claimed, *more)
+
+    with another_process(lambda: hold(Run(claimed).lock("expert-0"), "deme finetune")):
+        assert "deme finetune holds it" in str(finetune("--range", 0).exception)
+        assert "deme finetune holds it" in str(finetune().exception)
+        assert "deme finetune holds it" in str(deme("run", claimed / "config.yaml", "--out", claimed).exception)
+        assert finetune("--range", 1).exit_code == 0
+    assert (claimed / "experts/1/model.safetensors").exists()
+    assert finetune("--range", 0).exit_code == 0
+
+
+def test_where_asked_a_process_waits_for_the_other(claimed: Path) -> None:
+    with another_process(lambda: hold(Run(claimed).lock("expert-0"), "deme finetune"), seconds=3):
+        found = deme("finetune", claimed / "config.yaml", "--out", claimed, "--range", 0, "--wait")
+    assert found.exit_code == 0, found.exception
+    assert "waiting: " in found.output
+    assert (claimed / "experts/0/model.safetensors").exists()
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "locks/run.lock"
+    with another_process(lambda: hold(path, "deme run")):
+        pass
+    assert path.with_suffix(".json").exists()
+    with hold(path, "deme search"):
+        assert "deme search" in path.with_suffix(".json").read_text()
+
+
+def test_other_ranks_of_a_training_leave_the_lock_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "locks/run.lock"
+    with another_process(lambda: hold(path, "deme finetune")):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "1")
+        with hold(path, "deme finetune"):
+            pass
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(UserError), hold(path, "deme finetune"):
+            pass
+
+
+def test_a_process_may_hold_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "locks/run.lock"
+    with hold(path, "deme run"):
+        with hold(path, "deme search"):
+            pass
+        assert "deme run" in path.with_suffix(".json").read_text()
+
+
+def test_two_first_starts_of_different_configs_do_not_share_a_folder(
+    claimed: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The other one is faster: it claims the folder after this one has looked.
+    monkeypatch.setattr("decouple_merge.experiment.plan.check_owner", lambda *_: None)
+    with pytest.raises(UserError, match="belongs to another config, which differs in seed"):
+        prepare(load_config(claimed / "config.yaml").model_copy(update={"seed": 5}), claimed)
+
+
+def test_of_two_deme_runs_one_does_the_work(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(tiny_config(finetune={"baseline": False})))
+    command = [sys.executable, "-m", "decouple_merge.cli.main", "run", "config.yaml", "--out", "run"]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    both = [subprocess.Popen(command, **options) for _ in range(2)]
+    errors = [process.communicate(timeout=500)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    (message,) = [e for process, e in zip(both, errors, strict=True) if process.returncode == 2]
+    assert message.startswith("deme: ")
+    assert "holds it, process" in message
+    assert message.count("\n") == 1
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3 * 3 * 2
+
+
+# -- the cache
+def test_a_file_of_the_cache_is_made_once(tmp_path: Path) -> None:
+    path = tmp_path / "cache/entry"
+
+    def make() -> None:
+        with (tmp_path / "made").open("a") as file:
+            file.write("x")
+        time.sleep(0.2)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("whole")
+
+    def ask(_: int) -> None:
+        make_once(path, make)
+        assert path.read_text() == "whole"
+
+    in_processes(4, ask)
+    assert (tmp_path / "made").read_text() == "x"
+
+
+def test_a_reference_is_computed_once(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 1, 8, 8), dtype=np.uint8)
+
+    def extract(images: Tensor) -> dict[str, Tensor]:
+        with (tmp_path / "extracted").open("a") as file:
+            file.write(f"{len(images)} ")
+        time.sleep(0.2)
+        return {"features": features_of(images)["features"]}
+
+    extractor = Extractor("effnetlite0", "0" * 64, {"features": 5}, extract)
+    in_processes(3, lambda _: make_reference("data", ArrayImages(pixels), extractor))
+    assert (tmp_path / "extracted").read_text() == "20 "
+
+
+class Squares(CachedRows):
+    """Rows whose encoder notes what it is asked for."""
+
+    def __init__(self, log: Path) -> None:
+        super().__init__("squares", "squares", 2000, "fp32")
+        self.log = log
+
+    def open_encoder(self) -> Callable[[Sequence[int]], dict[str, Tensor]]:
+        def encode(indices: Sequence[int]) -> dict[str, Tensor]:
+            with self.log.open("a") as file:
+                file.write(f"{indices[0]}\n")
+            return {"square": torch.tensor(indices).float() ** 2}
+
+        return encode
+
+
+def test_latents_are_computed_once(tmp_path: Path) -> None:
+    in_processes(2, lambda _: list(Squares(tmp_path / "log").fill()))
+    asked = (tmp_path / "log").read_text().splitlines()
+    assert sorted(map(int, asked)) == list(range(0, 2000, 16))
+    assert Squares(tmp_path / "log").read([1500])["square"].tolist() == [1500.0**2]
+
+
+# -- workers and their leader
+def test_a_worker_without_a_leader_says_so_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leader, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(leader, "LEADERLESS_SECONDS", 1.5)
+    config = Config.model_validate({"search": {"num_trials": 4, "num_images": 5}})
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    events = work(lambda name: open_study(storage, name), config, 2, lambda *_: pytest.fail("nothing waits"))
+    assert "this worker ends at 1.5 s" in str(next(events))
+    with pytest.raises(UserError, match="had no leader for 2 s; start deme search RUN"):
+        next(events)
+
+
+def test_a_leader_that_lives_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("decouple_merge.searching.study.HEARTBEAT_SECONDS", 0.05)
+    study = open_study(open_storage(f"sqlite:///{tmp_path / 'study.db'}"), "screen")
+    with leading(study):
+        watch = LeaderWatch(study)
+        for _ in range(20):
+            time.sleep(0.1)
+            list(watch.look())
+            assert time.monotonic() - watch.since < 1.5
+    monkeypatch.setattr(leader, "SILENT_SECONDS", 0.1)
+    list(watch.look())
+    time.sleep(0.3)
+    assert len(list(watch.look())) == 1
+    assert list(watch.look()) == []
