@@ -69,12 +69,15 @@ def tiny_text_base(tmp_path: Path) -> Path:
     return save_stable_diffusion(tmp_path / "text-base")
 
 
-def stock_images(folder: Path, prompts: list[str], seeds: list[int], **arguments: Any) -> Any:
-    """Draw images by the pipeline of stock diffusers: float [n, h, w, c] in [0, 1]."""
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder).to(torch.float32)
+def stock_images(
+    folder: Path, prompts: list[str], seeds: list[int], parts: dict[str, Any] | None = None, **arguments: Any
+) -> Any:
+    """Draw images by the pipeline of stock diffusers, with other parts where given: float [n, h, w, c] in [0, 1]."""
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **(parts or {})).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipeline(prompts, generator=generators, output_type="np", **arguments).images
+    # A copy: some pipelines write into the list.
+    return pipeline(list(prompts), generator=generators, output_type="np", **arguments).images
 
 
 WORDS = ["red cat", "blue dog", "a green bird", "one cat", "two dogs", "sun"]

@@ -197,7 +197,7 @@ def test_a_scheduler_that_the_pipeline_does_not_draw_with_is_refused(tmp_path: P
         load_base(str(tmp_path / "text"))
     with pytest.raises(ValueError, match="stochastic_sampling, which is not supported"):
         load_base(str(save_flow(tmp_path / "noisy", stochastic_sampling=True)))
-    with pytest.raises(ValueError, match="use_dynamic_shifting, which no DDPMPipeline uses"):
+    with pytest.raises(ValueError, match="use_dynamic_shifting, and its pipeline tells it no number of tokens"):
         load_base(str(save_flow(tmp_path / "dynamic", use_dynamic_shifting=True)))
 
 

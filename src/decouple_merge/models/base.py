@@ -56,7 +56,7 @@ class Base:
     @property
     def shape(self) -> tuple[int, ...]:
         """Channels, height and width of what the network denoises: an image, or its latents."""
-        return self.family.shape(self.network)
+        return self.family.shape(self.network, self.encoders)
 
     def timestep_of(self, given: Tensor) -> Tensor:
         """Map what the network is given as ``timestep`` to a timestep that some range holds."""
@@ -96,8 +96,8 @@ def load_base(name: str) -> Base:
     network: Any = getattr(pipeline, family.component)
     _check(name, family, kind, network)
     _check_whole(name, folder, network)
-    process = process_of(name, family, network, pipeline.scheduler)
     encoders = family.find_encoders(name, folder, network)
+    process = process_of(name, family, network, pipeline.scheduler, family.shape(network, encoders))
     network.requires_grad_(False).eval()
     return Base(
         family,
@@ -128,7 +128,8 @@ def _check(name: str, family: Family, kind: str, network: Any) -> None:
     if found_class is not family.network:
         found = found_class.__name__ if network is not None else f"no {family.component}"
         raise UserError(f"base {name!r} is a {kind} with {found}; supported is {SUPPORTED}")
-    channels, out_channels = network.config.in_channels, network.config.out_channels
+    channels = network.config.in_channels
+    out_channels = network.config.get("out_channels") or channels
     if out_channels != channels and not (family.has_variance and out_channels == 2 * channels):
         able = sorted(pipeline for pipeline, other in FAMILIES.items() if other.has_variance)
         raise UserError(
@@ -136,7 +137,8 @@ def _check(name: str, family: Family, kind: str, network: Any) -> None:
             f"predict a variance are not supported, but for {', '.join(able)}"
         )
     try:
-        square_side(network.config.sample_size)
+        if "sample_size" in network.config:
+            square_side(network.config.sample_size)
     except UserError as error:
         raise UserError(f"base {name!r}: its {error}") from error
 
@@ -200,7 +202,7 @@ def create_base(
         family,
         pipeline,
         network,
-        process_of("pretrain.model", family, network, pipeline.scheduler),
+        process_of("pretrain.model", family, network, pipeline.scheduler, family.shape(network, encoders)),
         tensors_sha256(network.state_dict()),
         encoders=encoders,
     )

@@ -1,6 +1,7 @@
 """The experts as one denoiser: a module that takes the place of a network in a stock diffusers pipeline."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +105,10 @@ class TimestepEnsemble(nn.Module):
     @property
     def add_embedding(self) -> Any:
         return self.networks[0].add_embedding
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Cache nothing between steps: the next one may be another expert's."""
+        return nullcontext()
 
     @property
     def dtype(self) -> torch.dtype:

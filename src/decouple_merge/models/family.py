@@ -25,6 +25,8 @@ class Encoders:
         zeros_for_empty: the empty text has embeddings of zeros, as SDXL was trained.
         classes: of a class-conditional pipeline, name or number to class; the empty text is the null class, where it
             has one.
+        guidance: as of the family; None also where a pipeline of it is without.
+        latent_size: height and width of the latents; None where there is no VAE.
     """
 
     family: "Family"
@@ -33,11 +35,18 @@ class Encoders:
     image_size: int
     zeros_for_empty: bool = False
     classes: dict[str, int] | None = None
+    guidance: str | None = None
+    latent_size: int | None = None
+
+    @property
+    def text_encoders(self) -> list[str]:
+        """List the text encoders that the pipeline has."""
+        return [name for name in self.family.text_encoders if (self.folder / name).is_dir()]
 
     @property
     def text_parts(self) -> list[str]:
         """List text encoders and tokenizers."""
-        return [part for name in self.family.text_encoders for part in (tokenizer_of(name), name)]
+        return [part for name in self.text_encoders for part in (tokenizer_of(name), name)]
 
 
 def tokenizer_of(text_encoder: str) -> str:
@@ -49,6 +58,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     """Read a pipeline's model_index.json; empty where there is none."""
     path = folder / "model_index.json"
     return read_record(path, "fetch or copy it again") if path.is_file() else {}
+
+
+def read_config(part: Path) -> dict[str, Any]:
+    """Read the config of a pipeline's part."""
+    return read_record(part / "config.json", "fetch or copy it again")
 
 
 def load_parts(folder: Path, *parts: str) -> Any:
@@ -67,11 +81,14 @@ class Family:
         component: what the pipelines, and files of adapters for them, call their denoiser.
         is_latent: it denoises latents of a VAE, not pixels.
         text_encoders: by their names in the pipeline.
+        optional_text_encoders: those of them that a pipeline may be without.
         sizes_input: the input that says how images were cut (Podell et al. 2023); None where there is none.
         guidance: ``classifier-free`` where the empty text stands for no text or class, to which captions are dropped
-            and from which guidance leads away; None where the network knows nothing of the kind.
+            and from which guidance leads away; ``embedded`` where the network is told a scale, as one that was
+            distilled; None where it knows nothing of the kind.
         has_variance: the network may write a variance behind its prediction, which is left out.
         flows: "" where its pipelines draw with VP schedules, "only" where with flow matching, "too" where with both.
+        has_even_levels: its pipeline asks its own scheduler for σ, before the shift, evenly from 1 to 1 / steps.
         sampler_config: what every sampler of it is told, whatever the base's scheduler says.
     """
 
@@ -80,10 +97,12 @@ class Family:
     component: str
     is_latent: bool = False
     text_encoders: tuple[str, ...] = ()
+    optional_text_encoders: tuple[str, ...] = ()
     sizes_input: str | None = None
     guidance: str | None = None
     has_variance: bool = False
     flows: Literal["", "too", "only"] = ""
+    has_even_levels: bool = False
     sampler_config: dict[str, Any] = {}  # noqa: RUF012 - no family changes it
 
     def load(self, folder: Path) -> Any:
@@ -101,7 +120,7 @@ class Family:
         """
         raise NotImplementedError
 
-    def shape(self, network: Any) -> tuple[int, ...]:
+    def shape(self, network: Any, encoders: Encoders | None) -> tuple[int, ...]:
         """Say channels, height and width of what the network denoises."""
         side = square_side(network.config.sample_size)
         return network.config.in_channels, side, side
@@ -124,18 +143,9 @@ class Family:
         """Map what ``predict`` gives the network as ``timestep`` back to the base's timesteps."""
         return given
 
-    def dynamic_mu(self, network: Any, config: Any) -> float:
-        """Compute μ of a scheduler that shifts by the number of tokens of an image, as the pipeline does.
-
-        Raises:
-            UserError: the pipeline doesn't.
-        """
-        raise UserError(f"the scheduler has use_dynamic_shifting, which no {self.pipelines[0]} uses: set its shift")
-
-    def set_timesteps(self, scheduler: Any, network: Any, num_steps: int) -> None:
-        """Set a scheduler's timesteps, as the pipeline does."""
-        is_dynamic = scheduler.config.get("use_dynamic_shifting")
-        scheduler.set_timesteps(num_steps, **({"mu": self.dynamic_mu(network, scheduler.config)} if is_dynamic else {}))
+    def num_tokens(self, network: Any, shape: tuple[int, ...]) -> int | None:
+        """Count the tokens of an image, by which a scheduler may shift; None where the pipeline tells it nothing."""
+        return None
 
     def output_layers(self, network: Any) -> dict[str, Any]:
         """Find the layer that writes the output of each block, by the block's name, in the order of the forward pass.
@@ -155,6 +165,10 @@ class Family:
     def decode_latents(self, vae: Any, latents: Float[Tensor, "n z hz wz"]) -> Float[Tensor, "n c h w"]:
         """Decode latents to images, about in [-1, 1]."""
         raise NotImplementedError
+
+    def load_texts(self, folder: Path, parts: Sequence[str]) -> Any:
+        """Load text encoders and tokenizers as a pipeline that ``encode_texts`` takes."""
+        return load_parts(folder, *parts)
 
     def encode_texts(self, pipeline: Any, texts: Sequence[str]) -> dict[str, Float[Tensor, "n ..."]]:
         """Encode texts as the pipeline itself does; what is longer than its text encoders read is cut off.

@@ -42,7 +42,7 @@ def check_caption_dropout(encoders: Encoders, caption_dropout: float) -> None:
     Raises:
         UserError: as said.
     """
-    if caption_dropout and encoders.family.guidance != "classifier-free":
+    if caption_dropout and encoders.classes and encoders.guidance is None:
         raise UserError(
             f"data.caption_dropout is {caption_dropout:g}, which puts a null class in the place of classes, and the "
             f"{encoders.family.network.__name__} of {encoders.folder} has none: set it to 0"
@@ -56,9 +56,9 @@ def texts_to_encode(encoders: Encoders, prompts: Sequence[str], settings: Text) 
         UserError: one is no class of a class-conditional model, or there is guidance and nothing to lead away from.
     """
     texts = list(prompts)
-    if encoders.family.guidance == "classifier-free":
+    if encoders.guidance == "classifier-free":
         texts.append(settings.negative_prompt)
-    elif settings.guidance_scale != 1:
+    elif encoders.guidance is None and settings.guidance_scale != 1:
         raise UserError(
             f"text.guidance_scale is {settings.guidance_scale:g}, which leads away from a null class, and the "
             f"{encoders.family.network.__name__} of {encoders.folder} has none: set it to 1"
@@ -100,13 +100,14 @@ def load_text_encoders(encoders: Encoders, device: torch.device) -> Any:
     Raises:
         UserError: a tokenizer is another text encoder's.
     """
-    pipeline = load_parts(encoders.folder, *encoders.text_parts)
-    for name in encoders.family.text_encoders:
+    pipeline = encoders.family.load_texts(encoders.folder, encoders.text_parts)
+    for name in encoders.text_encoders:
         config, tokenizer = getattr(pipeline, name).config, getattr(pipeline, tokenizer_of(name))
-        for what, found, most in (
-            ("has a vocabulary of", len(tokenizer), config.vocab_size),
-            ("pads to a length of", tokenizer.model_max_length, config.max_position_embeddings),
-        ):
+        pairs = [("has a vocabulary of", len(tokenizer), config.vocab_size)]
+        # The pipelines pad the texts of others to a length of their own.
+        if config.model_type.startswith("clip"):
+            pairs.append(("pads to a length of", tokenizer.model_max_length, config.max_position_embeddings))
+        for what, found, most in pairs:
             if found > most:
                 raise UserError(
                     f"{encoders.folder}: its {tokenizer_of(name)} {what} {found}, its {name} reads {most}; give parts "

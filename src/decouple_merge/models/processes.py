@@ -12,11 +12,12 @@ from .family import Family
 UNSUPPORTED = ("stochastic_sampling", "invert_sigmas")
 
 
-def process_of(name: str, family: Family, network: Any, scheduler: Any) -> Process:
+def process_of(name: str, family: Family, network: Any, scheduler: Any, shape: tuple[int, ...]) -> Process:
     """Read from a pipeline's scheduler how images are mixed with noise, and what the network says of the mixture.
 
     Args:
         name: of the base, for messages.
+        shape: of what the network denoises, by which some schedulers shift.
 
     Raises:
         UserError: the scheduler is of a process that the family isn't trained on, or of none.
@@ -30,7 +31,7 @@ def process_of(name: str, family: Family, network: Any, scheduler: Any) -> Proce
             )
         if found := [key for key in UNSUPPORTED if config.get(key)]:
             raise UserError(f"base {name!r} has a {kind} with {found[0]}, which is not supported: expected it false")
-        shift = _shift(family, network, scheduler)
+        shift = _shift(name, family.num_tokens(network, shape), scheduler)
         if not (isinstance(shift, int | float) and 0 < shift < math.inf):
             raise UserError(f"base {name!r}: its scheduler's shift is {shift!r}, expected a number above 0")
         return Flow(shift, num_train_timesteps=config.num_train_timesteps)
@@ -61,13 +62,26 @@ def is_flow(scheduler: Any) -> bool:
     return type(scheduler).__name__.startswith("FlowMatch") or is_prediction
 
 
-def _shift(family: Family, network: Any, scheduler: Any) -> float:
+def dynamic_mu(config: Any, num_tokens: int) -> float:
+    """Compute μ of a scheduler that shifts by the number of tokens of an image: linear between two of them."""
+    first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (high - low) / (last - first)
+    return num_tokens * slope + (low - slope * first)
+
+
+def _shift(name: str, num_tokens: int | None, scheduler: Any) -> float:
     """Read the shift at the size that is trained on."""
     config = scheduler.config
-    if config.get("use_dynamic_shifting"):
-        mu = family.dynamic_mu(network, config)
-        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-    return config.get("shift", config.get("flow_shift", 1.0))
+    if not config.get("use_dynamic_shifting"):
+        return config.get("shift", config.get("flow_shift", 1.0))
+    if num_tokens is None:
+        raise UserError(
+            f"base {name!r}: its scheduler has use_dynamic_shifting, and its pipeline tells it no number of tokens: "
+            "set its shift"
+        )
+    mu = dynamic_mu(config, num_tokens)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
 def flow_arguments(process: Flow, scheduler: Any, sampler: type) -> dict[str, Any]:

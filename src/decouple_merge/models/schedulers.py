@@ -4,11 +4,12 @@ import inspect
 from typing import Any
 
 import diffusers
+import numpy as np
 
 from ..diffusion.process import Flow
 from ..errors import UserError
 from .base import Base
-from .processes import flow_arguments
+from .processes import dynamic_mu, flow_arguments
 
 
 def make_scheduler(base: Base, sampler: str, num_steps: int, timestep_spacing: str | None) -> Any:
@@ -34,7 +35,20 @@ def make_scheduler(base: Base, sampler: str, num_steps: int, timestep_spacing: s
         changes["timestep_spacing"] = timestep_spacing
     try:
         scheduler: Any = cls.from_config(own.config, **base.family.sampler_config, **changes)
-        base.family.set_timesteps(scheduler, base.network, num_steps)
+        scheduler.set_timesteps(num_steps, **_timestep_arguments(base, scheduler, num_steps))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise UserError(f"sampler {name} with {num_steps} steps: {error}") from error
     return scheduler
+
+
+def _timestep_arguments(base: Base, scheduler: Any, num_steps: int) -> dict[str, Any]:
+    """List what the stock pipeline tells its own scheduler beside the number of steps."""
+    if type(scheduler) is not type(base.pipeline.scheduler):
+        return {}
+    arguments: dict[str, Any] = {}
+    num_tokens = base.family.num_tokens(base.network, base.shape)
+    if num_tokens is not None and scheduler.config.get("use_dynamic_shifting"):
+        arguments["mu"] = dynamic_mu(scheduler.config, num_tokens)
+    if base.family.has_even_levels and not scheduler.config.get("use_flow_sigmas"):
+        arguments["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
+    return arguments

@@ -106,12 +106,15 @@ class Prompts:
         """
         chosen = self.choose(seeds)
         scale = self.settings.guidance_scale
-        negative = [self.settings.negative_prompt] * len(chosen) if scale > 1 else []
+        leads_away = scale > 1 and self.encoders.guidance == "classifier-free"
+        negative = [self.settings.negative_prompt] * len(chosen) if leads_away else []
         condition = self.texts.embed([*negative, *chosen])
         if sizes := self.encoders.family.sizes_input:
             size = self.encoders.image_size
             # The stock pipeline's: an original of that size, not cut.
             condition[sizes] = torch.tensor([[size, size, 0.0, 0.0, size, size]] * len(negative + chosen))
+        if self.encoders.guidance == "embedded":
+            condition["guidance"] = torch.full((len(chosen),), scale)
         condition = {name: value.to(self.device) for name, value in condition.items()}
         if not negative:
             return lambda x, t: model(x, t, **condition)

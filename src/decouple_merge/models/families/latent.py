@@ -56,8 +56,14 @@ class Latent(Family):
                 raise UserError(f"base {name!r}: there is no {path}, expected {kind} with all of its parts")
             return read_record(path, "fetch or copy it again")
 
-        vae, texts = read("vae"), [read(text) for text in self.text_encoders]
-        for text in self.text_encoders:
+        present = [text for text in self.text_encoders if any(index.get(text) or [True])]
+        if missing := [text for text in self.text_encoders if text not in {*present, *self.optional_text_encoders}]:
+            raise UserError(
+                f"base {name!r}: its {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} null in "
+                f"model_index.json, expected {kind} with its text encoders: captions are encoded by them"
+            )
+        vae, texts = read("vae"), [read(text) for text in present]
+        for text in present:
             read(tokenizer_of(text), "tokenizer_config")
         if vae.get("_class_name") != self.vae:
             raise UserError(f"base {name!r}: its vae is {vae.get('_class_name')}, expected {self.vae}")
@@ -68,9 +74,27 @@ class Latent(Family):
         for what, found, expected in self.fits(config, vae, texts):
             if found != expected:
                 raise UserError(f"base {name!r}: its {what.format(found, expected)}; give parts that belong together")
-        size = square_side(config.sample_size) * vae_downscale(vae)
-        zeros = bool(index.get("force_zeros_for_empty_prompt"))
-        return Encoders(self, folder, vae["out_channels"], size, zeros, self.classes(config, index))
+        try:
+            side = self.latent_size(config, vae)
+        except UserError as error:
+            raise UserError(f"base {name!r}: its {error}") from error
+        zeros, classes = bool(index.get("force_zeros_for_empty_prompt")), self.classes(config, index)
+        size = side * vae_downscale(vae)
+        return Encoders(
+            self, folder, vae["out_channels"], size, zeros, classes, self.guidance_of(config), latent_size=side
+        )
+
+    def latent_size(self, config: Any, vae: dict[str, Any]) -> int:
+        """Say the height and width of the latents that a denoiser is trained on.
+
+        Raises:
+            UserError: the configs don't say it, or it is none that the network takes.
+        """
+        return square_side(config.sample_size)
+
+    def guidance_of(self, config: Any) -> str | None:
+        """Say which guidance a pipeline has."""
+        return self.guidance
 
     @torch.no_grad()
     def encode_images(self, vae: Any, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2 z hz wz"]:
@@ -88,6 +112,6 @@ def _scaling(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Find shift and scale of each channel: a denoiser works on (latents - shift)·scale."""
     mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or deviation is None:
-        mean, deviation = [0.0], [1.0]
+        mean, deviation = [vae.config.get("shift_factor") or 0.0], [1.0]
     shift, spread = (like.new_tensor(value)[:, None, None] for value in (mean, deviation))
     return shift, vae.config.scaling_factor / spread

@@ -49,3 +49,39 @@ def tiny_text_parts(folder: Path, width: int, vocabulary_size: int | None = None
         "pad_token_id": vocabulary["<|endoftext|>"],
     }
     return tokenizer, CLIPTextConfig(**(arguments | changes))
+
+
+def tiny_t5_parts(width: int) -> tuple[Any, Any]:
+    """Build T5's tokenizer with letters as vocabulary, and the config of its encoder."""
+    from transformers import T5Config, T5Tokenizer
+
+    special = ["<pad>", "</s>", "<unk>"]
+    # Unigram: each piece with its log-probability.
+    vocabulary = [*((token, 0.0) for token in special), *((c, -2.0) for c in "▁" + string.ascii_lowercase)]
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=16)
+    config = T5Config(
+        vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, is_encoder_decoder=False
+    )
+    return tokenizer, config
+
+
+def tiny_qwen_parts(width: int) -> tuple[Any, Any]:
+    """Build Qwen's tokenizer with bytes as vocabulary and a template of chats, and the config of a Qwen3 model."""
+    from transformers import Qwen2Tokenizer, Qwen3Config
+
+    letters = [*string.ascii_letters, *string.digits, "Ġ", "Ċ", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(letters)}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=64)
+    tokenizer.chat_template = "{% for m in messages %}user {{ m['content'] }}{% endfor %} assistant"
+    config = Qwen3Config(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=1024,
+        pad_token_id=vocabulary["<|endoftext|>"],
+    )
+    return tokenizer, config

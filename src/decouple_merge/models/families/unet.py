@@ -40,7 +40,7 @@ class UNet(Family):
             )
         if config.num_class_embeds is None:
             return None
-        channels, _, side = self.shape(network)
+        channels, _, side = self.shape(network, None)
         classes = {str(i): i for i in range(config.num_class_embeds)}
         return Encoders(self, folder, channels, side, classes=classes)
 
