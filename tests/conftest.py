@@ -1,14 +1,13 @@
 """Tiny models, data and configs: everything is built here, nothing is fetched."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import (
     DiffusionPipeline,
 )
@@ -32,15 +31,7 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fresh_accelerator() -> Iterator[None]:
-    """Reset Accelerate, which keeps the precision for the whole process: one test's must not decide another's."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
-
-
-@pytest.fixture
-def every_record(fresh_accelerator: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def every_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have trainings yield every record, not one in a while."""
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_RECORDS", 0.0)
 

@@ -43,7 +43,6 @@ ADAPTERS = {
     "tokenizers": ["models"],
     "peft": ["models.lora"],
     "bitsandbytes": ["training.optimizers"],
-    "accelerate": ["training.acceleration"],
     "filelock": ["storage"],
 }
 

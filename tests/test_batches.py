@@ -55,9 +55,10 @@ def test_batches_do_not_depend_on_the_global_random_state() -> None:
     assert equal(first, batches(0, 4, flip=True))
 
 
-def test_two_ranks_with_half_the_batch_cover_the_images_of_one() -> None:
-    whole = batches(0, 12, batch_size=8)
-    halves = [batches(0, 12, batch_size=4, rank=r, world=2) for r in (0, 1)]
+@pytest.mark.parametrize("flip", [False, True])
+def test_two_ranks_with_half_the_batch_cover_the_images_of_one(flip: bool) -> None:
+    whole = batches(0, 12, batch_size=8, flip=flip)
+    halves = [batches(0, 12, batch_size=4, rank=r, world=2, flip=flip) for r in (0, 1)]
     assert equal([torch.cat(pair) for pair in zip(*halves, strict=True)], whole)
 
 

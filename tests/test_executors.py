@@ -1,7 +1,9 @@
 """Work in one process or several: results, errors, and no process left behind."""
 
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from decouple_merge import executors
+from decouple_merge.errors import UserError
+from decouple_merge.executors import local
 from decouple_merge.executors.local import in_order, run_all, shares
 
 
@@ -27,12 +31,50 @@ def die() -> Iterator[int]:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class UnpicklableError(Exception):
+    """Can be pickled, but not read again: it wants two arguments, and keeps one."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def fail_unpicklably() -> Iterator[int]:
+    yield 1
+    raise UnpicklableError(1, 2)
+
+
+def fail_as_the_user(message: str) -> Iterator[int]:
+    yield 1
+    raise UserError(message)
+
+
+def leave(status: int) -> Iterator[int]:
+    yield 1
+    os._exit(status)
+
+
+def die_with_a_child_that_stays(folder: Path) -> Iterator[int]:
+    """Die while a process of one's own, as a data loader's, holds the pipe open."""
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child.start()
+    (folder / str(child.pid)).touch()
+    yield 1
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
+
+
+def say_all_and_hang() -> Iterator[int]:
+    """Leave a thread that keeps the process from ending."""
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    yield 1
+
+
 def fail_or_wait(folder: Path, waits: bool) -> Iterator[int]:
     """Wait for ever, having said so in a file, or fail as soon as the other waits."""
     if waits:
         (folder / "waiting").write_text(str(os.getpid()))
         time.sleep(600)
-    while not (folder / "waiting").exists():
+    while not ((folder / "waiting").exists() and (folder / "waiting").read_text()):
         time.sleep(0.01)
     yield 1
     raise ValueError("this one failed")
@@ -40,8 +82,6 @@ def fail_or_wait(folder: Path, waits: bool) -> Iterator[int]:
 
 def start_loader(path: str) -> Iterator[int]:
     """Start a process of its own, as a data loader's workers are."""
-    import multiprocessing
-
     context = multiprocessing.get_context("fork")
     process = context.Process(target=Path(path).touch, daemon=True)
     process.start()
@@ -87,6 +127,45 @@ def test_an_error_in_a_worker_is_raised_here_and_stops_the_others(tmp_path: Path
 def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match="worker process died; run the same command again"):
         list(run_all(die, [(), ()], 2))
+
+
+def test_a_fault_in_a_worker_keeps_the_traceback_that_it_had_there() -> None:
+    with pytest.raises(ValueError, match="mine") as caught:
+        list(run_all(fail, [("mine",), ("mine",)], 2))
+    (note,) = caught.value.__notes__
+    assert note.startswith("In a worker process:\nTraceback")
+    assert "raise ValueError(message)" in note
+
+
+def test_a_users_mistake_in_a_worker_stays_one_line() -> None:
+    with pytest.raises(UserError) as caught:
+        list(run_all(fail_as_the_user, [("lower the learning rate",), ("lower the learning rate",)], 2))
+    assert str(caught.value) == "lower the learning rate"
+
+
+def test_an_error_that_does_not_survive_pickling_is_told_by_its_text() -> None:
+    with pytest.raises(RuntimeError, match="UnpicklableError: 1 and 2") as caught:
+        list(run_all(fail_unpicklably, [(), ()], 2))
+    assert "raise UnpicklableError(1, 2)" in caught.value.__notes__[0]
+
+
+def test_a_dead_worker_says_what_ended_it() -> None:
+    with pytest.raises(RuntimeError, match=r"go on \(it was ended by SIGKILL, as where memory runs out\)"):
+        list(run_all(die, [(), ()], 2))
+    with pytest.raises(RuntimeError, match=r"go on \(its exit status is 7\)"):
+        list(run_all(leave, [(7,), (7,)], 2))
+
+
+def test_a_dead_worker_is_noticed_though_its_children_live(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ended by SIGTERM"):
+        list(run_all(die_with_a_child_that_stays, [(tmp_path,), (tmp_path,)], 2))
+    for child in tmp_path.iterdir():
+        os.kill(int(child.name), signal.SIGKILL)
+
+
+def test_a_worker_that_has_said_all_and_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "SECONDS_TO_END", 0.2)
+    assert list(run_all(say_all_and_hang, [(), ()], 2)) == [1, 1]
 
 
 def test_a_worker_may_start_processes_of_its_own(tmp_path: Path) -> None:

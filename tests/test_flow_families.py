@@ -24,7 +24,6 @@ from decouple_merge.models.schedulers import make_scheduler
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
 from decouple_merge.storage.files import read_tensors
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 SAMPLER = "FlowMatchEulerDiscrete"
 CPU = torch.device("cpu")
 WORDS = ["red cat", "blue dog"]

@@ -30,9 +30,6 @@ MakeConfig = Callable[..., Config]
 LORA = {"lora": {"rank": 3}, "projection": {"placement": "none"}}
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
-
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Count the bytes that tensors hold, those of views and of shared memory once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -61,7 +58,7 @@ def test_a_training_takes_what_is_said(
         pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
     config = {"pixels": tiny_config, "text": text_config}[kind](finetune=settings)
     opened = prepare(config, tmp_path / "run")
-    trainer = Trainer(opened.base, finetuning.expert_task(opened, 0), config.finetune, 0, tmp_path)
+    trainer = Trainer(opened.base, finetuning.expert_task(opened, 0), config.finetune, 0)
     batch = next(training_batches(opened.images, config.data, 4, 0, 0, 1))
     loss, _, _ = trainer.losses(batch, generator("memory"))
     loss.backward()

@@ -288,7 +288,7 @@ def test_shipped_paper_configs_finetune_a_tiny_model_of_their_structure(name: st
     ]
     config = load_config(CONFIGS / f"{name}.yaml", overrides)
     records = list(finetuning.finetune_experts(prepare(config, tmp_path / "run"), 2))
-    assert [r.update for r in records] == [1]
+    assert [r.update for r in records if not isinstance(r, str)] == [1]
     expert = load_file(tmp_path / "run/experts/2/model.safetensors")
     start = load_file(base / WEIGHTS)
     assert {k: v.shape for k, v in expert.items()} == {k: v.shape for k, v in start.items()}

@@ -39,9 +39,6 @@ TEXT = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
-
 @pytest.fixture
 def pretrain_config(tiny_captioned: Path) -> MakeConfig:
     """Make a config that trains a tiny base on 20 captioned images; sections of pretrain are updated by keyword."""

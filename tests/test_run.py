@@ -297,7 +297,7 @@ def test_state_left_by_a_kill_after_the_last_write_is_removed(
 
 def test_one_range_alone_is_finetuned_as_in_the_whole_run(done: Finished, tmp_path: Path) -> None:
     records = list(finetuning.finetune_experts(prepare(done.config, tmp_path / "run"), 1))
-    assert {r.name for r in records} == {"expert-1"}
+    assert {r.name for r in records if not isinstance(r, str)} == {"expert-1"}
     assert [p.name for p in (tmp_path / "run/experts").iterdir()] == ["1"]
     name = "experts/1/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (done.folder / name).read_bytes()

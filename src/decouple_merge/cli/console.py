@@ -1,5 +1,6 @@
 """What the verbs print: events as they come, tables at the end."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -12,8 +13,11 @@ from rich.table import Table
 if TYPE_CHECKING:
     from ..experiment.results import Row
 
+# Of the processes that torchrun starts, the first, rank 0, is the one that prints.
+NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0")) if NUM_PROCESSES > 1 else 0
 # Without a terminal a console is 80 columns wide, too few for the result table.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110, quiet=RANK > 0)
 
 # In a pipe or a log, a merge says how far it is no more often.
 SECONDS_BETWEEN_LINES = 5.0

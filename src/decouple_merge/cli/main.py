@@ -2,10 +2,12 @@
 
 import errno
 import sys
+import time
 
 import typer
 
 from ..errors import UserError
+from .console import NUM_PROCESSES, RANK
 from .files import info, merge
 from .images import sample
 from .runs import analyze, finetune, fisher, pretrain, run, search
@@ -31,19 +33,36 @@ PATH_ERRORS = {
     errno.ELOOP: "mend the link, which leads to itself",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
+TRAINING = ("run", "finetune", "pretrain")
+# Until another of torchrun's processes than the first says what is wrong.
+SECONDS_OF_THE_FIRST = 5
+
+
+def _check_processes(arguments: list[str]) -> None:
+    """Refuse torchrun's processes where they would all do the same."""
+    verb = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if NUM_PROCESSES > 1 and verb is not None and verb not in TRAINING:
+        raise UserError(
+            f"deme {verb} was started {NUM_PROCESSES} times, expected once: only trainings "
+            f"({', '.join(TRAINING)}) are shared by torchrun's processes; start it without torchrun"
+        )
 
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit status 2."""
     try:
+        _check_processes(sys.argv[1:])
         app(standalone_mode=True)
     except KeyboardInterrupt:
         print("deme: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if RANK > 0:
+            # The first of torchrun's processes says the same first, and torchrun then ends the others.
+            time.sleep(SECONDS_OF_THE_FIRST)
         if (line := _users_mistake(error)) is None:
             raise
-        print("deme: " + " ".join(line.split()), file=sys.stderr)
+        print(f"deme: {f'process {RANK}: ' if RANK else ''}" + " ".join(line.split()), file=sys.stderr)
         sys.exit(2)
 
 

@@ -50,7 +50,7 @@ class Training(Section):
     """One training run: an expert, the baseline or a base model. Updates are optimiser updates.
 
     Attributes:
-        batch_size: images per process and micro-batch; an update sees batch_size × accumulation × processes.
+        batch_size: images per process and micro-batch; an update sees processes × batch_size × accumulation.
         schedule: the rate over the updates: ``constant``; ``cosine`` and ``linear`` fall to
             learning_rate × floor, which they reach after ``decay_fraction`` of the updates.
         optimizer: ``adamw``, torch's, fused; or ``adamw8bit``, bitsandbytes', whose moments take a quarter of that.
@@ -60,7 +60,7 @@ class Training(Section):
             error of the network's output alike everywhere.
         weighting_options: of that weighting, such as ``gamma``.
         distance: None draws nothing during training.
-        tracker: any Accelerate tracker by name, or ``none``.
+        tracker: of the curves; beside it ``log.jsonl`` holds the same numbers.
     """
 
     num_updates: PositiveInt = 20_000
@@ -87,7 +87,7 @@ class Training(Section):
     validate_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 1000
     distance: Distance | None = None
-    tracker: str = "tensorboard"
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "tensorboard"
 
     @field_validator("density", mode="before")
     @classmethod

@@ -1,12 +1,12 @@
 """Batches of images or latents for training, in an order that a seed gives."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -88,20 +88,35 @@ class Examples(Labelled, Protocol):
         """Load several examples as one batch."""
 
 
-def model_input(batch: Batch, draws: torch.Generator) -> tuple[Float[Tensor, "n c h w"], dict[str, Tensor]]:
+def draw_share(draw: Callable[[int], Tensor], num: int, rank: int = 0, world: int = 1) -> Shaped[Tensor, "n ..."]:
+    """Draw for a batch of several processes, and take what belongs to this one's slice.
+
+    So they draw together what one process draws for the whole batch.
+
+    Args:
+        draw: makes rows for so many examples.
+        num: of this process's examples.
+    """
+    return draw(world * num)[rank * num : (rank + 1) * num]
+
+
+def model_input(
+    batch: Batch, draws: torch.Generator, rank: int = 0, world: int = 1
+) -> tuple[Float[Tensor, "n c h w"], dict[str, Tensor]]:
     """Map a batch to x0, what the network denoises, and to the network's other inputs by their names.
 
     Latents are sampled afresh: x0 = mean + exp(log-variance / 2)·ε.
 
     Args:
         draws: on the CPU; images draw nothing.
+        rank, world: the batch is this slice of one that so many processes share.
     """
     if isinstance(batch, Tensor):
         return to_model(batch), {}
     if isinstance(batch, LabelledBatch):
         return to_model(batch.images), batch.condition
     mean, log_variance = batch.moments[:, 0].unbind(1)
-    noise = torch.randn(mean.shape, generator=draws).to(mean)
+    noise = draw_share(lambda num: torch.randn(num, *mean.shape[1:], generator=draws), len(mean), rank, world).to(mean)
     return mean + (log_variance / 2).exp() * noise, batch.condition
 
 
@@ -151,23 +166,28 @@ def training_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
-    """Yield micro-batches ``first`` to ``last`` of a training run; batch s depends only on (seed, rank, s).
+    """Yield micro-batches ``first`` to ``last`` of a training run; batch s depends only on (seed, rank, world, s).
 
-    What ``split`` holds out is left out. Flips and dropped captions are drawn per image from the batch's
-    own streams.
+    The processes' batches, one after the other, are the one that a single process has with ``world`` times the size.
+    What ``split`` holds out is left out. Flips and dropped captions are drawn per image from the batch's own streams.
 
     Raises:
         ValueError: nothing is left to train on.
     """
     order = _Batches(split(images, data).trained, batch_size, seed, rank, world, first, last)
     loader = DataLoader(_Indexed(images), batch_sampler=order, num_workers=data.num_workers, collate_fn=_identity)
+
+    def uniform(stream: str, step: int, num: int) -> Float[Tensor, " n"]:
+        # The 0 was the rank, which no longer has a say.
+        draws = generator(seed, stream, 0, step)
+        return draw_share(lambda total: torch.rand(total, generator=draws), num, rank, world)
+
     for step, batch in enumerate(loader, start=first):
         if data.flip:
-            mirrored = torch.rand(len(batch), generator=generator(seed, "flip", rank, step)) < 0.5
+            mirrored = uniform("flip", step, len(batch)) < 0.5
             batch = mirror_images(batch, mirrored) if isinstance(batch, Tensor) else batch.mirror(mirrored)
         if isinstance(batch, LatentBatch) and data.caption_dropout:
-            draws = generator(seed, "caption dropout", rank, step)
-            batch = batch.drop_captions(torch.rand(len(batch), generator=draws) < data.caption_dropout)
+            batch = batch.drop_captions(uniform("caption dropout", step, len(batch)) < data.caption_dropout)
         yield batch
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import UserError
 
 # What executors share; every other file of this room is one.
-SHARED = ("devices",)
+SHARED = ("devices", "distributed")
 
 
 def executors() -> list[str]:

@@ -2,14 +2,22 @@
 
 import multiprocessing
 import os
+import pickle
+import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 import torch
 
 Item = TypeVar("Item")
+
+SECONDS_BETWEEN_LOOKS = 1.0
+# For a worker that is done, until it is killed.
+SECONDS_TO_END = 30.0
 
 
 def run_all(function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...]], num_processes: int) -> Iterator[Any]:
@@ -20,7 +28,7 @@ def run_all(function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...]]
     pickled.
 
     Raises:
-        Exception: what a call raised; the others are stopped.
+        Exception: what a call raised, with the worker's traceback as a note; the others are stopped.
         RuntimeError: a process died without an error of its own.
     """
     if num_processes == 1 or len(calls) == 1:
@@ -42,18 +50,14 @@ def run_all(function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...]]
                 process.start()
                 sender.close()
                 running[receiver] = process, place
-            for ready in wait(list(running)):
-                assert isinstance(ready, Connection)
-                try:
-                    kind, payload = ready.recv()
-                except EOFError:
-                    running.pop(ready)[0].join()
-                    raise RuntimeError("a worker process died; run the same command again to go on") from None
+            for receiver in _ready(running):
+                process, place = running[receiver]
+                kind, payload = _receive(receiver, process)
                 if kind == "error":
                     raise payload
                 if kind == "done":
-                    process, place = running.pop(ready)
-                    process.join()
+                    del running[receiver]
+                    _end(process)
                     places.append(place)
                 else:
                     yield payload
@@ -61,6 +65,35 @@ def run_all(function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...]]
         for process, _ in running.values():
             process.kill()
             process.join()
+
+
+def _ready(running: dict[Connection, Any]) -> list[Connection]:
+    """Wait until workers have something to say, or are dead."""
+    while True:
+        ready = [r for r in wait(list(running), SECONDS_BETWEEN_LOOKS) if isinstance(r, Connection)]
+        # What a dead worker has started, such as a data loader, may hold its end of the pipe open.
+        ready = ready or [receiver for receiver, (process, _) in running.items() if not process.is_alive()]
+        if ready:
+            return ready
+
+
+def _receive(receiver: Connection, process: Any) -> tuple[str, Any]:
+    with suppress(EOFError, ConnectionResetError):
+        if receiver.poll() or process.is_alive():
+            return receiver.recv()
+    _end(process)
+    code = process.exitcode
+    end = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"its exit status is {code}"
+    hint = ", as where memory runs out" if code == -signal.SIGKILL else ""
+    raise RuntimeError(f"a worker process died; run the same command again to go on ({end}{hint})")
+
+
+def _end(process: Any) -> None:
+    """Wait for a worker that has said all; one that doesn't end, since something in it hangs, is killed."""
+    process.join(SECONDS_TO_END)
+    if process.is_alive():
+        process.kill()
+        process.join()
 
 
 def shares(num_batches: int, num_processes: int) -> list[slice]:
@@ -93,7 +126,19 @@ def _work(
             sender.send(("item", item))
         sender.send(("done", None))
     except Exception as error:
-        sender.send(("error", error))
+        sender.send(("error", _told(error)))
+
+
+def _told(error: Exception) -> Exception:
+    """Add the traceback, which pickling loses; what can't be pickled is told by its text."""
+    error.add_note(f"In a worker process:\n{''.join(traceback.format_exception(error))}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        told = RuntimeError(f"{type(error).__name__}: {error}")
+        told.__notes__ = error.__notes__
+        return told
+    return error
 
 
 def _die_with_parent() -> None:

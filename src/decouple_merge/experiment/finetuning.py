@@ -12,12 +12,12 @@ from ..diffusion.timesteps import TimestepRange
 from ..errors import UserError
 from ..evaluation.metrics import METRICS
 from ..executors import run_all
+from ..executors.distributed import check_shared, first_goes_first, is_first, world_size
 from ..storage.locks import enter, hold
-from ..training.acceleration import main_process_first
 from ..training.records import StepRecord
 from ..training.trainer import Task
 from .plan import BASELINE, Plan
-from .watch import compared_of, train_watched
+from .watch import compared_of, global_batch, train_watched
 
 
 def expert_task(plan: Plan, index: int) -> Task:
@@ -39,7 +39,8 @@ def _baseline_settings(plan: Plan) -> Finetune:
 def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) -> Iterator[str | StepRecord]:
     """Finetune the experts, or one of them, and the baseline where the config asks for it.
 
-    Several processes may finetune an expert each, side by side; all are one process's.
+    The processes that torchrun started train each of them together, one after the other; otherwise ``num_processes``
+    of the config train side by side, an expert each. Several calls may finetune an expert each, too; all are one's.
 
     Args:
         wait: until no other process works on the same, instead of refusing.
@@ -71,14 +72,19 @@ def _finetune(plan: Plan, calls: list[tuple[Plan, Task, Finetune, Path]]) -> Ite
     """Do the trainings that aren't finished, by now."""
     distance = plan.config.finetune.distance
     for *_, folder in calls:
-        if _is_finished(folder):
+        if _is_finished(folder) and is_first():
             shutil.rmtree(folder / "state", ignore_errors=True)
     unfinished: list[tuple[Any, ...]] = [call for call in calls if not _is_finished(call[-1])]
+    check_shared(plan.run.folder, f"{len(unfinished)} unfinished trainings")
     if unfinished:
         # Before several processes ask for them at once.
-        with main_process_first():
+        with first_goes_first():
             if isinstance(plan.images, Latents):
                 yield from plan.images.fill()
-            if distance is not None:
+            if distance is not None and is_first():
                 compared_of(plan, METRICS[distance.metric].extractor)
-    yield from run_all(train_watched, unfinished, plan.config.num_processes, plan.config.executor)
+        yield global_batch(plan.config.finetune)
+    if world_size() > 1:
+        yield from run_all(train_watched, unfinished, 1)
+    else:
+        yield from run_all(train_watched, unfinished, plan.config.num_processes, plan.config.executor)

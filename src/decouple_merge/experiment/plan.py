@@ -16,7 +16,7 @@ from ..data.sources import load_images
 from ..data.split import split
 from ..diffusion.timesteps import TimestepRange
 from ..evaluation.checks import check_evaluate, check_num_references, check_watched
-from ..executors import check_executor
+from ..executors import check_executor, distributed
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..models.base import Base, load_base
@@ -107,13 +107,15 @@ def captioned_plan(
 
 
 def prepare(config: Config, out: Path) -> Plan:
-    """Check everything, then make the run folder with its config and manifest.
+    """Check everything, then make the run folder with its config and manifest; joins what torchrun started.
 
     Raises:
         ValueError: as ``check``.
     """
     plan = check(config, out)
-    claim(plan.run, config, manifest(config, plan.base, plan.images))
+    distributed.join()
+    with distributed.first_goes_first():
+        claim(plan.run, config, manifest(config, plan.base, plan.images))
     return plan
 
 

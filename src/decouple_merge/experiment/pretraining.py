@@ -18,6 +18,7 @@ from ..diffusion.timesteps import TimestepRange
 from ..errors import UserError
 from ..evaluation.alignment import NUM_FEATURES, describe
 from ..evaluation.extractors import load_extractor
+from ..executors import distributed
 from ..executors.devices import default_device
 from ..models.base import Base, create_base, load_base
 from ..models.export import export_pipeline, save_pipeline
@@ -29,14 +30,13 @@ from ..seeds import stream_seed
 from ..storage.files import read_records, read_tensors, write_records
 from ..storage.locks import enter, hold
 from ..storage.run_folder import Run
-from ..training.acceleration import is_main_process, main_process_first
 from ..training.checks import check_training
 from ..training.parts import train_image_text, train_vae
 from ..training.records import StepRecord
 from ..training.trainer import Task
 from .manifest import check_owner, claim, manifest
 from .plan import Plan, captioned_plan, check_distance, image_plan
-from .watch import train_watched
+from .watch import global_batch, train_watched
 
 
 def convergence(log: list[dict[str, Any]]) -> str:
@@ -55,7 +55,8 @@ def _from_nothing(config: Config, settings: Pretrain, out: Path) -> Plan:
     images = load_images(config.data, base.channels, base.image_size)
     split(images, config.data)
     plan = image_plan(config, out, base, _ranges(settings, base), images)
-    claim(plan.run, config, manifest(config, base, plan.images))
+    with distributed.first_goes_first():
+        claim(plan.run, config, manifest(config, base, plan.images))
     return plan
 
 
@@ -75,11 +76,11 @@ def _text_from_nothing(config: Config, settings: Pretrain, out: Path) -> Generat
     parts = {"vae": vae, "tokenizer": tokenizer, "text_encoder": text_encoder}
     base = with_density(create_base(settings.model, settings.scheduler, seed, parts), settings)
     _check(config, settings, base)
-    claim(Run(out), config, manifest(config, base, images))
-    with main_process_first():
+    with distributed.first_goes_first():
+        claim(Run(out), config, manifest(config, base, images))
         yield from train_vae(vae, images, data, settings.vae, seed, out / "parts", default_device())
         yield from _train_text_encoder(config, settings, parts, images, captions, out / "parts")
-        if is_main_process():
+        if distributed.is_first():
             save_pipeline(base, out / "parts" / "pipeline")
         base = load_base(str(out / "parts" / "pipeline"))
         plan = captioned_plan(config, out, base, _ranges(settings, base), images, captions)
@@ -135,6 +136,7 @@ def pretrain(config: Config, out: Path, wait: bool = False) -> Iterator[str | St
     settings = config.pretrain
     if settings is None:
         raise UserError("the config has no section pretrain, which holds the model's and the training's settings")
+    distributed.join()
     check_owner(Run(out), config, [config.data.source])
     yield from enter(Run(out).lock("run"), wait)
     with hold(Run(out).lock("run"), "deme pretrain", wait):
@@ -147,8 +149,9 @@ def _pretrain(config: Config, settings: Pretrain, out: Path) -> Iterator[str | S
     else:
         plan = yield from _text_from_nothing(config, settings, out)
     task = Task("pretrain", TimestepRange(0, plan.base.num_train_timesteps), plan.ranges)
+    yield global_batch(settings)
     yield from train_watched(plan, task, settings, out / "training")
-    if is_main_process():
+    if distributed.is_first():
         yield from _export(plan, out)
 
 

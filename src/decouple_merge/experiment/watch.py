@@ -11,11 +11,11 @@ from ..evaluation.metrics import METRICS
 from ..evaluation.references import Reference, open_compared
 from ..evaluation.score import score
 from ..executors.devices import default_device
+from ..executors.distributed import is_first, world_size
 from ..merging.arithmetic import Tensors
 from ..models.ensemble import TimestepEnsemble
 from ..models.network import build_network
 from ..sampling.sampler import denoiser, sample_images, sampling_copy
-from ..training.acceleration import main_process_first
 from ..training.loop import train
 from ..training.records import StepRecord
 from ..training.trainer import Task
@@ -57,8 +57,16 @@ def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Cal
     return distance
 
 
+def global_batch(settings: Training) -> str:
+    """Say how many images an update sees."""
+    num, size, accumulation = world_size(), settings.batch_size, settings.accumulation
+    return (
+        f"an update sees {num} processes × batch_size {size} × accumulation {accumulation} = "
+        f"{num * size * accumulation} images"
+    )
+
+
 def train_watched(plan: Plan, task: Task, settings: Training, folder: Path) -> Iterator[StepRecord]:
     """Train the base of a run on a task, and measure the distance where the settings ask for it."""
-    with main_process_first():
-        distance = training_distance(plan, task.own, settings.distance) if settings.distance else None
+    distance = training_distance(plan, task.own, settings.distance) if settings.distance and is_first() else None
     yield from train(plan.base, plan.images, plan.config.data, task, settings, plan.config.seed, folder, distance)

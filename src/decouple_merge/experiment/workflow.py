@@ -6,6 +6,7 @@ from typing import Any
 
 from ..analysis.figures import sample_grid
 from ..config import Config
+from ..executors import distributed
 from ..merging.arithmetic import task_vector_norms
 from ..searching.trial import Trial
 from ..storage.locks import enter, hold
@@ -23,6 +24,8 @@ Event = str | StepRecord | Trial | dict[str, Any] | Row
 def run(config: Config, out: Path, wait: bool = False) -> Iterator[Event]:
     """Do the whole job: finetune, search, export, evaluate. What is finished already is not done again.
 
+    Of the processes that torchrun started, the first goes on alone after the trainings, and the others end.
+
     Args:
         wait: until no other process works on the folder, instead of refusing.
     """
@@ -31,6 +34,10 @@ def run(config: Config, out: Path, wait: bool = False) -> Iterator[Event]:
     plan = prepare(config, out)
     with hold(lock, "deme run", wait):
         yield from finetune_experts(plan, wait=wait)
+        is_first = distributed.is_first()
+        distributed.leave()
+        if not is_first:
+            return
         norms = task_vector_norms(plan.base.network.state_dict(), load_experts(plan))
         yield "task vector norms: " + ", ".join(f"{n:.3f}" for n in norms)
         yield from search_weights(plan)

@@ -16,11 +16,13 @@ def check_training(settings: Training, base: Base, device: torch.device) -> None
     """Require that this machine has what a training asks for, and that the loss is defined on the base's schedule.
 
     Raises:
-        UserError: the precision needs a GPU, the optimiser isn't installed, or the weighting has no finite weights.
+        UserError: the precision needs a GPU, the optimiser or the tracker isn't installed, or the weighting has no
+            finite weights.
     """
     check_weighting(settings.weighting, settings.weighting_options, base.process)
     _check_precision(settings, device)
     _check_optimizer(settings)
+    _check_tracker(settings)
 
 
 def check_finetune(settings: Finetune, base: Base, device: torch.device) -> None:
@@ -36,7 +38,7 @@ def check_finetune(settings: Finetune, base: Base, device: torch.device) -> None
 
 
 def _check_precision(settings: Training, device: torch.device) -> None:
-    """Refuse fp16 training on a CPU, where Accelerate would silently train in float32."""
+    """Refuse fp16 training on a CPU, where it is slower than float32 and needs a scale that bf16 does not."""
     if settings.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("mixed_precision is fp16, which needs a GPU, and this machine has none: set it to bf16 or fp32")
 
@@ -47,4 +49,12 @@ def _check_optimizer(settings: Training) -> None:
         raise UserError(
             "optimizer is adamw8bit, which needs bitsandbytes, and that isn't installed: pip install "
             "'decouple-merge[8bit]', or set it to adamw"
+        )
+
+
+def _check_tracker(settings: Training) -> None:
+    """Require that the tracker is installed."""
+    if settings.tracker != "none" and find_spec(settings.tracker) is None:
+        raise UserError(
+            f"tracker is {settings.tracker}, which isn't installed: pip install {settings.tracker}, or set it to none"
         )

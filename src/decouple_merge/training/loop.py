@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..config import Data, Training
 from ..data.batches import Batch, Examples, held_out_images, training_batches
+from ..executors.distributed import check_shared, is_first
 from ..models.base import Base
 from ..models.lora import FILE
 from ..seeds import stream_seed
@@ -35,33 +37,39 @@ def train(
 ) -> Iterator[StepRecord]:
     """Train a copy of the base on one task; yields progress, leaves the folded EMA weights in ``folder``.
 
-    Update s depends only on (seed, task.name, rank, s): a run that was killed goes on bitwise as if it had not
-    been. Records go to ``folder/log.jsonl``, the state to ``folder/state/`` until the training is finished. The
-    result is ``folder/model.safetensors`` (EMA weights, stock keys) with ``expert.json``; of an adapter also its
-    factors, ``folder/lora/``, which diffusers loads.
+    Update s depends only on (seed, task.name, s) and the number of processes: a run that was killed goes on bitwise as
+    if it had not been. The first process alone writes and yields. Records go to ``folder/log.jsonl``, the state to
+    ``folder/state/`` until the training is finished. The result is ``folder/model.safetensors`` (EMA weights, stock
+    keys) with ``expert.json``; of an adapter also its factors, ``folder/lora/``, which diffusers loads.
 
     Args:
         distance: scores the averaged weights, given under the base's keys, every ``settings.distance.every`` updates.
             It must leave them as they are; then the training is bitwise the same with it and without.
 
     Raises:
-        ValueError: the loss is no longer finite, or a saved state is damaged or of another network.
+        UserError: the loss is no longer finite, a saved state is damaged, of another network or of another number of
+            processes, or the processes don't share the folder.
     """
     if not (folder / "model.safetensors").exists():
-        trainer = Trainer(base, task, settings, seed, folder)
+        trainer = Trainer(base, task, settings, seed)
         state = folder / "state" / "state.safetensors"
         if state.exists():
             trainer.load(state)
-        log = Log(folder / "log.jsonl", trainer)
-        yield from _steps(trainer, _batches(trainer, images, data), held_out_images(images, data), distance, log, state)
-        if trainer.accelerator.is_main_process:
-            _write_result(trainer, folder)
-        trainer.accelerator.end_training()
-    shutil.rmtree(folder / "state", ignore_errors=True)
+        check_shared(folder, f"{task.name} after {trainer.num_done} updates")
+        batches = _batches(trainer, images, data)
+        if not is_first():
+            while trainer.num_done < settings.num_updates:
+                trainer.update(batches)
+            return
+        with closing(Log(folder, trainer)) as log:
+            yield from _steps(trainer, batches, held_out_images(images, data), distance, log, state)
+        _write_result(trainer, folder)
+    if is_first():
+        shutil.rmtree(folder / "state", ignore_errors=True)
 
 
 def _batches(trainer: Trainer, images: Examples, data: Data) -> Iterator[Batch]:
-    settings, accelerator = trainer.settings, trainer.accelerator
+    settings = trainer.settings
     return training_batches(
         images,
         data,
@@ -69,8 +77,8 @@ def _batches(trainer: Trainer, images: Examples, data: Data) -> Iterator[Batch]:
         stream_seed(trainer.seed, trainer.task.name),
         trainer.num_done * settings.accumulation,
         settings.num_updates * settings.accumulation,
-        accelerator.process_index,
-        accelerator.num_processes,
+        trainer.rank,
+        trainer.world,
     )
 
 
@@ -95,7 +103,7 @@ def _steps(
                 trainer.forget_losses()
                 first, started = trainer.num_done, time.monotonic()
             yield record
-        if trainer.num_done % settings.checkpoint_every == 0 and not finished and trainer.accelerator.is_main_process:
+        if trainer.num_done % settings.checkpoint_every == 0 and not finished:
             trainer.save(state)
 
 

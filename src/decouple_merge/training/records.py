@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..storage.files import read_records, write_records
 from .schedule import learning_rate_at
+from .trackers import open_tracker
 from .trainer import Trainer
 
 
@@ -47,7 +48,7 @@ def step_record(trainer: Trainer, seconds_per_update: float) -> StepRecord:
             f"{task.name}: the loss is {loss} at update {trainer.num_done}; lower the learning rate "
             f"({settings.learning_rate:g}) or raise the precision ({settings.mixed_precision})"
         )
-    num_images = settings.batch_size * settings.accumulation * trainer.accelerator.num_processes
+    num_images = settings.batch_size * settings.accumulation * trainer.world
     return StepRecord(
         name=task.name,
         update=trainer.num_done,
@@ -67,19 +68,22 @@ class Log:
     Of a training that goes on from a saved state, what was logged after it is dropped.
     """
 
-    def __init__(self, path: Path, trainer: Trainer) -> None:
-        self.path, self.trainer = path, trainer
-        self.records = [r for r in read_records(path, update=int) if r["update"] <= trainer.num_done]
+    def __init__(self, folder: Path, trainer: Trainer) -> None:
+        self.path, self.trainer = folder / "log.jsonl", trainer
+        self.tracker = open_tracker(trainer.settings, trainer.task.name, folder / "tracker")
+        self.records = [r for r in read_records(self.path, update=int) if r["update"] <= trainer.num_done]
 
     def write(self, record: StepRecord) -> None:
         """Add a validation's record."""
         assert record.validation is not None
-        accelerator = self.trainer.accelerator
         losses = {"loss": record.loss, "consistency_loss": record.consistency_loss}
         distance = {} if record.distance is None else {"distance": record.distance}
         self.records.append({"update": record.update, **losses, "validation": record.validation, **distance})
-        if accelerator.is_main_process:
-            write_records(self.path, self.records)
+        write_records(self.path, self.records)
         by_range = zip(self.trainer.task.ranges, record.validation, strict=True)
         validation = {f"validation_loss/{r.low:g}-{r.high:g}": v for r, v in by_range}
-        accelerator.log(losses | validation | distance, record.update)
+        self.tracker.log(losses | validation | distance, record.update)
+
+    def close(self) -> None:
+        """Close the tracker."""
+        self.tracker.close()

@@ -4,25 +4,30 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config import Finetune, Training
-from ..data.batches import Batch, model_input
+from ..data.batches import Batch, draw_share, model_input
 from ..diffusion.losses import finetune_loss
 from ..diffusion.timesteps import TimestepRange
 from ..diffusion.weightings import weight_of
+from ..errors import UserError
+from ..executors import distributed
+from ..executors.devices import default_device
 from ..models.base import Base
 from ..models.network import predict
 from ..seeds import generator, stream_seed
-from .acceleration import start_accelerator
 from .compilation import check_compiled
 from .ema import AveragedParameters
 from .optimizers import make_optimizer
 from .parametrisation import parametrisation_of
+from .precision import autocast, grad_scaler
 from .schedule import learning_rate_at
 from .state import load_state, save_state
 from .validation import validation_losses
@@ -49,15 +54,14 @@ class Trainer:
     Args:
         settings: of a base from nothing, or a ``Finetune``, which has a teacher, a mixture with all timesteps, and a
             parametrisation of its own.
-        folder: for the tracker.
     """
 
-    def __init__(self, base: Base, task: Task, settings: Training, seed: int, folder: Path) -> None:
+    def __init__(self, base: Base, task: Task, settings: Training, seed: int) -> None:
         self.base, self.task, self.settings, self.seed = base, task, settings, seed
         self.global_prob = settings.global_prob if isinstance(settings, Finetune) else 0.0
         self.consistency_weight = settings.consistency_weight if isinstance(settings, Finetune) else 0.0
-        self.accelerator = start_accelerator(task.name, settings, folder / "tracker")
-        self.device = self.accelerator.device
+        self.device = default_device()
+        self.rank, self.world = distributed.rank(), distributed.world_size()
         self.process = base.process.to(self.device)
         self.weight = weight_of(settings.weighting, **settings.weighting_options)
         self.parametrisation = parametrisation_of(settings, task.name, seed)
@@ -72,8 +76,10 @@ class Trainer:
             for each in (self.network, self.teacher):
                 if isinstance(each, nn.Module):
                     each.compile()
-        optimizer = make_optimizer(self.parametrisation.groups(network), settings)
-        self.wrapped, self.optimizer = self.accelerator.prepare(network, optimizer)
+        network.to(self.device)
+        self.wrapped = distributed.averaging(network)
+        self.optimizer = make_optimizer(self.parametrisation.groups(network), settings)
+        self.scaler = grad_scaler(settings.mixed_precision, self.device)
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.ema = AveragedParameters(self.parameters, settings.ema)
         self.num_done = 0
@@ -83,53 +89,83 @@ class Trainer:
         self.num_summed = 0
 
     def update(self, batches: Iterator[Batch]) -> None:
-        """Do one optimiser update, on as many batches as are accumulated, and follow it with the EMA."""
-        settings = self.settings
+        """Do one optimiser update, on as many batches as are accumulated, and follow it with the EMA.
+
+        Where fp16 gradients overflow, the same batches come again at half the scale: a skipped step counts nowhere.
+
+        Raises:
+            UserError: they overflow without a scale.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.num_done, settings) * group["scale"]
-        for micro in range(settings.accumulation):
-            batch = next(batches)
-            if settings.compile and not self.compile_checked:
-                check_compiled(partial(self._gradients, batch), self.device)
-                self.compile_checked = True
-            is_last = micro == settings.accumulation - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                self._accumulate(batch, self.num_done * settings.accumulation + micro)
-        self.accelerator.clip_grad_norm_(self.parameters, settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            group["lr"] = learning_rate_at(self.num_done, self.settings) * group["scale"]
+        micro_batches = list(islice(batches, self.settings.accumulation))
+        if self.settings.compile and not self.compile_checked:
+            check_compiled(partial(self._gradients, micro_batches[0]), self.device)
+            self.compile_checked = True
+        while True:
+            losses = self._accumulate(micro_batches)
+            if self._step():
+                break
+        for each in distributed.mean(losses):
+            self.sums += each
+        self.num_summed += len(losses)
         self.ema.follow(self.num_done)
         self.num_done += 1
 
-    def _accumulate(self, batch: Batch, step: int) -> None:
-        """Add the gradients of a micro-batch, whose draws depend only on the step and the process."""
-        key = self.seed, self.task.name
-        rank = self.accelerator.process_index
-        # Dropout draws from the global stream, which only a seed of its own makes a function of the step.
-        torch.manual_seed(stream_seed(*key, "dropout", rank, step))
-        loss, denoising, consistency = self.losses(batch, generator(*key, "noise", rank, step))
-        self.accelerator.backward(loss / self.settings.accumulation)
-        self.sums += torch.stack([denoising.detach(), consistency.detach()])
-        self.num_summed += 1
+    def _accumulate(self, micro_batches: list[Batch]) -> Float[Tensor, "micro two"]:
+        """Sum gradients over micro-batches and average them over processes; returns this one's losses, by part."""
+        key, losses = (self.seed, self.task.name), []
+        for micro, batch in enumerate(micro_batches):
+            step = self.num_done * len(micro_batches) + micro
+            # Dropout draws from the global stream, which only a seed of its own makes a function of the step.
+            torch.manual_seed(stream_seed(*key, "dropout", self.rank, step))
+            is_last = micro == len(micro_batches) - 1
+            with nullcontext() if is_last else distributed.accumulating(self.wrapped):
+                # The 0 was the rank: the processes share the draws of one batch.
+                loss, denoising, consistency = self.losses(batch, generator(*key, "noise", 0, step))
+                self.scaler.scale(loss / len(micro_batches)).backward()
+            losses.append(torch.stack([denoising.detach(), consistency.detach()]))
+        return torch.stack(losses)
+
+    def _step(self) -> bool:
+        """Update the weights by the gradients, unless these overflowed; says if it did."""
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.scaler.get_scale() >= scale:
+            return True
+        if scale <= 1:
+            raise UserError(
+                f"{self.task.name}: fp16 gradients overflow at update {self.num_done + 1}; set mixed_precision to bf16 "
+                f"or fp32, or lower the learning rate ({self.settings.learning_rate:g})"
+            )
+        return False
 
     def losses(self, batch: Batch, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the loss of a batch, and its two parts: of denoising, and of consistency with the teacher."""
         base, process = self.base, self.process
-        x0, condition = model_input(batch.to(self.device), draws)
-        t = process.draw(len(x0), self.task.own, self.global_prob, draws, self.settings.antithetic).to(self.device)
-        noise = torch.randn(x0.shape, generator=draws).to(self.device)
+        share = partial(draw_share, num=len(batch), rank=self.rank, world=self.world)
+        x0, condition = model_input(batch.to(self.device), draws, self.rank, self.world)
+        t = share(lambda num: process.draw(num, self.task.own, self.global_prob, draws, self.settings.antithetic)).to(
+            self.device
+        )
+        noise = share(lambda num: torch.randn(num, *x0.shape[1:], generator=draws)).to(self.device)
         x_t, target = process.mix(x0, noise, t), process.target(x0, noise, t)
-        with self.accelerator.autocast():
+        with autocast(self.settings.mixed_precision, self.device):
             teacher_output = None
             if self.teacher is not None:
                 with torch.no_grad():
                     teacher_output = predict(base, self.teacher, x_t, t, **condition)
-            output = predict(base, self.wrapped, x_t, t, **condition)
+            # Once, or the gradients of the two terms would be summed in 16 bits.
+            output = predict(base, self.wrapped, x_t, t, **condition).float()
         return finetune_loss(output, target, teacher_output, self.consistency_weight, self.weight(process, t))
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
         loss, _, _ = self.losses(batch, generator(self.seed, "compiled"))
-        self.accelerator.backward(loss)
+        loss.backward()
         found = {n: p.grad.clone() for n, p in self.network.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad()
         return found
@@ -147,7 +183,7 @@ class Trainer:
     def validate(self, held_out: Batch) -> list[float]:
         """Compute the validation losses of the averaged weights; the network's own are untouched."""
         self.network.eval()
-        with self.ema.swapped_in(), self.accelerator.autocast():
+        with self.ema.swapped_in(), autocast(self.settings.mixed_precision, self.device):
             losses = validation_losses(self.network, held_out, self.base, self.task.ranges, self.device)
         self.network.train()
         return losses
@@ -170,17 +206,21 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write weights, EMA and optimiser."""
-        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-        counts = {"num_done": self.num_done, "num_summed": self.num_summed, "scaler": scaler}
-        save_state(path, self._tensors(), self.optimizer, counts)
+        counts = {"num_done": self.num_done, "num_summed": self.num_summed, "num_processes": self.world}
+        save_state(path, self._tensors(), self.optimizer, counts | {"scaler": self.scaler.state_dict()})
 
     def load(self, path: Path) -> None:
         """Go on from a saved state.
 
         Raises:
-            ValueError: the state is damaged or of another network.
+            UserError: the state is damaged, of another network, or of a training by another number of processes.
         """
         counts = load_state(path, self._tensors(), self.optimizer)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(counts["scaler"])
+        if counts["num_processes"] != self.world:
+            raise UserError(
+                f"{path} is of a training by {counts['num_processes']} processes, found {self.world}, whose updates "
+                f"see another number of images: start {counts['num_processes']}, or remove the folder to start over"
+            )
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(counts["scaler"])
         self.num_done, self.num_summed = counts["num_done"], counts["num_summed"]
