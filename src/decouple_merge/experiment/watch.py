@@ -61,7 +61,7 @@ def global_batch(settings: Training) -> str:
     """Say how many images an update sees."""
     num, size, accumulation = world_size(), settings.batch_size, settings.accumulation
     return (
-        f"an update sees {num} processes × batch_size {size} × accumulation {accumulation} = "
+        f"an update sees {num} process{'es' if num > 1 else ''} × batch_size {size} × accumulation {accumulation} = "
         f"{num * size * accumulation} images"
     )
 
