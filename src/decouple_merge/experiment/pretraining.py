@@ -1,6 +1,7 @@
 """A base from nothing: of a text-to-image base first the parts around the denoiser."""
 
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +49,27 @@ def convergence(log: list[dict[str, Any]]) -> str:
     return f"validation loss {mean[start]:.6f} at update {start}, {mean[last]:.6f} at {last}: {change:+.2f} %"
 
 
-def _from_nothing(config: Config, settings: Pretrain, out: Path) -> Plan:
-    """Make an untrained base and open its data."""
+def _build(config: Config, settings: Pretrain, out: Path) -> Plan:
+    """Make an untrained base and open its data; writes nothing."""
     base = with_density(create_base(settings.model, settings.scheduler, config.seed), settings)
     _check(config, settings, base)
     images = load_images(config.data, base.channels, base.image_size)
     split(images, config.data)
-    plan = image_plan(config, out, base, _ranges(settings, base), images)
-    with distributed.first_goes_first():
-        claim(plan.run, config, manifest(config, base, plan.images))
-    return plan
+    return image_plan(config, out, base, _ranges(settings, base), images)
 
 
-def _text_from_nothing(config: Config, settings: Pretrain, out: Path) -> Generator[str, None, Plan]:
-    """Make a text-to-image base whose denoiser is untrained: train the parts around it."""
+@dataclass(frozen=True)
+class _TextParts:
+    """A text-to-image base of which nothing is trained yet, and what it will be trained on."""
+
+    base: Base
+    parts: dict[str, Any]
+    images: Images
+    captions: list[str]
+
+
+def _build_text(config: Config, settings: Pretrain) -> _TextParts:
+    """Make a text-to-image base from nothing and open its data; writes nothing."""
     assert settings.vae is not None
     assert settings.text_encoder is not None
     data, seed, size = config.data, config.seed, settings.model.get("sample_size")
@@ -76,9 +84,19 @@ def _text_from_nothing(config: Config, settings: Pretrain, out: Path) -> Generat
     parts = {"vae": vae, "tokenizer": tokenizer, "text_encoder": text_encoder}
     base = with_density(create_base(settings.model, settings.scheduler, seed, parts), settings)
     _check(config, settings, base)
+    return _TextParts(base, parts, images, captions)
+
+
+def _train_parts(config: Config, settings: Pretrain, made: _TextParts, out: Path) -> Generator[str, None, Plan]:
+    """Train the parts around a denoiser that is not trained yet."""
+    assert settings.vae is not None
+    base, parts, images, captions = made.base, made.parts, made.images, made.captions
+    data, seed, device = config.data, config.seed, default_device()
     with distributed.first_goes_first():
         claim(Run(out), config, manifest(config, base, images))
-        yield from train_vae(vae, images, data, settings.vae, seed, out / "parts", default_device())
+        yield from train_vae(
+            parts["vae"], images, config.data, settings.vae, config.seed, out / "parts", default_device()
+        )
         yield from _train_text_encoder(config, settings, parts, images, captions, out / "parts")
         if distributed.is_first():
             save_pipeline(base, out / "parts" / "pipeline")
@@ -139,15 +157,19 @@ def pretrain(config: Config, out: Path, wait: bool = False) -> Iterator[str | St
     distributed.join()
     check_owner(Run(out), config, [config.data.source])
     yield from enter(Run(out).lock("run"), wait)
+    # What can't be built leaves no folder behind.
+    made = _build(config, settings, out) if settings.vae is None else _build_text(config, settings)
     with hold(Run(out).lock("run"), "deme pretrain", wait):
-        yield from _pretrain(config, settings, out)
+        yield from _pretrain(config, settings, made, out)
 
 
-def _pretrain(config: Config, settings: Pretrain, out: Path) -> Iterator[str | StepRecord]:
-    if settings.vae is None:
-        plan = _from_nothing(config, settings, out)
+def _pretrain(config: Config, settings: Pretrain, made: Plan | _TextParts, out: Path) -> Iterator[str | StepRecord]:
+    if isinstance(made, Plan):
+        plan = made
+        with distributed.first_goes_first():
+            claim(plan.run, config, manifest(config, plan.base, plan.images))
     else:
-        plan = yield from _text_from_nothing(config, settings, out)
+        plan = yield from _train_parts(config, settings, made, out)
     task = Task("pretrain", TimestepRange(0, plan.base.num_train_timesteps), plan.ranges)
     yield global_batch(settings)
     yield from train_watched(plan, task, settings, out / "training")

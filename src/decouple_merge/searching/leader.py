@@ -16,7 +16,10 @@ SILENT_SECONDS, LEADERLESS_SECONDS = 60, 600
 
 @contextmanager
 def leading(study: Study) -> Iterator[None]:
-    """Say in a search's first study, while the context lasts, that it has a leader."""
+    """Say in a search's first study, while the context lasts, that it has a leader; of a finished one nothing."""
+    if study.user_attrs.get("finished"):
+        yield
+        return
     name = f"{socket.gethostname()}-{os.getpid()}-{time.time()}"
     study.set_user_attr(LEADER, name)
     with beating(lambda count: study.set_user_attr(LEADER, f"{name}-{count}")):
