@@ -91,7 +91,6 @@ def _train_parts(config: Config, settings: Pretrain, made: _TextParts, out: Path
     """Train the parts around a denoiser that is not trained yet."""
     assert settings.vae is not None
     base, parts, images, captions = made.base, made.parts, made.images, made.captions
-    data, seed, device = config.data, config.seed, default_device()
     with distributed.first_goes_first():
         claim(Run(out), config, manifest(config, base, images))
         yield from train_vae(
