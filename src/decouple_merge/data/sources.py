@@ -38,6 +38,14 @@ def kind_of(name: str) -> type[Source] | None:
     return KINDS.get(key)
 
 
+def located_source(name: str) -> str:
+    """Make the path in the name of a source absolute; known sets, names on the hub and what isn't there stay."""
+    prefix = next((p for p in (shards.PREFIX, hub.PREFIX) if name.startswith(p)), "")
+    path = Path(name.removeprefix(prefix))
+    is_path = name not in KINDS and (path.exists() or prefix == shards.PREFIX)
+    return f"{prefix}{path.absolute()}" if is_path else name
+
+
 def _forms() -> str:
     *first, last = dict.fromkeys(kind.form for kind in KINDS.values())
     return f"{', '.join(first)} or {last}"

@@ -1,6 +1,6 @@
 """Where pieces of work run: an executor a file, found by the file's name.
 
-Imports errors.
+Imports errors, storage.
 """
 
 import importlib

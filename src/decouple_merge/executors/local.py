@@ -9,13 +9,19 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, TypeVar
 
 import torch
 
+from ..storage.files import remove_leftovers, workshop
+
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LOOKS = 1.0
+# The file of function and calls.
+PACKED = "calls.pt"
 # For a worker that is done, until it is killed.
 SECONDS_TO_END = 30.0
 
@@ -25,7 +31,7 @@ def run_all(function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...]]
 
     With one process the calls follow each other here. Otherwise each call has a process of its own, at most
     ``num_processes`` at once, which share the machine's threads and take its GPUs in turn; function and arguments are
-    pickled.
+    pickled, and tensors in them read from a temporary file that all map: shared memory may be small, as in a container.
 
     Raises:
         Exception: what a call raised, with the worker's traceback as a note; the others are stopped.
@@ -35,20 +41,24 @@ def run_all(function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...]]
         for call in calls:
             yield from function(*call)
         return
-    context = multiprocessing.get_context("spawn")
+    place = Path(gettempdir())
+    remove_leftovers(place)
+    with workshop(place) as folder:
+        # Of the older protocol that is torch's default, arrays would come out twice as large.
+        torch.save((function, calls), folder / PACKED, pickle_protocol=pickle.HIGHEST_PROTOCOL)
+        yield from _run_packed(folder / PACKED, len(calls), num_processes)
+
+
+def _run_packed(packed: Path, num_calls: int, num_processes: int) -> Iterator[Any]:
     num_threads = max(1, torch.get_num_threads() // num_processes)
-    waiting = list(reversed(calls))
+    waiting = list(reversed(range(num_calls)))
     running: dict[Connection, Any] = {}
     places = list(range(num_processes))
     try:
         while waiting or running:
             while waiting and len(running) < num_processes:
-                receiver, sender = context.Pipe(duplex=False)
-                # Not daemonic, since a worker may have data loader workers; it dies with its parent all the same.
                 place = places.pop(0)
-                process = context.Process(target=_work, args=(sender, function, waiting.pop(), num_threads, place))
-                process.start()
-                sender.close()
+                receiver, process = _start(packed, waiting.pop(), num_threads, place)
                 running[receiver] = process, place
             for receiver in _ready(running):
                 process, place = running[receiver]
@@ -65,6 +75,16 @@ def run_all(function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...]]
         for process, _ in running.values():
             process.kill()
             process.join()
+
+
+def _start(*arguments: Any) -> tuple[Connection, Any]:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    # Not daemonic, since a worker may have data loader workers; it dies with its parent all the same.
+    process = context.Process(target=_work, args=(sender, *arguments))
+    process.start()
+    sender.close()
+    return receiver, process
 
 
 def _ready(running: dict[Connection, Any]) -> list[Connection]:
@@ -113,16 +133,15 @@ def in_order(numbered: Iterable[tuple[int, Item]]) -> Iterator[Item]:
             num_yielded += 1
 
 
-def _work(
-    sender: Connection, function: Callable[..., Iterator[Any]], call: tuple[Any, ...], num_threads: int, place: int
-) -> None:
+def _work(sender: Connection, packed: Path, number: int, num_threads: int, place: int) -> None:
     # A parent that is killed can't stop its workers, and a second run must not find them writing.
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(num_threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(place % torch.cuda.device_count())
     try:
-        for item in function(*call):
+        function, calls = torch.load(packed, mmap=True, weights_only=False)
+        for item in function(*calls[number]):
             sender.send(("item", item))
         sender.send(("done", None))
     except Exception as error:

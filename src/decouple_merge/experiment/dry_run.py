@@ -10,6 +10,7 @@ from ..models.network import num_parameters
 from ..models.schedulers import make_scheduler
 from ..searching.levels import levels
 from ..storage.run_folder import Run
+from .located import located
 from .manifest import check_owner
 from .memory import describe_memory
 from .plan import Plan, check
@@ -20,6 +21,7 @@ def describe(config: Config, out: Path) -> Iterator[str]:
 
     Computes and writes nothing.
     """
+    config = located(config)
     check_owner(Run(out), config, [config.base, config.data.source])
     yield from describe_memory(config)
     plan = check(config, out)

@@ -26,8 +26,10 @@ from ..models.ranges import ranges_of, with_density
 from ..sampling.checks import check_sample
 from ..sampling.sampler import Denoiser, Prompts, ensemble_denoiser, open_prompts
 from ..searching.checks import check_search
+from ..storage.files import write_json
 from ..storage.run_folder import Run
 from ..training.checks import check_finetune
+from .located import located
 from .manifest import check_owner, claim, manifest
 
 BASELINE = "baseline-finetuned"
@@ -66,6 +68,7 @@ def check(config: Config, out: Path) -> Plan:
     Raises:
         ValueError: base, data, ranges, sampler, metrics or seeds are wrong, or ``out`` belongs to another config.
     """
+    config = located(config)
     check_owner(Run(out), config, [config.base, config.data.source])
     check_executor(config.executor)
     base = with_density(load_base(config.base), config.finetune)
@@ -115,7 +118,9 @@ def prepare(config: Config, out: Path) -> Plan:
     plan = check(config, out)
     distributed.join()
     with distributed.first_goes_first():
-        claim(plan.run, config, manifest(config, plan.base, plan.images))
+        claim(plan.run, plan.config, manifest(plan.config, plan.base, plan.images))
+        if plan.prompts:
+            write_json(plan.run.prompts, {"prompts": plan.prompts})
     return plan
 
 

@@ -35,6 +35,7 @@ from ..training.checks import check_training
 from ..training.parts import train_image_text, train_vae
 from ..training.records import StepRecord
 from ..training.trainer import Task
+from .located import located
 from .manifest import check_owner, claim, manifest
 from .plan import Plan, captioned_plan, check_distance, image_plan
 from .watch import global_batch, train_watched
@@ -154,6 +155,7 @@ def pretrain(config: Config, out: Path, wait: bool = False) -> Iterator[str | St
     if settings is None:
         raise UserError("the config has no section pretrain, which holds the model's and the training's settings")
     distributed.join()
+    config = located(config)
     check_owner(Run(out), config, [config.data.source])
     yield from enter(Run(out).lock("run"), wait)
     # What can't be built leaves no folder behind.

@@ -106,7 +106,7 @@ def level_opener(plan: Plan, hashes: list[str]) -> OpenLevel:
     settings = plan.config.search
     if settings.storage is None:
         plan.run.study.parent.mkdir(parents=True, exist_ok=True)
-    storage = open_storage(settings.storage or f"sqlite:///{plan.run.study.resolve()}")
+    storage = open_storage(settings.storage or plan.run.study)
     parts = [settings.model_dump_json(exclude={"storage"}), plan.config.sample.model_dump_json(), plan.base.sha256]
     parts += [str(plan.config.seed), plan.images.sha256, *hashes]
     if plan.prompts:

@@ -11,15 +11,16 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from ..config import Config, Sample, Text
-from ..data.captions import captions_as_prompts, load_captions
+from ..config import Sample, Text
 from ..data.prompts import load_prompts
-from ..data.sources import load_images
+from ..errors import UserError
 from ..models.base import Base, load_base, tensors_sha256
 from ..models.ensemble import RunEnsemble, open_run
 from ..models.network import load_network, new_network
 from ..models.parts import encoder_sha256, texts_to_encode
 from ..storage.layouts import PROJECTIONS_FILE
+from ..storage.reading import AGAIN, read_record
+from ..storage.run_folder import Run
 from .sampler import (
     Denoiser,
     Prompts,
@@ -32,6 +33,9 @@ from .sampler import (
     sampling_copy,
     sampling_fields,
 )
+
+# Which of the settings of texts say what the prompts are.
+PROMPT_SETTINGS = {"prompts", "template", "prompt_seed"}
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,8 @@ def open_model(name: str, settings: Sample, text: Text, first_seed: int = 0) -> 
 
     Args:
         settings: how it draws.
-        text: prompts and guidance of a text-to-image model; what it doesn't set is a run's own. A run without a file
-            of prompts takes the captions of its data.
+        text: prompts and guidance of a text-to-image model; what it doesn't set is a run's own. A run's prompts are
+            those in its folder.
         first_seed: which has the first prompt of a file.
 
     Raises:
@@ -129,7 +133,7 @@ def open_model(name: str, settings: Sample, text: Text, first_seed: int = 0) -> 
     if is_run(name):
         run = open_run(Path(name))
         both = run.config.text.model_copy(update=text.model_dump(include=text.model_fields_set))
-        prompts = load_prompts(both) or _captions(run.config, run.base)
+        prompts = _run_prompts(Run(Path(name)), run.base, text, both)
         return OpenedModel(run.base, None, run, settings, both, prompts, first_seed if text.prompts else 0)
     prompts, base = load_prompts(text), load_base(name)
     network = base.network
@@ -139,8 +143,12 @@ def open_model(name: str, settings: Sample, text: Text, first_seed: int = 0) -> 
     return OpenedModel(base, network, None, settings, text, prompts, first_seed)
 
 
-def _captions(config: Config, base: Base) -> list[str]:
+def _run_prompts(run: Run, base: Base, given: Text, both: Text) -> list[str]:
+    """Find a run's prompts: those of a file that is given now, or those in its folder; its data aren't needed."""
     if base.encoders is None:
-        return []
-    images = load_images(config.data, base.channels, base.image_size)
-    return captions_as_prompts(load_captions(images, config.data, base.encoders.classes))
+        return load_prompts(given)
+    if PROMPT_SETTINGS & given.model_fields_set and (prompts := load_prompts(both)):
+        return prompts
+    if not run.prompts.exists():
+        raise UserError(f"{run.folder} has no prompts.json; start deme run again, which writes it, or give --prompts")
+    return read_record(run.prompts, AGAIN, prompts=list)["prompts"]

@@ -7,11 +7,14 @@ the order in which candidates were proposed, so that trials are the same whoever
 import itertools
 import math
 import random
+import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -36,20 +39,26 @@ MAIN = "main"
 Study = optuna.Study
 
 
-def open_storage(url: str) -> RDBStorage:
-    """Connect to a study storage by URL, SQLite or any other that SQLAlchemy reaches.
+def open_storage(place: str | Path) -> RDBStorage:
+    """Connect to a study storage: an SQLite file, or by URL any that SQLAlchemy reaches.
 
     Raises:
         UserError: there is nothing at the URL that answers, or its driver isn't installed.
     """
-    is_file = url.startswith("sqlite")
+    url = str(place)
+    is_file = isinstance(place, Path) or url.startswith("sqlite")
+    # Several workers write to one file: each waits for its turn.
+    options: dict[str, Any] = {"connect_args": {"timeout": 60}} if is_file else {}
+    if isinstance(place, Path):
+        # No path in a URL: versions of SQLAlchemy differ in what they make of a question mark in it.
+        url, options = "sqlite:///study.db", {"creator": partial(_connect, place.resolve())}
     try:
-        # Several workers write to one file: each waits for its turn.
-        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if is_file else {})
+        storage = RDBStorage(url, engine_kwargs=options)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if is_file:
-            raise UserError(f"{url.removeprefix('sqlite:///')}: no study's database ({reason}); {AGAIN}") from error
+            name = str(place).removeprefix("sqlite:///")
+            raise UserError(f"{name}: no study's database ({reason}); {AGAIN}") from error
         raise UserError(
             f"search.storage is {url!r}, which doesn't open ({type(error).__name__}: {reason}); expected a URL such as "
             "postgresql://user@host/database, with the server running and its driver (psycopg2-binary) installed"
@@ -57,6 +66,10 @@ def open_storage(url: str) -> RDBStorage:
     if is_file:
         _lock_before_reading(storage)
     return storage
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=60, check_same_thread=False)
 
 
 def _lock_before_reading(storage: RDBStorage) -> None:

@@ -48,16 +48,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _workshop(path.parent) as workshop:
-        new = workshop / path.name
+    with workshop(path.parent) as place:
+        new = place / path.name
         try:
             yield new
             if path.is_dir():
-                _replace_folder(path, new, workshop)
+                _replace_folder(path, new, place)
             else:
                 os.replace(new, path)
         except BaseException as error:
-            _restore(workshop)
+            _restore(place)
             if is_disk_full(error):
                 raise UserError(
                     f"{path}: the disk is full; what was finished is safe: make room and run the same command again"
@@ -66,54 +66,54 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _workshop(folder: Path) -> Iterator[Path]:
+def workshop(folder: Path) -> Iterator[Path]:
     """Make a hidden folder for what is not finished; the lock in it says that its maker is alive."""
     while True:
-        workshop = Path(tempfile.mkdtemp(prefix=".deme-", suffix=".tmp", dir=folder))
-        lock = FileLock(workshop / ".lock")
+        place = Path(tempfile.mkdtemp(prefix=".deme-", suffix=".tmp", dir=folder))
+        lock = FileLock(place / ".lock")
         lock.acquire()
-        if (workshop / ".lock").exists():  # Else it was taken for a leftover, between these lines.
+        if (place / ".lock").exists():  # Else it was taken for a leftover, between these lines.
             break
     try:
-        yield workshop
+        yield place
     finally:
         lock.release()
-        shutil.rmtree(workshop, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
-def _replace_folder(path: Path, new: Path, workshop: Path) -> None:
+def _replace_folder(path: Path, new: Path, place: Path) -> None:
     # A folder can't be replaced in one step: the old one is moved aside, then removed.
-    old = workshop / ".old" / path.name
+    old = place / ".old" / path.name
     old.parent.mkdir()
     with lock_of(path):
         if path.is_dir():
             os.replace(path, old)
         os.replace(new, path)
     # From now on it is no longer what ``_restore`` would put back.
-    os.replace(old.parent, workshop / ".replaced")
+    os.replace(old.parent, place / ".replaced")
 
 
-def _restore(workshop: Path) -> None:
+def _restore(place: Path) -> None:
     """Put back a folder that was moved aside for one that never came."""
-    for old in workshop.glob(".old/*"):
-        if not (workshop.parent / old.name).exists():
-            os.replace(old, workshop.parent / old.name)
+    for old in place.glob(".old/*"):
+        if not (place.parent / old.name).exists():
+            os.replace(old, place.parent / old.name)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left of ``atomic_path`` in a folder, and put back what they had moved aside."""
-    for workshop in folder.glob(LEFTOVERS):
-        lock = FileLock(workshop / ".lock")
+    for place in folder.glob(LEFTOVERS):
+        lock = FileLock(place / ".lock")
         try:
             # Who has just made the folder may not have locked it yet.
-            if not (workshop / ".lock").exists() and time.time() - workshop.stat().st_mtime < 60:
+            if not (place / ".lock").exists() and time.time() - place.stat().st_mtime < 60:
                 continue
             lock.acquire(timeout=0)
         except (Timeout, OSError):
             continue
-        _restore(workshop)
+        _restore(place)
         lock.release()
-        shutil.rmtree(workshop, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def lock_of(path: Path) -> FileLock:

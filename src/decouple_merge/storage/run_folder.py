@@ -21,6 +21,10 @@ class Run:
         return self.folder / "manifest.json"
 
     @property
+    def prompts(self) -> Path:
+        return self.folder / "prompts.json"
+
+    @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
 

@@ -1,0 +1,52 @@
+"""A config whose paths are where they were when a run was made, so that it can go on from any folder."""
+
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..data.sources import located_source
+
+SQLITE = "sqlite:///"
+
+
+def located(config: Config) -> Config:
+    """Make the paths of a config absolute, counted from the current folder; names on a hub stay names.
+
+    Links stay links, so that what they lead to may be moved.
+    """
+    return _changed(
+        config,
+        base=_located_name(config.base),
+        data=_changed(config.data, source=located_source(config.data.source), path=_absolute(config.data.path)),
+        text=_changed(config.text, prompts=_absolute(config.text.prompts)),
+        search=_changed(
+            config.search,
+            checkpoints=[_located_name(name) for name in config.search.checkpoints],
+            storage=_located_url(config.search.storage),
+        ),
+        evaluate=_changed(
+            config.evaluate,
+            inception_weights=_absolute(config.evaluate.inception_weights),
+            dinov2=_located_name(config.evaluate.dinov2),
+            clip=_located_name(config.evaluate.clip),
+        ),
+    )
+
+
+def _changed(section: Any, **values: Any) -> Any:
+    """Change what differs only: a section remembers which of its values were set."""
+    return section.model_copy(update={k: v for k, v in values.items() if v != getattr(section, k)})
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path and path.absolute()
+
+
+def _located_name(name: Any) -> Any:
+    return str(Path(name).absolute()) if name and Path(name).exists() else name
+
+
+def _located_url(url: str | None) -> str | None:
+    if url is None or not url.startswith(SQLITE) or url == SQLITE:
+        return url
+    return SQLITE + str(Path(url.removeprefix(SQLITE)).absolute())
