@@ -10,9 +10,10 @@ SQLITE = "sqlite:///"
 
 
 def located(config: Config) -> Config:
-    """Make the paths of a config absolute, counted from the current folder; names on a hub stay names.
+    """Make the paths of a config absolute, counted from the current folder.
 
-    Links stay links, so that what they lead to may be moved.
+    Names on a hub stay names, and what isn't there is refused by its own name later. Links stay links, so that what
+    they lead to may be moved.
     """
     return _changed(
         config,
@@ -39,7 +40,7 @@ def _changed(section: Any, **values: Any) -> Any:
 
 
 def _absolute(path: Path | None) -> Path | None:
-    return path and path.absolute()
+    return path.absolute() if path and path.exists() else path
 
 
 def _located_name(name: Any) -> Any:
