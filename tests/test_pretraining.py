@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -16,6 +17,7 @@ from decouple_merge.config import Config, Evaluate, PartTraining, Protocol, Text
 from decouple_merge.data.latents import Latents
 from decouple_merge.data.sources import load_images
 from decouple_merge.data.split import Split, split
+from decouple_merge.errors import UserError
 from decouple_merge.evaluation.alignment import NUM_FEATURES, describe
 from decouple_merge.evaluation.checks import check_extractors
 from decouple_merge.evaluation.distances import clip_score, r_precision
@@ -249,3 +251,48 @@ def test_a_loss_that_is_not_finite_ends_the_training(pretrain_config: MakeConfig
     config = pretrain_config(vae={"learning_rate": 1e30})
     with pytest.raises(ValueError, match=r"vae: the loss is .* at update .*; lower pretrain.vae.learning_rate"):
         list(pretraining.pretrain(config, tmp_path / "out"))
+
+
+def pixel_config(model: dict[str, Any], tmp_path: Path, **changes: Any) -> Config:
+    """Make a config that trains a pixel base in two updates."""
+    source = tmp_path / "images"
+    if not source.exists():
+        source.mkdir()
+        for i in range(8):
+            Image.fromarray(np.full((8, 8), 30 * i, np.uint8)).save(source / f"{i}.png")
+    values = {"num_updates": 2, "batch_size": 2, "validate_every": 2, "num_ranges": 2, "tracker": "none"} | changes
+    return Config.model_validate(
+        {"data": {"source": str(source), "num_held_out": 2}, "pretrain": values | model, "base": str(tmp_path)}
+    )
+
+
+UNTRAINED = {
+    "model": {
+        "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 2,
+        "block_out_channels": [4], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
+        "add_attention": False,
+    },
+    "scheduler": {"num_train_timesteps": 40, "beta_schedule": "squaredcos_cap_v2"},
+}  # fmt: skip
+
+
+def test_a_training_goes_on_from_the_weights_of_a_base(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    list(pretraining.pretrain(pixel_config(UNTRAINED, tmp_path, learning_rate=1e-2), first))
+    start = {"start": str(first / "pipeline")}
+    # At a rate that changes nothing, what comes out is what went in.
+    list(pretraining.pretrain(pixel_config(start, tmp_path, learning_rate=1e-30, weight_decay=0.0), second))
+    before, after = (load_base(str(folder / "pipeline")) for folder in (first, second))
+    assert all(torch.equal(a, b) for a, b in zip(before.network.parameters(), after.network.parameters(), strict=True))
+    assert files_of(second / "pipeline/scheduler") == files_of(first / "pipeline/scheduler")
+    moved = tmp_path / "moved"
+    list(pretraining.pretrain(pixel_config(start, tmp_path, learning_rate=1e-2), moved))
+    assert load_base(str(moved / "pipeline")).sha256 != before.sha256
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path: Path, tiny_text_base: Path) -> None:
+    with pytest.raises(ValueError, match=r"pretrain\.start brings its own model: leave out pretrain\.model, or start"):
+        pixel_config(UNTRAINED | {"start": "models/x"}, tmp_path)
+    with pytest.raises(UserError, match=r"a StableDiffusionPipeline; expected one that draws pixels"):
+        list(pretraining.pretrain(pixel_config({"start": str(tiny_text_base)}, tmp_path), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

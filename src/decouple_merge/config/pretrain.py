@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from ..errors import UserError
 from .numbers import Integer, NonNegativeFloat, PositiveFloat, PositiveInt
+from .paths import Name
 from .section import Section
 from .training import Training
 
@@ -54,15 +55,24 @@ class Pretrain(Training):
         model: arguments of diffusers' UNet2DModel; of UNet2DConditionModel where there are the parts below.
         scheduler: arguments of diffusers' DDPMScheduler; of PNDMScheduler where there are the parts below; for a flow
             with ``_class_name: FlowMatchEulerDiscreteScheduler`` of that.
+        start: a pipeline, from whose weights the training goes on; ``model`` and ``scheduler`` are then its own.
         num_ranges: validation loss is logged for this many equal ranges.
         vae, text_encoder: for a text-to-image base, which has both; they are trained before the denoiser.
     """
 
     model: dict[str, Any] = {}
     scheduler: dict[str, Any] = {}
+    start: Name | None = None
     num_ranges: PositiveInt = 4
     vae: Vae | None = None
     text_encoder: TextEncoder | None = None
+
+    @model_validator(mode="after")
+    def _start_alone(self) -> "Pretrain":
+        given = [key for key in ("model", "scheduler", "vae", "text_encoder") if getattr(self, key)]
+        if self.start and given:
+            raise UserError(f"pretrain.start brings its own {given[0]}: leave out pretrain.{given[0]}, or start")
+        return self
 
     @model_validator(mode="after")
     def _both_parts(self) -> "Pretrain":

@@ -19,6 +19,7 @@ def located(config: Config) -> Config:
         config,
         base=_located_name(config.base),
         data=_changed(config.data, source=located_source(config.data.source), path=_absolute(config.data.path)),
+        pretrain=config.pretrain and _changed(config.pretrain, start=_located_name(config.pretrain.start)),
         text=_changed(config.text, prompts=_absolute(config.text.prompts)),
         search=_changed(
             config.search,

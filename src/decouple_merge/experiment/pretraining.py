@@ -51,12 +51,26 @@ def convergence(log: list[dict[str, Any]]) -> str:
 
 
 def _build(config: Config, settings: Pretrain, out: Path) -> Plan:
-    """Make an untrained base and open its data; writes nothing."""
-    base = with_density(create_base(settings.model, settings.scheduler, config.seed), settings)
+    """Make an untrained base, or open the one to go on from, and open its data; writes nothing."""
+    base = with_density(_opened(settings.start) if settings.start else _created(config, settings), settings)
     _check(config, settings, base)
     images = load_images(config.data, base.channels, base.image_size)
     split(images, config.data)
     return image_plan(config, out, base, _ranges(settings, base), images)
+
+
+def _created(config: Config, settings: Pretrain) -> Base:
+    return create_base(settings.model, settings.scheduler, config.seed)
+
+
+def _opened(start: str) -> Base:
+    base = load_base(start)
+    if base.encoders is not None:
+        raise UserError(
+            f"pretrain.start is {start!r}, a {type(base.pipeline).__name__}; expected one that draws pixels from noise "
+            "alone: deme finetune trains any other"
+        )
+    return base
 
 
 @dataclass(frozen=True)
