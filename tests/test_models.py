@@ -240,7 +240,13 @@ def test_shipped_configs_hold_the_papers_settings(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "most"), [("fashion-ddpm", "fashion.yaml", 10e6), ("emoji-sd", "emoji.yaml", 25e6)]
+    ("name", "config", "most"),
+    [
+        ("fashion-ddpm", "fashion.yaml", 10e6),
+        ("fashion-flow", "fashion-flow.yaml", 10e6),
+        ("fashion-ddpm-large", "fashion-large.yaml", 10e6),
+        ("emoji-sd", "emoji.yaml", 25e6),
+    ],
 )
 def test_a_shipped_base_is_a_stock_pipeline_of_the_size_that_its_card_says(name: str, config: str, most: float) -> None:
     folder = CONFIGS.parent / "models" / name
