@@ -68,7 +68,9 @@ def test_the_effective_rank_counts_directions(matrix: Tensor, rank: float) -> No
 
 def test_every_analysis_is_found_by_its_file() -> None:
     for name in analyses():
-        assert {"compute", "draw"} <= set(dir(open_analysis(name)))
+        module = open_analysis(name)
+        assert {"TITLE", "CAPTIONS", "NEEDS", "cost", "compute", "draw"} <= set(dir(module))
+        assert "" in module.CAPTIONS
     with pytest.raises(ValueError, match=r"analysis is 'task-vector', expected one of .*task-vectors"):
         open_analysis("task-vector")
 
@@ -88,9 +90,12 @@ def plan(tiny_config: Callable[..., Config], tmp_path: Path) -> Plan:
 
 def test_a_run_is_analysed_once_and_to_the_same_bytes(plan: Plan) -> None:
     lines = list(analyze(plan, ["task-vectors"]))
-    assert lines[-1].startswith("task-vectors: ")
+    assert lines[-1] == f"task-vectors: {plan.run.analysis('task-vectors.csv')}"
     table, summary = plan.run.analysis("task-vectors.csv"), plan.run.analysis("task-vectors.json")
-    files = [table, summary, plan.run.figure("task-vectors.svg"), plan.run.figure("task-vectors.png")]
+    record = json.loads(summary.read_text())
+    pictures = [plan.run.figure(figure["file"]) for figure in record["figures"]]
+    files = [table, summary, *pictures, *(picture.with_suffix(".svg") for picture in pictures)]
+    assert len(pictures) == 2
     written = [file.read_bytes() for file in files]
     assert next(analyze(plan, ["task-vectors"])).startswith("task-vectors: done")
     summary.unlink()
@@ -99,8 +104,8 @@ def test_a_run_is_analysed_once_and_to_the_same_bytes(plan: Plan) -> None:
 
 
 def test_the_norms_are_those_of_the_steps(plan: Plan) -> None:
-    list(analyze(plan))
-    norms = json.loads(plan.run.analysis("task-vectors.json").read_text())["norms"]
+    list(analyze(plan, ["task-vectors"]))
+    norms = json.loads(plan.run.analysis("task-vectors.json").read_text())["summary"]["norms"]
     assert norms[1] / norms[0] == pytest.approx(2, rel=0.05)
     num_rows = len(plan.base.network.state_dict()) * len(plan.ranges)
     assert len(plan.run.analysis("task-vectors.csv").read_text().splitlines()) == 1 + num_rows

@@ -1,6 +1,6 @@
 """Why it works: one analysis a file, found by the file's name, and the figures of trainings, searches and images.
 
-Imports diffusion, errors, merging, models, searching, storage.
+Imports config, data, diffusion, errors, merging, models, searching, seeds, storage, training.
 """
 
 import importlib
@@ -8,7 +8,7 @@ import pkgutil
 from typing import Any
 
 # What the analyses share; every other file of this room is one.
-SHARED = ("figures", "subject")
+SHARED = ("cost", "figures", "fixed", "gradients", "style", "subject")
 
 
 def analyses() -> list[str]:
@@ -18,7 +18,7 @@ def analyses() -> list[str]:
 
 
 def open_analysis(name: str) -> Any:
-    """Import an analysis: a module with ``compute`` (Subject → lines for the user, and at last a Finding) and ``draw``.
+    """Import an analysis: a module with what docs/architecture.md lists.
 
     Raises:
         UserError: there is no such analysis.

@@ -1,24 +1,99 @@
-"""What an analysis looks at, and what it finds: plain data."""
+"""What an analysis looks at, what it costs and what it finds: plain data."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from ..config import Analyze
+from ..data.batches import Batch
 from ..diffusion.timesteps import TimestepRange
+from ..errors import UserError
 from ..merging.arithmetic import Tensors
 from ..models.base import Base
+from ..storage.files import read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a long analysis is."""
+
+    name: str
+    num_done: int
+    num_total: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an analysis will cost.
+
+    Attributes:
+        num_forward: images that go through the network.
+        num_backward: images that go through it with gradients.
+        num_bytes: that are held besides the models, in memory or on disk.
+    """
+
+    num_forward: int = 0
+    num_backward: int = 0
+    num_bytes: int = 0
+
+    @property
+    def is_any(self) -> bool:
+        return bool(self.num_forward or self.num_backward)
+
+
+def _no_images(num: int) -> Batch:
+    raise UserError(f"the analysis needs {num} images, and found none: give its Subject some")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Parts of a result, each computed once: what was killed goes on from them.
+
+    Attributes:
+        folder: of their files; None keeps nothing.
+    """
+
+    folder: Path | None = None
+
+    def get(self, key: str, make: Callable[[], Tensors]) -> Tensors:
+        """Read a part, or compute and write it."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"{key}.safetensors"
+        if not path.exists():
+            write_tensors(path, make())
+        # Read also where it was just written, so that an interrupted analysis sees the same bytes.
+        return read_tensors(path)[0]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A base and the experts that were finetuned from it.
+    """A base and what was made from it.
 
     Attributes:
         experts: one for each of the ranges, with the base's keys.
+        merged: what the run's search chose.
+        checkpoints: of the base's own training, by their updates; each is read when it is called.
+        images: gives so many of the training images; the first are always the same.
+        kept: parts of the result that were computed before.
     """
 
     base: Base
-    experts: list[Tensors]
     ranges: tuple[TimestepRange, ...]
+    experts: list[Tensors] = field(default_factory=list)
+    merged: Tensors | None = None
+    checkpoints: dict[int, Callable[[], Tensors]] = field(default_factory=dict)
+    settings: Analyze = field(default_factory=Analyze)
+    images: Callable[[int], Batch] = _no_images
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    kept: Kept = field(default_factory=Kept)
+
+    def with_kept(self, kept: Kept) -> "Subject":
+        return replace(self, kept=kept)
 
 
 @dataclass(frozen=True)
@@ -28,7 +103,11 @@ class Finding:
     Attributes:
         rows: of its table, all with the same columns.
         summary: what is no table, in JSON's types.
+        sentence: what was found, with a number.
+        arrays: what is too large for a table.
     """
 
     rows: list[dict[str, Any]]
     summary: dict[str, Any]
+    sentence: str
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)

@@ -3,15 +3,24 @@
 from collections.abc import Generator, Iterator
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..merging.arithmetic import Tensors, versions
-from .subject import Finding, Subject
+from .style import plt, range_colours, range_label, signed_map
+from .subject import Cost, Finding, Subject
 
+TITLE = "Task vectors"
+CAPTIONS = {
+    "": "Cosines of the task vectors of every two ranges, how long they are relative to the base's weights, and how "
+    "many of the directions that a tensor has each of them uses.",
+    "layers": "Entries of the task vectors in each layer and range: the box holds the middle half, the line 90 %.",
+}
+NEEDS = ("experts",)
+# More rows can't be read.
+MAX_LAYERS = 60
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -59,6 +68,11 @@ def effective_rank(matrix: Float[Tensor, "rows columns"]) -> float:
     return float(torch.exp(torch.special.entr(shares).sum()))
 
 
+def cost(subject: Subject) -> Cost:
+    """Say that the experts are read, a tensor at a time, and no network runs."""
+    return Cost()
+
+
 def compute(subject: Subject) -> Generator[str, None, Finding]:
     """Describe the task vectors of each layer and range; yields lines for the user.
 
@@ -88,7 +102,17 @@ def compute(subject: Subject) -> Generator[str, None, Finding]:
         f"{own} {n:.4f}" for own, n in zip(subject.ranges, relative, strict=True)
     )
     yield f"all signs agree in {agreement:.1%} of the entries, by chance {summary['sign_agreement_by_chance']:.1%}"
-    return Finding(rows, summary)
+    return Finding(rows, summary, _sentence(subject, summary))
+
+
+def _sentence(subject: Subject, summary: dict[str, Any]) -> str:
+    matrix, relative = np.array(summary["cosines"]), summary["relative_norms"]
+    longest = int(np.argmax(relative))
+    length = f"the longest is that of {subject.ranges[longest]}, {relative[longest]:.2%} of the base's norm"
+    off = matrix[~np.eye(len(matrix), dtype=bool)]
+    if not len(off):
+        return f"There is one task vector: {length}."
+    return f"Cosines of task vectors are {off.min():.3f} to {off.max():.3f}; {length}."
 
 
 def _describe(start: Tensor, vector: Tensor) -> dict[str, float | None]:
@@ -104,26 +128,59 @@ def _describe(start: Tensor, vector: Tensor) -> dict[str, float | None]:
     }
 
 
-def draw(finding: Finding) -> Any:
-    """Draw the cosines as a map around 0, and for each range the sizes of its layers' changes as boxes."""
-    matrix = np.array(finding.summary["cosines"])
-    ranges = list(dict.fromkeys((row["low"], row["high"]) for row in finding.rows))
-    labels = [f"[{low:g}, {high:g})" for low, high in ranges]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1, 1.4))
-    off = matrix[~np.eye(len(matrix), dtype=bool)]
-    limit = max(0.1, float(np.abs(off).max(initial=0.0)))
-    image = left.imshow(np.where(np.eye(len(matrix)), np.nan, matrix), cmap="RdBu_r", vmin=-limit, vmax=limit)
-    for i, j in np.ndindex(*matrix.shape):
-        is_dark = i != j and abs(matrix[i, j]) > 0.6 * limit
-        colour = "white" if is_dark else "black"
-        left.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=9, color=colour)
-    left.set(xticks=range(len(labels)), yticks=range(len(labels)), title="cosine of task vectors")
-    left.set_xticklabels(labels, rotation=30, ha="right")
-    left.set_yticklabels(labels)
-    figure.colorbar(image, ax=left, shrink=0.8)
-    sizes = [[r["mean_size"] for r in finding.rows if (r["low"], r["high"]) == own] for own in ranges]
-    boxes = right.boxplot(sizes, tick_labels=labels, patch_artist=True, medianprops={"color": "black"})
-    for index, box in enumerate(boxes["boxes"]):
-        box.set_facecolor(plt.get_cmap("viridis")(0.25 + 0.65 * index / max(1, len(ranges) - 1)))
-    right.set(yscale="log", ylabel="mean |τ| of a tensor", xlabel="timesteps", title="size of the change, each tensor")
+def draw(finding: Finding) -> dict[str, Any]:
+    """Draw cosines around 0, norms and ranks; and the entries of each layer as boxes."""
+    return {"": _draw_whole(finding), "layers": _draw_layers(finding)}
+
+
+def _by_range(finding: Finding) -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in finding.rows:
+        rows.setdefault(range_label(row["low"], row["high"]), []).append(row)
+    return rows
+
+
+def _draw_whole(finding: Finding) -> Any:
+    matrix, rows = np.array(finding.summary["cosines"]), _by_range(finding)
+    labels, colours = list(rows), range_colours(len(rows))
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(13, 3.8), layout="constrained", width_ratios=(1.2, 1, 1)
+    )
+    off = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
+    figure.colorbar(signed_map(left, off, labels), ax=left, shrink=0.8)
+    left.set_title("cosine")
+    bars = middle.barh(labels, finding.summary["relative_norms"], color=colours)
+    middle.bar_label(bars, fmt="{:.2%}", padding=3)
+    middle.set(title="‖τ‖ / ‖θ‖", xlim=(0, 1.25 * max(finding.summary["relative_norms"])))
+    middle.xaxis.set_major_formatter("{x:.1%}")
+    ranks = [[r["relative_rank"] for r in of_range if r["relative_rank"] is not None] for of_range in rows.values()]
+    boxes = right.boxplot(ranks, orientation="horizontal", tick_labels=labels, patch_artist=True)
+    for box, line, colour in zip(boxes["boxes"], boxes["medians"], colours, strict=True):
+        box.set_facecolor(colour)
+        line.set_color("white")
+    right.set(title="effective rank / largest, each tensor", xlim=(0, 1))
+    agreement, chance = (finding.summary[f"sign_agreement{end}"] for end in ("", "_by_chance"))
+    figure.suptitle(f"all signs agree in {agreement:.1%} of the entries, by chance in {chance:.1%}", fontsize=10)
+    return figure
+
+
+def _draw_layers(finding: Finding) -> Any:
+    rows = _by_range(finding)
+    names = [r["key"] for r in next(iter(rows.values())) if r["relative_rank"] is not None]
+    step = -(-len(names) // MAX_LAYERS)
+    places = {name: place for place, name in enumerate(names[::step])}
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.075 * len(rows) * len(places)), layout="constrained")
+    for index, (label, colour) in enumerate(zip(rows, range_colours(len(rows)), strict=True)):
+        shown = [row for row in rows[label] if row["key"] in places]
+        at = [places[row["key"]] + 0.8 * ((index + 0.5) / len(rows) - 0.5) for row in shown]
+        low, first, middle, last, high = (np.array([row[f"q{q:.2f}"] for row in shown]) for q in QUANTILES)
+        axis.hlines(at, low, high, color=colour, linewidth=0.8)
+        axis.barh(at, last - first, 0.7 / len(rows), first, color=colour, label=label)
+        axis.plot(middle, at, "|", color="white", markersize=2)
+    axis.set(yticks=range(len(places)), ylim=(len(places) - 0.5, -0.5), xlabel="entries of τ")
+    axis.set_yticklabels([name.removesuffix(".weight") for name in places], fontsize=6)
+    axis.axvline(0, color="0.5", linewidth=0.5, zorder=0)
+    note = "" if step == 1 else f", one layer in {step}"
+    axis.set_title(f"weights, the first layer on top{note}", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=len(rows), frameon=False, fontsize=8)
     return figure

@@ -1,4 +1,4 @@
 """The command: verbs to functions, and the live view.
 
-Imports config, errors, evaluation, experiment, merging, sampling, searching, storage, training.
+Imports analysis, config, errors, evaluation, experiment, merging, sampling, searching, storage, training.
 """

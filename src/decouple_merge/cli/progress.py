@@ -1,5 +1,6 @@
 """Show a run's events: a live view on a terminal, plain lines elsewhere."""
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,9 +15,37 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..analysis.cost import duration
+from ..analysis.subject import Progress as Share
 from ..experiment.results import Row
 from ..searching.trial import Trial
 from ..training.records import StepRecord
+
+# In a pipe or a log, an analysis says how far it is no more often.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Shares:
+    """Say how far analyses are: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self.progress, self.console = progress, console
+        self.bars: dict[str, TaskID] = {}
+        self.started: dict[str, tuple[float, int]] = {}
+        self.said = time.monotonic()
+
+    def show(self, share: Share) -> None:
+        """Show one; the time left counts from the first, since what was done before this start took none."""
+        now = time.monotonic()
+        if share.name not in self.bars:
+            self.bars[share.name] = self.progress.add_task(share.name, total=share.num_total, detail="")
+            self.started[share.name] = now, share.num_done
+        self.progress.update(self.bars[share.name], completed=share.num_done)
+        started, first = self.started[share.name]
+        if not self.console.is_terminal and now - self.said >= SECONDS_BETWEEN_LINES and share.num_done > first:
+            self.said = now
+            left = (now - started) / (share.num_done - first) * (share.num_total - share.num_done)
+            self.console.print(f"{share.name} {share.num_done}/{share.num_total}: about {duration(left)} left")
 
 
 def show(events: Iterable[Any], console: Console) -> list[Row]:
@@ -34,6 +63,7 @@ def show(events: Iterable[Any], console: Console) -> list[Row]:
         console=console,
         disable=not console.is_terminal,
     )
+    shares = _Shares(progress, console)
     with progress:
         for event in events:
             if isinstance(event, Row):
@@ -47,6 +77,8 @@ def show(events: Iterable[Any], console: Console) -> list[Row]:
                 progress.update(bars[event.name], completed=event.update, detail=line)
                 if not console.is_terminal and event.validation is not None:
                     console.print(f"{event.name} {event.update}/{event.num_updates}: {line}")
+            elif isinstance(event, Share):
+                shares.show(event)
             elif isinstance(event, Trial):
                 weights = ", ".join(f"{w:.3f}" for w in event.weights)
                 value = f"lost: {event.failure}" if event.failure else f"{event.value:.4g}"

@@ -96,16 +96,25 @@ def analyze(
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="NAME", help="Such as task-vectors; all where not given")
     ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the section analyze")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say only what it would cost")] = False,
 ) -> None:
     """Compute the tables and figures that show why a run's merge works.
 
+    Run it again to resume: what is finished is not done twice.
+
     Example: `deme analyze runs/fashion-quick --only task-vectors`
     """
-    from ..config import load_config
+    from ..config import Analyze, load_config, validate
     from ..experiment import plan
     from ..experiment.analyses import analyze as analyze_run
 
-    show(analyze_run(plan.prepare(load_config(run_folder / "config.yaml"), run_folder), only or ()))
+    opened = plan.prepare(load_config(run_folder / "config.yaml"), run_folder)
+    values = opened.config.analyze.model_dump(exclude_unset=True)
+    settings = validate(Analyze, values, "--set of deme analyze", overrides)
+    show(analyze_run(opened, only or (), settings, dry_run))
 
 
 def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None, wait: Wait = False) -> None:

@@ -3,6 +3,7 @@
 Imports errors, seeds, storage.
 """
 
+from .analyze import Analyze
 from .data import Data
 from .evaluate import Evaluate
 from .finetune import Finetune, Lora, Projection, Ranges
@@ -19,6 +20,7 @@ from .stats import Stats
 from .training import Density, Distance, Ema, Training
 
 __all__ = [
+    "Analyze",
     "Config",
     "Data",
     "Density",

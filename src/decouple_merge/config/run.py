@@ -3,6 +3,7 @@
 from pydantic import model_validator
 
 from ..seeds import check_disjoint
+from .analyze import Analyze
 from .data import Data
 from .evaluate import Evaluate
 from .finetune import Finetune
@@ -33,6 +34,7 @@ class Config(Section):
     text: Text = Text()
     search: Search = Search()
     evaluate: Evaluate = Evaluate()
+    analyze: Analyze = Analyze()
     pretrain: Pretrain | None = None
 
     @property

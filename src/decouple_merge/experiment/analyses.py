@@ -1,51 +1,125 @@
-"""The analyses of a run: computed once, and written as a table, a summary and figures."""
+"""The analyses of a run: computed once, and written as a table, what was found, and figures."""
 
 import csv
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from .. import __version__
 from ..analysis import analyses, open_analysis
-from ..analysis.subject import Finding, Subject
+from ..analysis.cost import describe, measure_speed
+from ..analysis.subject import Finding, Kept, Progress, Subject
+from ..config import Analyze
+from ..errors import UserError
 from ..models.base import tensors_sha256
 from ..storage.files import atomic_path, write_json, write_text
+from ..storage.locks import hold
 from ..storage.reading import AGAIN, read_record
-from .plan import Plan, load_experts
+from .plan import Plan
+from .subjects import HELD, subject_of
 
 
-def analyze(plan: Plan, only: Sequence[str] = ()) -> Iterator[str]:
-    """Do the analyses of a run that aren't done yet; yields lines for the user.
+def analyze(
+    plan: Plan, only: Sequence[str] = (), settings: Analyze | None = None, dry_run: bool = False
+) -> Iterator[str | Progress]:
+    """Do the analyses of a run that aren't done yet; yields lines for the user, and how far a long one is.
 
-    Each leaves ``analysis/<name>.csv``, its summary beside it as JSON, and ``figures/<name>.png`` and ``.svg``.
+    Each leaves ``analysis/<name>.csv``, ``analysis/<name>.json`` with what was found, ``analysis/<name>.npz`` where
+    there is more than a table holds, and ``figures/<name>*.png`` and ``.svg``.
 
     Args:
-        only: their names; all where none is given.
+        only: their names; where none is given, all for which the run holds what they need.
+        settings: instead of those of the run's config.
+        dry_run: say only what they will cost.
 
     Raises:
-        UserError: there is no such analysis, or an expert is missing, damaged, or of another base.
+        UserError: there is no such analysis, the run lacks what it needs or it is damaged, there are too few images,
+            or another process analyses the run.
     """
+    settings = settings or plan.config.analyze
     chosen = {name: open_analysis(name) for name in only or analyses()}
-    subject = Subject(plan.base, load_experts(plan), plan.ranges)
-    made_from = {
+    lacking = {name: [n for n in module.NEEDS if not HELD[n](plan)] for name, module in chosen.items()}
+    for name, needs in lacking.items():
+        if needs:
+            line = f"{name} needs {' and '.join(needs)}, which {plan.run.folder} doesn't hold"
+            if only:
+                raise UserError(f"{line}; finish the run first: give deme run its config again")
+            yield f"{line}: left out"
+            del chosen[name]
+    subject = subject_of(plan, settings, {n for module in chosen.values() for n in module.NEEDS})
+    with hold(plan.run.lock("analyze"), "deme analyze"):
+        waiting = []
+        for name, module in chosen.items():
+            if _is_done(plan, name, _depends_on(plan, subject, name, module.NEEDS)):
+                yield f"{name}: done, {plan.run.analysis(f'{name}.csv')}"
+            else:
+                waiting.append(name)
+        costs = {name: chosen[name].cost(subject) for name in waiting}
+        if any(cost.is_any for cost in costs.values()):
+            speed = measure_speed(subject)
+            yield from (describe(name, cost, speed) for name, cost in costs.items())
+        for name in [] if dry_run else waiting:
+            yield from _analyze(plan, subject, name, chosen[name])
+
+
+def _depends_on(plan: Plan, subject: Subject, name: str, needs: Sequence[str]) -> dict[str, Any]:
+    """Say all that a finding depends on: settings, and hashes of what it was made from."""
+    settings, own = subject.settings, subject.settings.of(name)
+    values = {"seed": settings.seed, "batch_size": settings.batch_size}
+    record: dict[str, Any] = {
         "base_sha256": plan.base.sha256,
-        "experts_sha256": [tensors_sha256(e) for e in subject.experts],
+        "data_sha256": plan.images.sha256,
         "ranges": [[r.low, r.high] for r in subject.ranges],
-        "decouple_merge": __version__,
     }
-    for name, analysis in chosen.items():
-        table, summary = plan.run.analysis(f"{name}.csv"), plan.run.analysis(f"{name}.json")
-        if summary.exists() and read_record(summary, AGAIN).get("made_from") == made_from:
-            yield f"{name}: done, {table}"
-            continue
-        finding: Finding = yield from analysis.compute(subject)
-        write_text(table, _as_csv(finding))
-        _save(plan, name, analysis.draw(finding))
-        # Last: a summary means that the rest is there.
-        write_json(summary, {"made_from": made_from, **finding.summary})
-        yield f"{name}: {table}"
+    if "experts" in needs:
+        record["experts_sha256"] = [tensors_sha256(e) for e in subject.experts]
+    if "merged" in needs:
+        assert subject.merged is not None
+        record["merged_sha256"] = tensors_sha256(subject.merged)
+    record["decouple_merge"] = __version__
+    return {"settings": values | (own.model_dump(mode="json") if own else {}), "made_from": record}
+
+
+def _is_done(plan: Plan, name: str, depends_on: dict[str, Any]) -> bool:
+    found = plan.run.analysis(f"{name}.json")
+    return found.exists() and depends_on.items() <= read_record(found, AGAIN).items()
+
+
+def _analyze(plan: Plan, subject: Subject, name: str, module: Any) -> Generator[str | Progress, None, None]:
+    depends_on = _depends_on(plan, subject, name, module.NEEDS)
+    digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
+    kept = plan.run.analysis(f"{name}.parts") / digest
+    finding: Finding = yield from module.compute(subject.with_kept(Kept(kept)))
+    table = plan.run.analysis(f"{name}.csv")
+    write_text(table, _as_csv(finding))
+    if finding.arrays:
+        with atomic_path(table.with_suffix(".npz")) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **finding.arrays)
+    figures = [
+        {"file": _save(plan, name, part, figure), "caption": module.CAPTIONS[part]}
+        for part, figure in module.draw(finding).items()
+    ]
+    record = {
+        "name": name,
+        "title": module.TITLE,
+        "caption": module.CAPTIONS[""],
+        "finding": finding.sentence,
+        **depends_on,
+        "figures": figures,
+        "table": table.name,
+        "arrays": f"{name}.npz" if finding.arrays else None,
+        "summary": finding.summary,
+    }
+    # Last: it means that the rest is there.
+    write_json(table.with_suffix(".json"), record)
+    shutil.rmtree(kept.parent, ignore_errors=True)
+    yield f"{name}: {finding.sentence}"
+    yield f"{name}: {table}"
 
 
 def _as_csv(finding: Finding) -> str:
@@ -56,11 +130,14 @@ def _as_csv(finding: Finding) -> str:
     return text.getvalue()
 
 
-def _save(plan: Plan, name: str, figure: object) -> None:
+def _save(plan: Plan, name: str, part: str, figure: object) -> str:
+    """Write a figure as PNG and SVG; returns the PNG's name."""
     assert isinstance(figure, plt.Figure)
+    stem = f"{name}-{part}" if part else name
     # Without date and with names by content, the same finding gives the same bytes.
-    with plt.rc_context({"svg.hashsalt": hashlib.sha256(name.encode()).hexdigest()}):
+    with plt.rc_context({"svg.hashsalt": hashlib.sha256(stem.encode()).hexdigest()}):
         for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
-            with atomic_path(plan.run.figure(f"{name}.{suffix}")) as temporary:
+            with atomic_path(plan.run.figure(f"{stem}.{suffix}")) as temporary:
                 figure.savefig(temporary, dpi=120, format=suffix, metadata=metadata)
     plt.close(figure)
+    return f"{stem}.png"

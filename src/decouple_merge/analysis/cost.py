@@ -1,0 +1,66 @@
+"""What analyses will cost, from how long one batch takes."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..diffusion.timesteps import TimestepRange
+from ..models.network import predict
+from ..seeds import generator
+from ..training.gradient import frozen_copy, loss_and_gradients, noisy_batch, with_leaves
+from .subject import Cost, Subject
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds that the network takes for one image."""
+
+    forward_seconds: float
+    backward_seconds: float
+
+    def seconds(self, cost: Cost) -> float:
+        """Estimate how long an analysis takes."""
+        return cost.num_forward * self.forward_seconds + cost.num_backward * self.backward_seconds
+
+
+def measure_speed(subject: Subject) -> Speed:
+    """Time one batch with gradients and one without, after a small one to warm up."""
+    base, device = subject.base, subject.device
+    size = subject.settings.batch_size
+    everything = TimestepRange(0, base.num_train_timesteps)
+    batch = noisy_batch(base, subject.images(size), everything, generator("speed"))
+    network = frozen_copy(base, [], device)
+    tensors, leaves = with_leaves({k: v.to(device) for k, v in base.network.state_dict().items()})
+    x, t = batch.x_t.to(device), batch.t.to(device)
+    condition = {name: value.to(device) for name, value in batch.condition.items()}
+
+    @torch.no_grad()
+    def forward() -> None:
+        float(predict(base, network, x, t, **condition).sum())
+
+    def backward() -> None:
+        loss_and_gradients(base, network, tensors, leaves, batch, torch.ones(1), device)
+
+    seconds = []
+    for call in (forward, backward):
+        call()
+        started = time.monotonic()
+        call()
+        seconds.append((time.monotonic() - started) / size)
+    return Speed(*seconds)
+
+
+def describe(name: str, cost: Cost, speed: Speed) -> str:
+    """Say in one line what an analysis will cost."""
+    parts = [f"{cost.num_backward:,} images with gradients"] if cost.num_backward else []
+    parts += [f"{cost.num_forward:,} images through the network"] if cost.num_forward else []
+    parts += [f"{cost.num_bytes / 1e9:.2g} GB"] if cost.num_bytes else []
+    return f"{name}: {', '.join([*parts, f'about {duration(speed.seconds(cost))}'])}"
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the unit that fits it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,41 @@
+"""The section ``analyze``: the settings of each analysis, under its name."""
+
+from pydantic import Field
+
+from .numbers import Integer, NonNegativeFloat, NonNegativeInt, PositiveInt
+from .section import Section
+
+
+class GradientSimilarity(Section):
+    """Cosines of the gradients at every two timesteps.
+
+    Attributes:
+        num_images: whose mean gradient is taken; two halves of them are compared, too.
+        stride: every so many timesteps.
+        per_layer: for each layer, too.
+        max_gigabytes: of gradients that are compared whole; larger ones are projected.
+        num_projected: numbers that a projected gradient has.
+    """
+
+    num_images: Integer = Field(512, ge=2)
+    stride: PositiveInt = 10
+    per_layer: bool = False
+    max_gigabytes: NonNegativeFloat = 4.0
+    num_projected: Integer = Field(4096, ge=2)
+
+
+class Analyze(Section):
+    """What ``deme analyze`` computes.
+
+    Attributes:
+        seed: of images, noise and directions.
+        batch_size: images at once; a number may differ by rounding with another.
+    """
+
+    seed: NonNegativeInt = 0
+    batch_size: PositiveInt = 128
+    gradient_similarity: GradientSimilarity = GradientSimilarity()
+
+    def of(self, name: str) -> Section | None:
+        """Find the settings of an analysis; None where it has none of its own."""
+        return getattr(self, name.replace("-", "_"), None)

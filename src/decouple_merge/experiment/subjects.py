@@ -1,0 +1,48 @@
+"""What a run holds for its analyses."""
+
+from collections.abc import Callable
+
+from ..analysis.subject import Subject
+from ..config import Analyze
+from ..data.batches import Batch, training_batches
+from ..data.split import split
+from ..errors import UserError
+from ..executors.devices import default_device
+from ..models.network import load_network
+from ..seeds import stream_seed
+from .plan import Plan, load_experts
+
+# What an analysis may need besides the base, and whether a run holds it.
+HELD: dict[str, Callable[[Plan], bool]] = {
+    "experts": lambda plan: all((plan.run.expert(i) / "model.safetensors").exists() for i in range(len(plan.ranges))),
+    "merged": lambda plan: plan.run.merged.is_dir(),
+}
+
+
+def subject_of(plan: Plan, settings: Analyze, needs: set[str]) -> Subject:
+    """Load what some analyses need of a run.
+
+    Raises:
+        UserError: an expert is damaged, or of another base; there are fewer images than an analysis is set to take.
+    """
+    num = len(split(plan.images, plan.config.data).trained)
+    for name in type(settings).model_fields:
+        if (wanted := getattr(getattr(settings, name), "num_images", 0)) > num:
+            raise UserError(
+                f"analyze.{name}.num_images is {wanted}, and {num} images are trained on; "
+                f"give --set {name}.num_images={num}"
+            )
+
+    def images(num_wanted: int) -> Batch:
+        seed = stream_seed(settings.seed, "analysis")
+        return next(training_batches(plan.images, plan.config.data, num_wanted, seed, 0, 1))
+
+    return Subject(
+        base=plan.base,
+        ranges=plan.ranges,
+        experts=load_experts(plan) if "experts" in needs else [],
+        merged=load_network(plan.run.merged) if "merged" in needs else None,
+        settings=settings,
+        images=images,
+        device=default_device(),
+    )
