@@ -28,6 +28,8 @@ NEEDS = ()
 # Timesteps whose gradients are kept together.
 BLOCK = 4
 NUM_BINS = 80
+# More rows can't be read.
+MAX_LAYERS = 60
 BASE = "base"
 
 
@@ -87,7 +89,8 @@ def compute(subject: Subject) -> Generator[str | Progress, None, Finding]:
     t, sketch = _timesteps(subject), _sketch(subject)
     images = fixed_images(subject, _settings(subject).num_images // 2 * 2)
     if sketch.size is not None:
-        yield f"gradients are projected to {sketch.size} numbers: a cosine near 0 has an error of {sketch.size**-0.5:.3f}"
+        error = sketch.size**-0.5
+        yield f"gradients are projected to {sketch.size} numbers: a cosine near 0 has an error of {error:.3f}"
     networks: dict[str, Any] = {str(update): load for update, load in subject.checkpoints.items()}
     networks[BASE] = subject.base.network.state_dict
     places = [range_index(list(subject.ranges), float(one)) for one in t]
@@ -240,31 +243,34 @@ def _draw_maps(finding: Finding) -> Any:
     counts = finding.arrays[f"histograms-{BASE}"]
     edges = np.linspace(-1, 1, NUM_BINS + 1)
     names = ["all timesteps", *(range_label(*r) for r in summary["ranges"])]
-    for count, name, colour in zip(counts, names, ["black", *range_colours(len(counts) - 1)], strict=True):
-        if count.any():
-            density = count / count.sum() / (edges[1] - edges[0])
-            right.stairs(density, edges, color=colour, linewidth=2 if name == names[0] else 1.4, label=name)
-    right.axvline(0, color="0.6", linewidth=0.5)
-    right.set(xlabel="cosine", ylabel="density of pairs", xlim=(-1, 1))
-    right.legend(frameon=False, fontsize=8, loc="upper left")
+    colours = ["black", *range_colours(len(counts) - 1)]
+    for place, (count, colour) in enumerate(zip(counts, colours, strict=True)):
+        heights = place - 0.85 * count / max(1, count.max())
+        right.stairs(heights, edges, baseline=place, color=colour, fill=True)
+    right.axvline(0, color="0.6", linewidth=0.8)
+    right.set(xlabel="cosine", xlim=(-1, 1), ylim=(len(names) - 0.9, -1), yticks=range(len(names)), yticklabels=names)
+    right.set_title("pairs of timesteps, each row by its highest bin", fontsize=10)
     return figure
 
 
 def _draw_layers(finding: Finding) -> Any:
     rows = [row for row in finding.rows if row["network"] == BASE]
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    whole, *layers = dict.fromkeys(row["layer"] for row in rows)
+    step = -(-len(layers) // MAX_LAYERS)
+    layers = [whole, *layers[::step]]
     numbers = {r[0]: i for i, r in enumerate(finding.summary["ranges"])}
     pairs = list(dict.fromkeys((numbers[row["first_low"]], numbers[row["second_low"]]) for row in rows))
     values = np.full((len(layers), len(pairs)), np.nan)
     for row in rows:
         place = pairs.index((numbers[row["first_low"]], numbers[row["second_low"]]))
-        values[layers.index(row["layer"]), place] = row["mean"]
+        if row["layer"] in layers:
+            values[layers.index(row["layer"]), place] = row["mean"]
     labels = [f"range {i} and {j}" if i != j else f"within range {i}" for i, j in pairs]
-    size = (3 + 0.75 * len(pairs), 1.5 + 0.24 * len(layers))
+    size = (4 + 0.6 * len(pairs), 1.5 + 0.2 * len(layers))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
-    figure.colorbar(signed_map(axis, values, layers, labels), ax=axis, shrink=0.5)
+    figure.colorbar(signed_map(axis, values, layers, labels, 7), ax=axis, shrink=0.5)
     axis.tick_params(axis="y", labelsize=7)
-    axis.set_title("mean cosine, the first layer below all together", fontsize=10)
+    axis.set_title("mean cosine" if step == 1 else f"mean cosine, one layer in {step}", fontsize=10)
     return figure
 
 

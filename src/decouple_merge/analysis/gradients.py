@@ -60,13 +60,14 @@ class Sketch:
 
     def row(self, gradients: Tensors, signs: Tensors) -> Float[Tensor, " width"]:
         """Make a row of a gradient, float32 on the CPU."""
-        parts = []
+        parts: list[Tensor] = []
         for keys in self.groups.values():
             if self.size is None:
                 parts += [gradients[key].flatten() for key in keys]
             else:
-                parts.append(sum(self._folded(gradients[key].flatten() * signs[key]) for key in keys))
-        return torch.cat([torch.as_tensor(part) for part in parts]).float().cpu()
+                folded = [self._folded(gradients[key].flatten() * signs[key]) for key in keys]
+                parts.append(torch.stack(folded).sum(0))
+        return torch.cat(parts).float().cpu()
 
     def _folded(self, flat: Tensor) -> Tensor:
         assert self.size is not None

@@ -28,13 +28,15 @@ def text_colour(value: float, limit: float) -> str:
     return "white" if abs(value) > 0.6 * limit else "black"
 
 
-def signed_map(axis: Any, values: np.ndarray, labels: Sequence[str], columns: Sequence[str] | None = None) -> Any:
+def signed_map(
+    axis: Any, values: np.ndarray, labels: Sequence[str], columns: Sequence[str] | None = None, size: float = 9
+) -> Any:
     """Draw a matrix around 0 with its numbers; NaN stays empty. Columns are labelled as rows unless told."""
     limit = max(0.1, float(np.nanmax(np.abs(values), initial=0.0)))
     image = axis.imshow(values, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color=text_colour(value, limit))
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=size, color=text_colour(value, limit))
     names = labels if columns is None else columns
     axis.set(xticks=range(len(names)), yticks=range(len(labels)))
     axis.set_xticklabels(names, rotation=30, ha="right")

@@ -78,6 +78,8 @@ class Subject:
         experts: one for each of the ranges, with the base's keys.
         merged: what the run's search chose.
         checkpoints: of the base's own training, by their updates; each is read when it is called.
+        trials: weights and values of the search's first level, where each weight is an expert's.
+        metric: of the values.
         images: gives so many of the training images; the first are always the same.
         kept: parts of the result that were computed before.
     """
@@ -87,6 +89,8 @@ class Subject:
     experts: list[Tensors] = field(default_factory=list)
     merged: Tensors | None = None
     checkpoints: dict[int, Callable[[], Tensors]] = field(default_factory=dict)
+    trials: list[tuple[list[float], float]] = field(default_factory=list)
+    metric: str = ""
     settings: Analyze = field(default_factory=Analyze)
     images: Callable[[int], Batch] = _no_images
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

@@ -153,12 +153,14 @@ def _draw_whole(finding: Finding) -> Any:
     middle.bar_label(bars, fmt="{:.2%}", padding=3)
     middle.set(title="‖τ‖ / ‖θ‖", xlim=(0, 1.25 * max(finding.summary["relative_norms"])))
     middle.xaxis.set_major_formatter("{x:.1%}")
+    middle.invert_yaxis()
     ranks = [[r["relative_rank"] for r in of_range if r["relative_rank"] is not None] for of_range in rows.values()]
     boxes = right.boxplot(ranks, orientation="horizontal", tick_labels=labels, patch_artist=True)
     for box, line, colour in zip(boxes["boxes"], boxes["medians"], colours, strict=True):
         box.set_facecolor(colour)
         line.set_color("white")
     right.set(title="effective rank / largest, each tensor", xlim=(0, 1))
+    right.invert_yaxis()
     agreement, chance = (finding.summary[f"sign_agreement{end}"] for end in ("", "_by_chance"))
     figure.suptitle(f"all signs agree in {agreement:.1%} of the entries, by chance in {chance:.1%}", fontsize=10)
     return figure

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from .numbers import Integer, NonNegativeFloat, NonNegativeInt, PositiveInt
+from .numbers import Integer, NonNegativeFloat, NonNegativeInt, Number, PositiveInt
 from .section import Section
 
 
@@ -24,6 +24,23 @@ class GradientSimilarity(Section):
     num_projected: Integer = Field(4096, ge=2)
 
 
+class LandscapeTaskVectors(Section):
+    """The loss on the planes of two task vectors.
+
+    Attributes:
+        num_images: each with one timestep of every range.
+        num_points: on each side of the grid.
+        low, high: of both merging weights.
+        pairs: of experts, by number; None takes all.
+    """
+
+    num_images: PositiveInt = 128
+    num_points: Integer = Field(15, ge=3)
+    low: Number = -0.2
+    high: Number = 1.2
+    pairs: list[tuple[NonNegativeInt, NonNegativeInt]] | None = Field(None, min_length=1)
+
+
 class Analyze(Section):
     """What ``deme analyze`` computes.
 
@@ -35,6 +52,7 @@ class Analyze(Section):
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 128
     gradient_similarity: GradientSimilarity = GradientSimilarity()
+    landscape_task_vectors: LandscapeTaskVectors = LandscapeTaskVectors()
 
     def of(self, name: str) -> Section | None:
         """Find the settings of an analysis; None where it has none of its own."""

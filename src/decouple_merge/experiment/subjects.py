@@ -10,11 +10,13 @@ from ..errors import UserError
 from ..executors.devices import default_device
 from ..models.network import load_network
 from ..seeds import stream_seed
+from ..storage.files import read_records
 from .plan import Plan, load_experts
 
 # What an analysis may need besides the base, and whether a run holds it.
 HELD: dict[str, Callable[[Plan], bool]] = {
     "experts": lambda plan: all((plan.run.expert(i) / "model.safetensors").exists() for i in range(len(plan.ranges))),
+    "two experts": lambda plan: len(plan.ranges) > 1,
     "merged": lambda plan: plan.run.merged.is_dir(),
 }
 
@@ -37,11 +39,19 @@ def subject_of(plan: Plan, settings: Analyze, needs: set[str]) -> Subject:
         seed = stream_seed(settings.seed, "analysis")
         return next(training_batches(plan.images, plan.config.data, num_wanted, seed, 0, 1))
 
+    trials = read_records(plan.run.trials, level=str, weights=list, metric=str)
+    screened = [
+        (r["weights"], r["value"])
+        for r in trials
+        if r["level"] == trials[0]["level"] and r["value"] is not None and len(r["weights"]) == len(plan.ranges)
+    ]
     return Subject(
         base=plan.base,
         ranges=plan.ranges,
         experts=load_experts(plan) if "experts" in needs else [],
         merged=load_network(plan.run.merged) if "merged" in needs else None,
+        trials=screened,
+        metric=trials[0]["metric"] if trials else "",
         settings=settings,
         images=images,
         device=default_device(),

@@ -1,0 +1,148 @@
+"""Landscapes of a model whose loss is a parabola, and of a run that was killed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from decouple_merge.analysis import landscape_task_vectors
+from decouple_merge.analysis.fixed import FixedImages, fixed_images
+from decouple_merge.analysis.landscape_task_vectors import orthonormal
+from decouple_merge.analysis.plane import Plane
+from decouple_merge.analysis.subject import Finding, Progress, Subject
+from decouple_merge.config import Analyze, Config
+from decouple_merge.diffusion.process import VP, Flow, Process
+from decouple_merge.experiment.analyses import analyze
+from decouple_merge.experiment.plan import Plan, prepare
+from decouple_merge.merging.arithmetic import Tensors, merge
+from decouple_merge.storage.files import write_json, write_records, write_tensors
+from test_gradient_similarity import VELOCITY, subject_of
+
+START = torch.tensor([0.1, -0.2, 0.3, 0.0])
+
+
+def parabola(bias: Tensor, images: FixedImages, t: Tensor, process: Process) -> float:
+    """The loss of a model that says ``bias`` of every image."""
+    target = process.target(images.x0, images.noise, t).flatten(1).double()
+    return float((target - bias.double()).square().mean())
+
+
+@pytest.mark.parametrize("process", [VELOCITY, Flow()], ids=["v", "flow"])
+def test_a_plane_is_the_parabola_that_it_is_of_a_constant(process: Process) -> None:
+    subject = subject_of(process)
+    images, first, second = fixed_images(subject, 6), torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 0.5, 0.5, 0])
+    plane = Plane(subject, {"bias": START}, [{"bias": first}, {"bias": second}], images)
+    for a, b in ((0.0, 0.0), (0.3, -0.7), (-1.0, 2.0)):
+        bias = START + a * first + b * second
+        expected = [parabola(bias, images, process.spread(own, 6), process) for own in subject.ranges]
+        assert plane.losses(a, b).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_places_on_a_plane_keep_lengths_and_angles() -> None:
+    vectors = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [-0.2, 1.2]], dtype=torch.float64)
+    places = torch.as_tensor(orthonormal(weights.numpy(), vectors @ vectors.T))
+    torch.testing.assert_close(torch.cdist(places, places), torch.cdist(weights @ vectors, weights @ vectors))
+    assert places[1, 1] == 0
+
+
+def test_the_smallest_loss_is_found_where_the_parabola_has_it() -> None:
+    """Experts that are the optimum in one coordinate each: the minimum of their plane is at (1, 1)."""
+    subject = subject_of(VP(VELOCITY.alphas_cumprod, "epsilon"))
+    optimum = fixed_images(subject, 6).noise.flatten(1).mean(0)
+    experts = [{"bias": torch.where(torch.arange(4) == k, optimum, START)} for k in (0, 1)]
+    merged = {"bias": START + 0.5 * (experts[0]["bias"] - START) + 0.25 * (experts[1]["bias"] - START)}
+    own = {"num_images": 6, "num_points": 8}
+    finding = _finding(subject, experts, merged, Analyze.model_validate({"landscape_task_vectors": own}))
+    (plane,) = finding.summary["planes"]
+    assert plane["minimum"] == pytest.approx([1, 1])
+    assert plane["merge"] == pytest.approx([0.5, 0.25])
+    assert plane["merge_share"] == pytest.approx(1)
+    assert len(finding.rows) == 64
+    assert "On 1 of 1 planes" in finding.sentence
+
+
+def _finding(subject: Subject, experts: list[Tensors], merged: Tensors, settings: Analyze) -> Finding:
+    whole = Subject(
+        subject.base, subject.ranges, experts=experts, merged=merged, settings=settings, images=subject.images
+    )
+    events = landscape_task_vectors.compute(whole)
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            return end.value
+
+
+@pytest.fixture
+def moved_plan(tiny_config: Callable[..., Config], tmp_path: Path) -> Plan:
+    """Make a run whose experts were never trained, but moved, and whose merge is their mean."""
+    plan = prepare(tiny_config(), tmp_path / "run")
+    state, experts = plan.base.network.state_dict(), []
+    for index in range(len(plan.ranges)):
+        draws, folder = torch.Generator().manual_seed(index), plan.run.expert(index)
+        experts.append({k: v + 0.02 * torch.randn(v.shape, generator=draws) for k, v in state.items()})
+        write_tensors(folder / "model.safetensors", experts[-1])
+        write_json(folder / "expert.json", {"base_sha256": plan.base.sha256})
+    write_tensors(plan.run.merged / "unet" / "diffusion_pytorch_model.safetensors", merge(state, experts, [0.5, 0.5]))
+    trial: dict[str, Any] = {"level": "screen", "metric": "fd", "value": 3.0, "weights": [0.5, 0.5]}
+    lost = trial | {"value": None, "weights": [1.0, 1.0]}
+    write_records(plan.run.trials, [trial, trial | {"weights": [0.0, 1.0], "value": 4.0}, lost])
+    return plan
+
+
+def test_a_killed_landscape_goes_on_to_the_same_bytes(moved_plan: Plan) -> None:
+    own = {"num_images": 8, "num_points": 4}
+    settings = Analyze.model_validate({"batch_size": 8, "landscape_task_vectors": own})
+    name, run = "landscape-task-vectors", moved_plan.run
+    list(analyze(moved_plan, [name], settings))
+    record = json.loads(run.analysis(f"{name}.json").read_text())
+    assert [figure["file"] for figure in record["figures"]] == [
+        f"{name}.png",
+        f"{name}-ranges.png",
+        f"{name}-distance.png",
+    ]
+    assert record["summary"]["trials"] == [[[0.5, 0.5], 3.0], [[0.0, 1.0], 4.0]]
+    (plane,) = record["summary"]["planes"]
+    assert plane["merge"] == pytest.approx([0.5, 0.5], abs=1e-4)
+    files = [run.analysis(f"{name}.csv"), run.analysis(f"{name}.json"), *sorted((run.folder / "figures").iterdir())]
+    whole = [file.read_bytes() for file in files]
+    for file in files:
+        file.unlink()
+    events = analyze(moved_plan, [name], settings)
+    for event in events:
+        if isinstance(event, Progress) and event.num_done == 8:
+            break
+    events.close()
+    assert len(list(run.analysis(f"{name}.parts").rglob("*.safetensors"))) == 2
+    list(analyze(moved_plan, [name], settings))
+    assert [file.read_bytes() for file in files] == whole
+
+
+def test_a_run_that_is_not_finished_is_told_what_lacks(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    plan = prepare(tiny_config(), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"landscape-task-vectors needs experts and merged, which .*run doesn't hold"):
+        next(analyze(plan, ["landscape-task-vectors"]))
+
+
+def test_a_pair_that_is_none_is_refused(moved_plan: Plan) -> None:
+    settings = Analyze.model_validate({"landscape_task_vectors": {"num_images": 8, "pairs": [[0, 2]]}})
+    with pytest.raises(ValueError, match=r"pairs has \[0, 2\], expected two of experts 0 to 1"):
+        next(analyze(moved_plan, ["landscape-task-vectors"], settings, dry_run=True))
+
+
+def test_numbers_of_a_grid_are_those_of_the_axis(moved_plan: Plan) -> None:
+    own = {"num_images": 8, "num_points": 3, "low": 0.0, "high": 1.0}
+    settings = Analyze.model_validate({"batch_size": 8, "landscape_task_vectors": own})
+    list(analyze(moved_plan, ["landscape-task-vectors"], settings))
+    lines = moved_plan.run.analysis("landscape-task-vectors.csv").read_text().splitlines()
+    head, *rows = [line.split(",") for line in lines]
+    assert head[-3:] == ["loss_0", "loss_1", "loss"]
+    assert {float(row[head.index("w_first")]) for row in rows} == {0.0, 0.5, 1.0}
+    losses = np.array([[float(cell) for cell in row[-3:]] for row in rows])
+    assert losses[:, 2] == pytest.approx(losses[:, :2].mean(1))
