@@ -212,7 +212,7 @@ def test_it_says_first_what_it_costs_and_a_dry_run_does_no_more(tiny_plan: Plan)
 
 
 def test_more_images_than_there_are_are_refused_before_any_compute(tiny_plan: Plan) -> None:
-    with pytest.raises(ValueError, match=r"gradient_similarity.num_images is 41, and 40 images are trained on"):
+    with pytest.raises(ValueError, match=r"gradient-similarity takes 41 images, and 40 are trained on"):
         next(analyze(tiny_plan, ["gradient-similarity"], _settings({"num_images": 41})))
 
 

@@ -1,7 +1,8 @@
 """Landscapes of a model whose loss is a parabola, and of a run that was killed."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from decouple_merge.analysis import landscape_task_vectors
+from decouple_merge.analysis import landscape_ranges, landscape_task_vectors
 from decouple_merge.analysis.fixed import FixedImages, fixed_images
+from decouple_merge.analysis.landscape_ranges import filter_normalised
 from decouple_merge.analysis.landscape_task_vectors import orthonormal
 from decouple_merge.analysis.plane import Plane
-from decouple_merge.analysis.subject import Finding, Progress, Subject
+from decouple_merge.analysis.subject import Finding, Progress
 from decouple_merge.config import Analyze, Config
 from decouple_merge.diffusion.process import VP, Flow, Process
+from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.experiment.analyses import analyze
 from decouple_merge.experiment.plan import Plan, prepare
-from decouple_merge.merging.arithmetic import Tensors, merge
+from decouple_merge.merging.arithmetic import merge
 from decouple_merge.storage.files import write_json, write_records, write_tensors
 from test_gradient_similarity import VELOCITY, subject_of
 
@@ -58,7 +61,10 @@ def test_the_smallest_loss_is_found_where_the_parabola_has_it() -> None:
     experts = [{"bias": torch.where(torch.arange(4) == k, optimum, START)} for k in (0, 1)]
     merged = {"bias": START + 0.5 * (experts[0]["bias"] - START) + 0.25 * (experts[1]["bias"] - START)}
     own = {"num_images": 6, "num_points": 8}
-    finding = _finding(subject, experts, merged, Analyze.model_validate({"landscape_task_vectors": own}))
+    settings = Analyze.model_validate({"landscape_task_vectors": own})
+    finding = _result(
+        landscape_task_vectors.compute(replace(subject, experts=experts, merged=merged, settings=settings))
+    )
     (plane,) = finding.summary["planes"]
     assert plane["minimum"] == pytest.approx([1, 1])
     assert plane["merge"] == pytest.approx([0.5, 0.25])
@@ -67,11 +73,7 @@ def test_the_smallest_loss_is_found_where_the_parabola_has_it() -> None:
     assert "On 1 of 1 planes" in finding.sentence
 
 
-def _finding(subject: Subject, experts: list[Tensors], merged: Tensors, settings: Analyze) -> Finding:
-    whole = Subject(
-        subject.base, subject.ranges, experts=experts, merged=merged, settings=settings, images=subject.images
-    )
-    events = landscape_task_vectors.compute(whole)
+def _result(events: Generator[Any, None, Finding]) -> Finding:
     while True:
         try:
             next(events)
@@ -146,3 +148,45 @@ def test_numbers_of_a_grid_are_those_of_the_axis(moved_plan: Plan) -> None:
     assert {float(row[head.index("w_first")]) for row in rows} == {0.0, 0.5, 1.0}
     losses = np.array([[float(cell) for cell in row[-3:]] for row in rows])
     assert losses[:, 2] == pytest.approx(losses[:, :2].mean(1))
+
+
+def test_a_direction_is_as_long_as_the_weights_in_every_filter() -> None:
+    draws = torch.Generator().manual_seed(0)
+    weights = {
+        "conv.weight": torch.randn(3, 2, 3, 3, generator=draws),
+        "conv.bias": torch.ones(3),
+        "n": torch.tensor(1),
+    }
+    weights["conv.weight"][1] = 0
+    first, second = (filter_normalised(weights, 0, name) for name in ("first", "second"))
+    assert first.keys() == {"conv.weight"}
+    for direction in (first, second):
+        lengths = direction["conv.weight"].flatten(1).norm(dim=1)
+        torch.testing.assert_close(lengths, weights["conv.weight"].flatten(1).norm(dim=1))
+    assert not torch.equal(first["conv.weight"], second["conv.weight"])
+
+
+def test_gradients_on_ranges_add_up_to_that_over_all_timesteps() -> None:
+    """Of a constant the gradient is the error of its mean: over all timesteps the mean of those on the ranges."""
+    subject = subject_of(VELOCITY)
+    own = {"num_images": 6, "num_gradient_images": 6, "num_points": 3}
+    finding = _result(
+        landscape_ranges.compute(replace(subject, settings=Analyze.model_validate({"landscape_ranges": own})))
+    )
+    images = fixed_images(subject, 6)
+
+    def gradient(own: TimestepRange, part: slice) -> Tensor:
+        x0, noise = images.x0[part].double(), images.noise[part].double()
+        t = subject.base.process.spread(own, 3)
+        return (START.double() - subject.base.process.target(x0, noise, t).flatten(1).mean(0)) / 2
+
+    parts = slice(0, 3), slice(3, 6)
+    a, b = (torch.stack([gradient(own, part) for own in subject.ranges]) for part in parts)
+    found = finding.summary["gradients"]
+    for name, (first, second) in {"0": (a[0], b[0]), "1": (a[1], b[1]), "all": (a.mean(0), b.mean(0))}.items():
+        assert found[name]["norm"] == pytest.approx(float(((first + second) / 2).norm()), rel=1e-4)
+        assert found[name]["norm_without_noise"] == pytest.approx(max(float(first @ second), 0) ** 0.5, rel=1e-4)
+    ends = {row["a"] for row in finding.rows}
+    assert ends == {-0.25, 0.0, 0.25}
+    middle = next(row for row in finding.rows if row["a"] == row["b"] == 0)
+    assert middle["loss"] == pytest.approx(finding.summary["centre"]["loss"])

@@ -20,7 +20,8 @@ TITLE = "Similarity of gradients"
 CAPTIONS = {
     "": "Cosine of the loss's gradients at every two timesteps, on the same images and noise. Left all images at once, "
     "as is usual. In the middle two disjoint halves of them, so that noise doesn't shrink it; the diagonal shows the "
-    "cosine of the halves at one timestep, 1 where there is no noise. Right the histograms of the left map.",
+    "cosine of the halves at one timestep, 1 where there is no noise; grey is where noise is all that was found. Right "
+    "the histograms of the left map.",
     "layers": "Mean cosine in each layer, within each range and between every two.",
     "training": "The left map at checkpoints of the base's training.",
 }
@@ -227,6 +228,7 @@ def _draw_map(axis: Any, values: np.ndarray, summary: dict[str, Any], title: str
     for _, edge in summary["ranges"][:-1]:
         axis.axvline(edge, color="black", linewidth=0.5)
         axis.axhline(edge, color="black", linewidth=0.5)
+    axis.set_facecolor("0.8")
     axis.set_title(title, fontsize=10)
     axis.set(xlabel="timestep")
     return image
@@ -236,7 +238,7 @@ def _draw_maps(finding: Finding) -> Any:
     summary = finding.summary
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     _draw_map(left, finding.arrays[f"usual-{BASE}"], summary, f"cosine, {summary['num_images']} images")
-    title = "cosine from two halves; diagonal: noise ceiling"
+    title = "cosine from two halves; diagonal: noise ceiling; grey: noise alone"
     image = _draw_map(middle, finding.arrays[f"halves-{BASE}"], summary, title)
     left.set(ylabel="timestep")
     figure.colorbar(image, ax=[left, middle], shrink=0.8)
@@ -248,7 +250,8 @@ def _draw_maps(finding: Finding) -> Any:
         heights = place - 0.85 * count / max(1, count.max())
         right.stairs(heights, edges, baseline=place, color=colour, fill=True)
     right.axvline(0, color="0.6", linewidth=0.8)
-    right.set(xlabel="cosine", xlim=(-1, 1), ylim=(len(names) - 0.9, -1), yticks=range(len(names)), yticklabels=names)
+    right.set(xlabel="cosine", xlim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
+    right.set(ylim=(len(names) - 0.9, -1), yticks=range(len(names)), yticklabels=names)
     right.set_title("pairs of timesteps, each row by its highest bin", fontsize=10)
     return figure
 

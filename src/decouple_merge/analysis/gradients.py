@@ -16,6 +16,7 @@ from .fixed import FixedImages
 
 # Of the columns that are multiplied at once in float32; sums of such products are float64.
 CHUNK = 2**14
+MAX_BYTES = 4e9
 
 
 def layer_of(key: str) -> str:
@@ -93,7 +94,11 @@ class GradientRows:
         return dict(zip(self.leaves, total, strict=True))
 
     def halves(self, images: FixedImages, t: Tensor) -> tuple[Float[Tensor, "2 width"], Float[Tensor, " 2"]]:
-        """Compute the rows of the images' two halves at one timestep, and the squared norms of the whole gradients."""
+        """Compute the rows of the images' two halves, and the squared norms of the whole gradients.
+
+        Args:
+            t: one for all images, or one for each image of a half.
+        """
         half = len(images) // 2
         rows, norms = [], []
         for part in (images.part(0, half), images.part(half, 2 * half)):
@@ -149,6 +154,13 @@ def grams_of(rows: Float[Tensor, "t 2 width"], widths: Sequence[int]) -> list[Gr
                 total += (left @ right.T).double()
         found.append(Grams(*sums))
     return found
+
+
+def sketch_of(weights: Tensors, num_rows: int, seed: int) -> Sketch:
+    """Choose to keep whole as many gradients of two halves, or to sketch them where they are more than 4 GB."""
+    keys = [key for key, value in weights.items() if value.is_floating_point()]
+    num_bytes = 2 * 4 * num_rows * sum(weights[key].numel() for key in keys)
+    return Sketch({"all": keys}, None if num_bytes <= MAX_BYTES else next_prime(4096), seed)
 
 
 def next_prime(number: int) -> int:

@@ -36,7 +36,8 @@ def signed_map(
     image = axis.imshow(values, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=size, color=text_colour(value, limit))
+            colour, text = text_colour(value, limit), f"{round(value, 2) + 0.0:.2f}"
+            axis.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
     names = labels if columns is None else columns
     axis.set(xticks=range(len(names)), yticks=range(len(labels)))
     axis.set_xticklabels(names, rotation=30, ha="right")

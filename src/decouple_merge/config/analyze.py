@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from .numbers import Integer, NonNegativeFloat, NonNegativeInt, Number, PositiveInt
+from .numbers import Integer, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt
 from .section import Section
 
 
@@ -22,6 +22,22 @@ class GradientSimilarity(Section):
     per_layer: bool = False
     max_gigabytes: NonNegativeFloat = 4.0
     num_projected: Integer = Field(4096, ge=2)
+
+
+class LandscapeRanges(Section):
+    """The loss on a plane around the base.
+
+    Attributes:
+        num_images: each with one timestep of every range.
+        num_points: on each side of the grid.
+        span: of both directions, in lengths of the weights' filters.
+        num_gradient_images: for the gradient on each range; two halves of them are compared.
+    """
+
+    num_images: PositiveInt = 128
+    num_points: Integer = Field(15, ge=3)
+    span: PositiveFloat = 0.25
+    num_gradient_images: Integer = Field(512, ge=2)
 
 
 class LandscapeTaskVectors(Section):
@@ -52,6 +68,7 @@ class Analyze(Section):
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 128
     gradient_similarity: GradientSimilarity = GradientSimilarity()
+    landscape_ranges: LandscapeRanges = LandscapeRanges()
     landscape_task_vectors: LandscapeTaskVectors = LandscapeTaskVectors()
 
     def of(self, name: str) -> Section | None:

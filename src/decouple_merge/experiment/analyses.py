@@ -51,7 +51,7 @@ def analyze(
                 raise UserError(f"{line}; finish the run first: give deme run its config again")
             yield f"{line}: left out"
             del chosen[name]
-    subject = subject_of(plan, settings, {n for module in chosen.values() for n in module.NEEDS})
+    subject = subject_of(plan, settings, {name: module.NEEDS for name, module in chosen.items()})
     with hold(plan.run.lock("analyze"), "deme analyze"):
         waiting = []
         for name, module in chosen.items():

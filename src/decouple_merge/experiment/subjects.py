@@ -1,6 +1,6 @@
 """What a run holds for its analyses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..analysis.subject import Subject
 from ..config import Analyze
@@ -21,19 +21,25 @@ HELD: dict[str, Callable[[Plan], bool]] = {
 }
 
 
-def subject_of(plan: Plan, settings: Analyze, needs: set[str]) -> Subject:
+def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]]) -> Subject:
     """Load what some analyses need of a run.
+
+    Args:
+        needs: of each analysis by its name.
 
     Raises:
         UserError: an expert is damaged, or of another base; there are fewer images than an analysis is set to take.
     """
+    needed = {need for own in needs.values() for need in own}
     num = len(split(plan.images, plan.config.data).trained)
-    for name in type(settings).model_fields:
-        if (wanted := getattr(getattr(settings, name), "num_images", 0)) > num:
-            raise UserError(
-                f"analyze.{name}.num_images is {wanted}, and {num} images are trained on; "
-                f"give --set {name}.num_images={num}"
-            )
+    for name in needs:
+        own = settings.of(name)
+        for key in ("num_images", "num_gradient_images"):
+            if (wanted := getattr(own, key, 0)) > num:
+                place = name.replace("-", "_")
+                raise UserError(
+                    f"{name} takes {wanted} images, and {num} are trained on; give --set {place}.{key}={num}"
+                )
 
     def images(num_wanted: int) -> Batch:
         seed = stream_seed(settings.seed, "analysis")
@@ -48,8 +54,8 @@ def subject_of(plan: Plan, settings: Analyze, needs: set[str]) -> Subject:
     return Subject(
         base=plan.base,
         ranges=plan.ranges,
-        experts=load_experts(plan) if "experts" in needs else [],
-        merged=load_network(plan.run.merged) if "merged" in needs else None,
+        experts=load_experts(plan) if "experts" in needed else [],
+        merged=load_network(plan.run.merged) if "merged" in needed else None,
         trials=screened,
         metric=trials[0]["metric"] if trials else "",
         settings=settings,
