@@ -1,16 +1,18 @@
 """What an analysis looks at, what it costs and what it finds: plain data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config import Analyze
 from ..data.batches import Batch
 from ..diffusion.timesteps import TimestepRange
+from ..diffusion.weightings import Weight, weight_of
 from ..errors import UserError
 from ..merging.arithmetic import Tensors
 from ..models.base import Base
@@ -49,6 +51,10 @@ def _no_images(num: int) -> Batch:
     raise UserError(f"the analysis needs {num} images, and found none: give its Subject some")
 
 
+def _no_drawing(model: str, seeds: Sequence[int]) -> Tensor:
+    raise UserError(f"the analysis draws images of {model}, and can't: give its Subject a function that does")
+
+
 @dataclass(frozen=True)
 class Kept:
     """Parts of a result, each computed once: what was killed goes on from them.
@@ -78,8 +84,15 @@ class Subject:
         experts: one for each of the ranges, with the base's keys.
         merged: what the run's search chose.
         checkpoints: of the base's own training, by their updates; each is read when it is called.
+        weight: of the loss that the experts were trained with.
+        others: models of another run of the same base, by name.
         trials: weights and values of the search's first level, where each weight is an expert's.
         metric: of the values.
+        models: that can draw, by name.
+        draw: gives the images of some seeds by a model, uint8 [n, c, h, w].
+        prompts_of: gives the prompts of some seeds; none of a model that reads none.
+        first_seed: of the report.
+        calls_per_image: of the network, to draw one.
         images: gives so many of the training images; the first are always the same.
         kept: parts of the result that were computed before.
     """
@@ -89,8 +102,15 @@ class Subject:
     experts: list[Tensors] = field(default_factory=list)
     merged: Tensors | None = None
     checkpoints: dict[int, Callable[[], Tensors]] = field(default_factory=dict)
+    weight: Weight = field(default_factory=lambda: weight_of(None))
+    others: dict[str, Tensors] = field(default_factory=dict)
     trials: list[tuple[list[float], float]] = field(default_factory=list)
     metric: str = ""
+    models: Sequence[str] = ()
+    draw: Callable[[str, Sequence[int]], Tensor] = _no_drawing
+    prompts_of: Callable[[Sequence[int]], list[str]] = lambda seeds: []
+    first_seed: int = 0
+    calls_per_image: int = 0
     settings: Analyze = field(default_factory=Analyze)
     images: Callable[[int], Batch] = _no_images
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

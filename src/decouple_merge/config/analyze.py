@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from .numbers import Integer, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt
+from .paths import FilePath
 from .section import Section
 
 
@@ -57,6 +58,42 @@ class LandscapeTaskVectors(Section):
     pairs: list[tuple[NonNegativeInt, NonNegativeInt]] | None = Field(None, min_length=1)
 
 
+class Activations(Section):
+    """What blocks write before and after.
+
+    Attributes:
+        timesteps: None takes the middle of each range.
+        blocks: by name; None takes all.
+    """
+
+    num_images: Integer = Field(64, ge=4)
+    timesteps: list[NonNegativeFloat] | None = Field(None, min_length=1)
+    blocks: list[str] | None = Field(None, min_length=1)
+
+
+class LossWeights(Section):
+    """The merge as a weighting of the loss.
+
+    Attributes:
+        run: folder of another run of the same base, whose models' changes are compared with the merge's: such as one
+            with the merge's weights as ``finetune.weighting``.
+    """
+
+    run: FilePath | None = None
+
+
+class Qualitative(Section):
+    """Images of the same seeds by every model.
+
+    Attributes:
+        num_shown: in a row.
+        num_candidates: report seeds of which those with the largest change are looked for.
+    """
+
+    num_shown: PositiveInt = 8
+    num_candidates: PositiveInt = 64
+
+
 class Analyze(Section):
     """What ``deme analyze`` computes.
 
@@ -67,9 +104,12 @@ class Analyze(Section):
 
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 128
+    activations: Activations = Activations()
     gradient_similarity: GradientSimilarity = GradientSimilarity()
     landscape_ranges: LandscapeRanges = LandscapeRanges()
     landscape_task_vectors: LandscapeTaskVectors = LandscapeTaskVectors()
+    loss_weights: LossWeights = LossWeights()
+    qualitative: Qualitative = Qualitative()
 
     def of(self, name: str) -> Section | None:
         """Find the settings of an analysis; None where it has none of its own."""

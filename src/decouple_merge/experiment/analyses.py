@@ -81,6 +81,8 @@ def _depends_on(plan: Plan, subject: Subject, name: str, needs: Sequence[str]) -
     if "merged" in needs:
         assert subject.merged is not None
         record["merged_sha256"] = tensors_sha256(subject.merged)
+    if name == "loss-weights" and subject.others:
+        record["others_sha256"] = {model: tensors_sha256(tensors) for model, tensors in subject.others.items()}
     record["decouple_merge"] = __version__
     return {"settings": values | (own.model_dump(mode="json") if own else {}), "made_from": record}
 

@@ -1,24 +1,70 @@
 """What a run holds for its analyses."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ..analysis.subject import Subject
 from ..config import Analyze
 from ..data.batches import Batch, training_batches
 from ..data.split import split
+from ..diffusion.weightings import weight_of
 from ..errors import UserError
 from ..executors.devices import default_device
+from ..merging.arithmetic import Tensors
 from ..models.network import load_network
+from ..sampling.sampler import Denoiser, Prompts, choose_prompts, sample_images
 from ..seeds import stream_seed
 from ..storage.files import read_records
-from .plan import Plan, load_experts
+from ..storage.reading import read_record
+from ..storage.run_folder import Run
+from .plan import BASELINE, Plan, load_experts
+from .results import denoiser_of, report_models
 
-# What an analysis may need besides the base, and whether a run holds it.
+# What an analysis may need besides the base, and whether a run holds it; "experts" and "merged" are loaded.
 HELD: dict[str, Callable[[Plan], bool]] = {
     "experts": lambda plan: all((plan.run.expert(i) / "model.safetensors").exists() for i in range(len(plan.ranges))),
     "two experts": lambda plan: len(plan.ranges) > 1,
     "merged": lambda plan: plan.run.merged.is_dir(),
+    "models": lambda plan: (
+        not plan.config.finetune.baseline or (plan.run.baseline(BASELINE) / "model.safetensors").exists()
+    ),
 }
+
+
+class Drawing:
+    """Draws images by the models of a run; the last model and the prompts stay in memory."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.device = plan, default_device()
+        self.opened: tuple[str, Denoiser] | None = None
+
+    @cached_property
+    def prompts(self) -> Prompts | None:
+        return self.plan.open_prompts(self.device)
+
+    def __call__(self, model: str, seeds: Sequence[int]) -> Tensor:
+        """Draw one image for each seed, uint8 [n, c, h, w]."""
+        if self.opened is None or self.opened[0] != model:
+            # First it is let go, then the next is loaded.
+            self.opened = None
+            self.opened = model, denoiser_of(self.plan, model, self.device)
+        sample = self.plan.config.sample
+        drawn = sample_images(self.opened[1], self.plan.base, seeds, sample, self.device, prompts=self.prompts)
+        return torch.cat(list(drawn))
+
+    def prompts_of(self, seeds: Sequence[int]) -> list[str]:
+        return choose_prompts(self.plan.prompts, seeds, 0) if self.plan.prompts else []
+
+    @property
+    def calls_per_image(self) -> int:
+        """Count how often an image goes through the network, as ``Prompts.guide`` does it."""
+        encoders, config = self.plan.base.encoders, self.plan.config
+        is_guided = encoders is not None and encoders.guidance == "classifier-free" and config.text.guidance_scale > 1
+        return config.sample.num_steps * (2 if is_guided else 1)
 
 
 def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]]) -> Subject:
@@ -45,6 +91,7 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]]) -
         seed = stream_seed(settings.seed, "analysis")
         return next(training_batches(plan.images, plan.config.data, num_wanted, seed, 0, 1))
 
+    drawing = Drawing(plan)
     trials = read_records(plan.run.trials, level=str, weights=list, metric=str)
     screened = [
         (r["weights"], r["value"])
@@ -56,9 +103,35 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]]) -
         ranges=plan.ranges,
         experts=load_experts(plan) if "experts" in needed else [],
         merged=load_network(plan.run.merged) if "merged" in needed else None,
+        weight=weight_of(plan.config.finetune.weighting, **plan.config.finetune.weighting_options),
+        others=_others(plan, settings.loss_weights.run) if "loss-weights" in needs else {},
         trials=screened,
         metric=trials[0]["metric"] if trials else "",
+        models=report_models(plan),
+        draw=drawing,
+        prompts_of=drawing.prompts_of,
+        first_seed=plan.config.evaluate.first_seed,
+        calls_per_image=drawing.calls_per_image,
         settings=settings,
         images=images,
         device=default_device(),
     )
+
+
+def _others(plan: Plan, folder: Path | None) -> dict[str, Tensors]:
+    """Load the models of another run that its analysis is to compare.
+
+    Raises:
+        UserError: it is no run, is of another base, or has no finished model.
+    """
+    if folder is None:
+        return {}
+    other = Run(Path(folder))
+    found = read_record(other.manifest, "loss_weights.run takes the folder of a run", base=dict)["base"]
+    if found.get("sha256") != plan.base.sha256:
+        raise UserError(f"loss_weights.run {folder} is of another base, {found.get('name')}; expected the run's own")
+    places = {BASELINE: other.baseline(BASELINE) / "model.safetensors", "merged": other.merged}
+    models = {f"{folder.name} {name}": load_network(path) for name, path in places.items() if path.exists()}
+    if not models:
+        raise UserError(f"loss_weights.run {folder} has no finished model; give deme run its config again")
+    return models
