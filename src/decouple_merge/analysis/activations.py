@@ -21,8 +21,8 @@ TITLE = "Activations before and after"
 CAPTIONS = {
     "": "Linear CKA of each block's output with the pretrained model's, at one timestep of each range: left of the "
     "range's own expert, right of the merge. 1 is the same up to rotation and scale.",
-    "channels": "Change of each channel's mean activation from the pretrained model to the range's own expert; a row is "
-    "a timestep.",
+    "channels": "Change of each channel's mean activation from the pretrained model to the range's own expert; a row "
+    "is a timestep.",
     "pixels": "Change of the mean activation at each pixel from the pretrained model to the range's own expert.",
 }
 NEEDS = ("experts", "merged")
@@ -169,9 +169,10 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
     if not known:
         return "No block's output varies between images."
     least = min(known, key=lambda row: row["cka"])
+    mean = np.mean([row["cka"] for row in known])
     return (
-        f"The expert changes {least['block']} at timestep {least['timestep']:g} most: linear CKA {least['cka']:.3f} with "
-        f"the pretrained model; the mean over blocks and timesteps is {np.mean([row['cka'] for row in known]):.3f}."
+        f"The expert changes {least['block']} at timestep {least['timestep']:g} most: linear CKA {least['cka']:.3f} "
+        f"with the pretrained model; the mean over blocks and timesteps is {mean:.3f}."
     )
 
 
@@ -241,3 +242,11 @@ def _draw_pixels(finding: Finding) -> Any:
                 axis.set_ylabel(labels[row].replace(", ", "\n"), fontsize=8)
         axes[0, column].set_title(f"{block}\n±{limit:.2g}", fontsize=7)
     return figure
+
+
+def _as_square(values: np.ndarray) -> np.ndarray:
+    """Lay tokens out as the square that they were cut from; as a row where they are none, as with texts among them."""
+    if values.ndim == 2:
+        return values
+    side = round(values.size**0.5)
+    return values.reshape(side, side) if side**2 == values.size else values[None]

@@ -77,6 +77,20 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class RunResults:
+    """What a finished run says of itself.
+
+    Attributes:
+        config: plain values, by section.
+        records: of its metrics.
+    """
+
+    name: str
+    config: dict[str, Any]
+    records: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Subject:
     """A base and what was made from it.
 
@@ -86,6 +100,8 @@ class Subject:
         checkpoints: of the base's own training, by their updates; each is read when it is called.
         weight: of the loss that the experts were trained with.
         others: models of another run of the same base, by name.
+        runs: that are compared with each other.
+        hashes: of what single analyses read besides, by their names.
         trials: weights and values of the search's first level, where each weight is an expert's.
         metric: of the values.
         models: that can draw, by name.
@@ -104,6 +120,8 @@ class Subject:
     checkpoints: dict[int, Callable[[], Tensors]] = field(default_factory=dict)
     weight: Weight = field(default_factory=lambda: weight_of(None))
     others: dict[str, Tensors] = field(default_factory=dict)
+    runs: list[RunResults] = field(default_factory=list)
+    hashes: dict[str, dict[str, Any]] = field(default_factory=dict)
     trials: list[tuple[list[float], float]] = field(default_factory=list)
     metric: str = ""
     models: Sequence[str] = ()

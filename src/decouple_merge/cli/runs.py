@@ -92,29 +92,40 @@ def fisher(
 
 
 def analyze(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with finished experts")],
+    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folder; several with --over")],
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="NAME", help="Such as task-vectors; all where not given")
+    ] = None,
+    over: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Compare several runs over a setting, as finetune.num_ranges")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the section analyze")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say only what it would cost")] = False,
+    wait: Wait = False,
 ) -> None:
     """Compute the tables and figures that show why a run's merge works.
 
-    Run it again to resume: what is finished is not done twice.
+    Run it again to resume: what is finished is not done twice. A comparison of several lies in the first one's folder.
 
     Example: `deme analyze runs/fashion-quick --only task-vectors`
     """
     from ..config import Analyze, load_config, validate
+    from ..errors import UserError
     from ..experiment import plan
     from ..experiment.analyses import analyze as analyze_run
 
-    opened = plan.prepare(load_config(run_folder / "config.yaml"), run_folder)
+    folder, *others = run_folders
+    if bool(others) != (over is not None):
+        found = f"{len(run_folders)} runs and {'no ' if over is None else ''}--over"
+        raise UserError(f"found {found}: several runs are compared over a setting; give one run alone, or both")
+    opened = plan.prepare(load_config(folder / "config.yaml"), folder)
     values = opened.config.analyze.model_dump(exclude_unset=True)
-    settings = validate(Analyze, values, "--set of deme analyze", overrides)
-    show(analyze_run(opened, only or (), settings, dry_run))
+    chosen = [*(overrides or []), *([f"sensitivity.over={over}"] if over else [])]
+    settings = validate(Analyze, values, "--set of deme analyze", chosen)
+    names = only or (["sensitivity"] if others else [])
+    show(analyze_run(opened, names, settings, dry_run, wait, others))
 
 
 def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None, wait: Wait = False) -> None:

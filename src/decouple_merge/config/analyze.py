@@ -94,6 +94,18 @@ class Qualitative(Section):
     num_candidates: PositiveInt = 64
 
 
+class Sensitivity(Section):
+    """A metric over a setting, from several runs.
+
+    Attributes:
+        over: the setting, such as ``finetune.num_ranges``.
+        metric: None takes the first of the first run.
+    """
+
+    over: str | None = None
+    metric: str | None = None
+
+
 class Analyze(Section):
     """What ``deme analyze`` computes.
 
@@ -110,6 +122,7 @@ class Analyze(Section):
     landscape_task_vectors: LandscapeTaskVectors = LandscapeTaskVectors()
     loss_weights: LossWeights = LossWeights()
     qualitative: Qualitative = Qualitative()
+    sensitivity: Sensitivity = Sensitivity()
 
     def of(self, name: str) -> Section | None:
         """Find the settings of an analysis; None where it has none of its own."""

@@ -5,6 +5,7 @@ import hashlib
 import io
 import shutil
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -18,14 +19,19 @@ from ..config import Analyze
 from ..errors import UserError
 from ..models.base import tensors_sha256
 from ..storage.files import atomic_path, write_json, write_text
-from ..storage.locks import hold
+from ..storage.locks import enter, hold
 from ..storage.reading import AGAIN, read_record
 from .plan import Plan
 from .subjects import HELD, subject_of
 
 
 def analyze(
-    plan: Plan, only: Sequence[str] = (), settings: Analyze | None = None, dry_run: bool = False
+    plan: Plan,
+    only: Sequence[str] = (),
+    settings: Analyze | None = None,
+    dry_run: bool = False,
+    wait: bool = False,
+    others: Sequence[Path] = (),
 ) -> Iterator[str | Progress]:
     """Do the analyses of a run that aren't done yet; yields lines for the user, and how far a long one is.
 
@@ -36,6 +42,8 @@ def analyze(
         only: their names; where none is given, all for which the run holds what they need.
         settings: instead of those of the run's config.
         dry_run: say only what they will cost.
+        wait: until no other process analyses the run, instead of refusing.
+        others: folders of runs that this one is compared with.
 
     Raises:
         UserError: there is no such analysis, the run lacks what it needs or it is damaged, there are too few images,
@@ -43,7 +51,7 @@ def analyze(
     """
     settings = settings or plan.config.analyze
     chosen = {name: open_analysis(name) for name in only or analyses()}
-    lacking = {name: [n for n in module.NEEDS if not HELD[n](plan)] for name, module in chosen.items()}
+    lacking = {name: [n for n in module.NEEDS if not HELD[n](plan, others)] for name, module in chosen.items()}
     for name, needs in lacking.items():
         if needs:
             line = f"{name} needs {' and '.join(needs)}, which {plan.run.folder} doesn't hold"
@@ -51,8 +59,10 @@ def analyze(
                 raise UserError(f"{line}; finish the run first: give deme run its config again")
             yield f"{line}: left out"
             del chosen[name]
-    subject = subject_of(plan, settings, {name: module.NEEDS for name, module in chosen.items()})
-    with hold(plan.run.lock("analyze"), "deme analyze"):
+    subject = subject_of(plan, settings, {name: module.NEEDS for name, module in chosen.items()}, others)
+    lock = plan.run.lock("analyze")
+    yield from enter(lock, wait)
+    with hold(lock, "deme analyze", wait):
         waiting = []
         for name, module in chosen.items():
             if _is_done(plan, name, _depends_on(plan, subject, name, module.NEEDS)):
@@ -81,9 +91,7 @@ def _depends_on(plan: Plan, subject: Subject, name: str, needs: Sequence[str]) -
     if "merged" in needs:
         assert subject.merged is not None
         record["merged_sha256"] = tensors_sha256(subject.merged)
-    if name == "loss-weights" and subject.others:
-        record["others_sha256"] = {model: tensors_sha256(tensors) for model, tensors in subject.others.items()}
-    record["decouple_merge"] = __version__
+    record |= subject.hashes.get(name, {}) | {"decouple_merge": __version__}
     return {"settings": values | (own.model_dump(mode="json") if own else {}), "made_from": record}
 
 

@@ -1,5 +1,7 @@
 """What a run holds for its analyses."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -7,14 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..analysis.subject import Subject
-from ..config import Analyze
+from ..analysis.subject import RunResults, Subject
+from ..config import Analyze, load_config
 from ..data.batches import Batch, training_batches
 from ..data.split import split
 from ..diffusion.weightings import weight_of
 from ..errors import UserError
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
+from ..models.base import tensors_sha256
 from ..models.network import load_network
 from ..sampling.sampler import Denoiser, Prompts, choose_prompts, sample_images
 from ..seeds import stream_seed
@@ -25,11 +28,14 @@ from .plan import BASELINE, Plan, load_experts
 from .results import denoiser_of, report_models
 
 # What an analysis may need besides the base, and whether a run holds it; "experts" and "merged" are loaded.
-HELD: dict[str, Callable[[Plan], bool]] = {
-    "experts": lambda plan: all((plan.run.expert(i) / "model.safetensors").exists() for i in range(len(plan.ranges))),
-    "two experts": lambda plan: len(plan.ranges) > 1,
-    "merged": lambda plan: plan.run.merged.is_dir(),
-    "models": lambda plan: (
+HELD: dict[str, Callable[[Plan, Sequence[Path]], bool]] = {
+    "experts": lambda plan, others: all(
+        (plan.run.expert(i) / "model.safetensors").exists() for i in range(len(plan.ranges))
+    ),
+    "several runs": lambda plan, others: bool(others),
+    "two experts": lambda plan, others: len(plan.ranges) > 1,
+    "merged": lambda plan, others: plan.run.merged.is_dir(),
+    "models": lambda plan, others: (
         not plan.config.finetune.baseline or (plan.run.baseline(BASELINE) / "model.safetensors").exists()
     ),
 }
@@ -67,11 +73,12 @@ class Drawing:
         return config.sample.num_steps * (2 if is_guided else 1)
 
 
-def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]]) -> Subject:
+def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], others: Sequence[Path] = ()) -> Subject:
     """Load what some analyses need of a run.
 
     Args:
         needs: of each analysis by its name.
+        others: folders of runs that this one is compared with.
 
     Raises:
         UserError: an expert is damaged, or of another base; there are fewer images than an analysis is set to take.
@@ -92,6 +99,8 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]]) -
         return next(training_batches(plan.images, plan.config.data, num_wanted, seed, 0, 1))
 
     drawing = Drawing(plan)
+    models = _others(plan, settings.loss_weights.run) if "loss-weights" in needs else {}
+    runs = [_results(folder) for folder in (plan.run.folder, *others)] if others else []
     trials = read_records(plan.run.trials, level=str, weights=list, metric=str)
     screened = [
         (r["weights"], r["value"])
@@ -104,7 +113,12 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]]) -
         experts=load_experts(plan) if "experts" in needed else [],
         merged=load_network(plan.run.merged) if "merged" in needed else None,
         weight=weight_of(plan.config.finetune.weighting, **plan.config.finetune.weighting_options),
-        others=_others(plan, settings.loss_weights.run) if "loss-weights" in needs else {},
+        others=models,
+        runs=runs,
+        hashes={
+            "loss-weights": {"others_sha256": {name: tensors_sha256(tensors) for name, tensors in models.items()}},
+            "sensitivity": {"runs_sha256": {run.name: _sha256(run) for run in runs}},
+        },
         trials=screened,
         metric=trials[0]["metric"] if trials else "",
         models=report_models(plan),
@@ -135,3 +149,13 @@ def _others(plan: Plan, folder: Path | None) -> dict[str, Tensors]:
     if not models:
         raise UserError(f"loss_weights.run {folder} has no finished model; give deme run its config again")
     return models
+
+
+def _results(folder: Path) -> RunResults:
+    """Read what a run says of itself."""
+    config = load_config(Run(folder).config).model_dump(mode="json")
+    return RunResults(folder.name, config, read_records(Run(folder).metrics, model=str, metric=str, seeds=list))
+
+
+def _sha256(run: RunResults) -> str:
+    return hashlib.sha256(json.dumps([run.config, run.records]).encode()).hexdigest()
