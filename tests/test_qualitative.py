@@ -81,8 +81,6 @@ def test_images_that_were_drawn_are_not_drawn_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         result(subject)
     found = result(subject)
-    assert drawn == [("pretrained", 16), ("pretrained", 4), ("ensemble", 16), ("ensemble", 4), ("killed", 0)] + [
-        ("merged", 16),
-        ("merged", 4),
-    ]
+    rest = [("merged", 16), ("merged", 4)]
+    assert drawn == [("pretrained", 16), ("pretrained", 4), ("ensemble", 16), ("ensemble", 4), ("killed", 0), *rest]
     assert found.rows == result(subject_of()).rows

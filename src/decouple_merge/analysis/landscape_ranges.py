@@ -146,7 +146,7 @@ def draw(finding: Finding) -> dict[str, Any]:
         axis.plot(0, 0, "o", color="black", markersize=4)
         axis.set(title=name, aspect="equal", xlabel="first direction")
     axes[0, 0].set_ylabel("second direction")
-    figure.colorbar(image, ax=axes[0], shrink=0.8).set_label("loss against the centre, %")
+    figure.colorbar(image, ax=axes[0], shrink=0.8, ticks=plt.MaxNLocator(9)).set_label("loss against the centre, %")
     _draw_norms(figure, axes[1], finding, names)
     return {"": figure}
 

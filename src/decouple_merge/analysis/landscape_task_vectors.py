@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..merging.arithmetic import Tensors
 from .fixed import fixed_images
 from .plane import Plane, draw_shares
-from .style import SIGNED, plt, range_label
+from .style import HALO, SIGNED, plt, range_label
 from .subject import Cost, Finding, Progress, Subject
 from .task_vectors import task_vectors
 
@@ -193,11 +193,11 @@ def _draw_losses(finding: Finding, shown: list[tuple[dict[str, Any], tuple[str, 
         start = plane["base_losses"][column]
         change = 100 * (losses / start - 1)
         # The walls around the valley would hide it.
-        limit = max(3 * -change.min(), np.quantile(change, 0.4), 1e-6)
+        limit = max(3 * -change.min(), float(np.quantile(change, 0.75)), 1e-6)
         levels = np.linspace(-limit, limit, 21)
         image = axis.contourf(x, y, change.clip(-limit, None), levels=levels, cmap=SIGNED, extend="max")
         axis.contour(x, y, change, levels=levels, colors="black", linewidths=0.3)
-        bar = figure.colorbar(image, ax=axis, shrink=0.8)
+        bar = figure.colorbar(image, ax=axis, shrink=0.8, ticks=plt.MaxNLocator(7))
         bar.set_label("loss against θ, %")
         lowest = np.unravel_index(losses.argmin(), losses.shape)
         _mark(axis, plane, (float(x[lowest]), float(y[lowest])))
@@ -217,7 +217,7 @@ def _mark(axis: Any, plane: dict[str, Any], lowest: tuple[float, float]) -> None
     places = orthonormal([[0, 0], [1, 0], [0, 1]], gram)
     axis.plot(places[:, 0], places[:, 1], "o", color="black", markersize=5)
     for name, place in zip(names, places, strict=True):
-        axis.annotate(name, place, xytext=(5, 5), textcoords="offset points", fontsize=10)
+        axis.annotate(name, place, xytext=(5, 5), textcoords="offset points", fontsize=10, path_effects=HALO)
     axis.plot(*orthonormal(plane["merge"], gram), "*", color="black", markeredgecolor="white", markersize=13)
     axis.plot(*lowest, "x", color="black", markersize=8, markeredgewidth=2)
     axis.set(xlabel=f"along τ{plane['first']}", ylabel=f"across, towards τ{plane['second']}")

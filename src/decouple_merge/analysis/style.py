@@ -8,9 +8,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
+from matplotlib import patheffects
 from matplotlib import pyplot as plt
 
 SIGNED = "RdBu_r"
+# Around black text on a map.
+HALO = [patheffects.withStroke(linewidth=2, foreground="white")]
 
 
 def range_colours(num: int) -> list[Any]:
@@ -18,18 +21,18 @@ def range_colours(num: int) -> list[Any]:
     return [plt.get_cmap("viridis")(0.9 * index / max(1, num - 1)) for index in range(num)]
 
 
-def range_label(low: float, high: float) -> str:
+def range_label(low: int | float, high: int | float) -> str:
     """Write a range of timesteps."""
     return f"[{low:g}, {high:g})"
 
 
-def text_colour(value: float, limit: float) -> str:
+def text_colour(value: Any, limit: float) -> str:
     """Pick the colour of a number on a cell of a signed map."""
     return "white" if abs(value) > 0.6 * limit else "black"
 
 
 def signed_map(
-    axis: Any, values: np.ndarray, labels: Sequence[str], columns: Sequence[str] | None = None, size: float = 9
+    axis: Any, values: np.ndarray, labels: Sequence[str], columns: Sequence[str] | None = None, size: int | float = 9
 ) -> Any:
     """Draw a matrix around 0 with its numbers; NaN stays empty. Columns are labelled as rows unless told."""
     limit = max(0.1, float(np.nanmax(np.abs(values), initial=0.0)))
@@ -45,7 +48,7 @@ def signed_map(
     return image
 
 
-def label_ends(axis: Any, ends: Sequence[tuple[float, float, str, Any]], size: float = 9) -> None:
+def label_ends(axis: Any, ends: Sequence[tuple[Any, ...]], size: int | float = 9) -> None:
     """Write the name of each line at its end (x, y, name, colour), moved apart where they would overlap.
 
     Call it when the axis has its limits and scale.
