@@ -111,21 +111,20 @@ def analyze(
 
     Example: `deme analyze runs/fashion-quick --only task-vectors`
     """
-    from ..config import Analyze, load_config, validate
+    from ..config import Analyze, validate
     from ..errors import UserError
-    from ..experiment import plan
-    from ..experiment.analyses import analyze as analyze_run
+    from ..experiment import analyses
 
     folder, *others = run_folders
     if bool(others) != (over is not None):
         found = f"{len(run_folders)} runs and {'no ' if over is None else ''}--over"
         raise UserError(f"found {found}: several runs are compared over a setting; give one run alone, or both")
-    opened = plan.prepare(load_config(folder / "config.yaml"), folder)
+    opened = analyses.open_run(folder)
     values = opened.config.analyze.model_dump(exclude_unset=True)
     chosen = [*(overrides or []), *([f"sensitivity.over={over}"] if over else [])]
     settings = validate(Analyze, values, "--set of deme analyze", chosen)
     names = only or (["sensitivity"] if others else [])
-    show(analyze_run(opened, names, settings, dry_run, wait, others))
+    show(analyses.analyze(opened, names, settings, dry_run, wait, others))
 
 
 def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None, wait: Wait = False) -> None:

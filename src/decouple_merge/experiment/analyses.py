@@ -15,14 +15,26 @@ from .. import __version__
 from ..analysis import analyses, open_analysis
 from ..analysis.cost import describe, measure_speed
 from ..analysis.subject import Finding, Kept, Progress, Subject
-from ..config import Analyze
+from ..config import Analyze, load_config
 from ..errors import UserError
 from ..models.base import tensors_sha256
 from ..storage.files import atomic_path, write_json, write_text
 from ..storage.locks import enter, hold
 from ..storage.reading import AGAIN, read_record
-from .plan import Plan
+from ..storage.run_folder import Run
+from .plan import Plan, prepare
+from .pretraining import open_pretrained
 from .subjects import HELD, subject_of
+
+
+def open_run(folder: Path) -> Plan:
+    """Open a run, or the training of a base, which has no experts.
+
+    Raises:
+        UserError: as ``prepare``.
+    """
+    config = load_config(Run(folder).config)
+    return open_pretrained(config, folder) if (folder / "pipeline").is_dir() else prepare(config, folder)
 
 
 def analyze(

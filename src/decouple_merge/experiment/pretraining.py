@@ -156,6 +156,20 @@ def _ranges(settings: Pretrain, base: Base) -> tuple[TimestepRange, ...]:
     return tuple(base.process.split(settings.num_ranges))
 
 
+def open_pretrained(config: Config, folder: Path) -> Plan:
+    """Open what ``pretrain`` left, with the pipeline as the base.
+
+    Raises:
+        UserError: the pipeline or the data can't be read, or the config has no section ``pretrain``.
+    """
+    if config.pretrain is None:
+        raise UserError(f"{folder} has a pipeline, and its config no section pretrain: it is no base's training")
+    base = with_density(load_base(str(folder / "pipeline")), config.pretrain)
+    images = load_images(config.data, base.channels, base.image_size)
+    split(images, config.data)
+    return image_plan(config, folder, base, _ranges(config.pretrain, base), images)
+
+
 def pretrain(config: Config, out: Path, wait: bool = False) -> Iterator[str | StepRecord]:
     """Train a base from nothing; leaves a stock pipeline and its training curve in ``out/pipeline``.
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -21,9 +21,9 @@ from ..models.base import tensors_sha256
 from ..models.network import load_network
 from ..sampling.sampler import Denoiser, Prompts, choose_prompts, sample_images
 from ..seeds import stream_seed
-from ..storage.files import read_records
+from ..storage.files import read_records, read_tensors
 from ..storage.reading import read_record
-from ..storage.run_folder import Run
+from ..storage.run_folder import Run, kept_checkpoints
 from .plan import BASELINE, Plan, load_experts
 from .results import denoiser_of, report_models
 
@@ -99,6 +99,7 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
         return next(training_batches(plan.images, plan.config.data, num_wanted, seed, 0, 1))
 
     drawing = Drawing(plan)
+    checkpoints = kept_checkpoints(plan.run.folder / "training") if "gradient-similarity" in needs else {}
     models = _others(plan, settings.loss_weights.run) if "loss-weights" in needs else {}
     runs = [_results(folder) for folder in (plan.run.folder, *others)] if others else []
     trials = read_records(plan.run.trials, level=str, weights=list, metric=str)
@@ -115,9 +116,13 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
         weight=weight_of(plan.config.finetune.weighting, **plan.config.finetune.weighting_options),
         others=models,
         runs=runs,
+        checkpoints={update: partial(_weights, path) for update, path in checkpoints.items()},
         hashes={
-            "loss-weights": {"others_sha256": {name: tensors_sha256(tensors) for name, tensors in models.items()}},
-            "sensitivity": {"runs_sha256": {run.name: _sha256(run) for run in runs}},
+            "gradient-similarity": {
+                f"checkpoint_{update}_sha256": _file_sha256(path) for update, path in checkpoints.items()
+            },
+            "loss-weights": {f"{name} sha256": tensors_sha256(tensors) for name, tensors in models.items()},
+            "sensitivity": {f"{run.name} sha256": _sha256(run) for run in runs},
         },
         trials=screened,
         metric=trials[0]["metric"] if trials else "",
@@ -149,6 +154,15 @@ def _others(plan: Plan, folder: Path | None) -> dict[str, Tensors]:
     if not models:
         raise UserError(f"loss_weights.run {folder} has no finished model; give deme run its config again")
     return models
+
+
+def _weights(path: Path) -> Tensors:
+    return read_tensors(path)[0]
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _results(folder: Path) -> RunResults:

@@ -80,3 +80,9 @@ class Run:
 
     def samples(self, model: str) -> Path:
         return self.folder / "samples" / model
+
+
+def kept_checkpoints(training: Path) -> dict[int, Path]:
+    """List the averaged weights that a training kept, by their updates, the first one first."""
+    found = {int(path.stem): path for path in (training / "checkpoints").glob("*.safetensors") if path.stem.isdigit()}
+    return dict(sorted(found.items()))
