@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from decouple_merge.analysis import loss_weights
-from decouple_merge.analysis.loss_weights import rank_correlation
 from decouple_merge.analysis.subject import Finding, Subject
 from decouple_merge.diffusion.process import VP, Flow, Process
 from decouple_merge.diffusion.weightings import weight_of
@@ -85,14 +84,6 @@ def test_a_model_that_changed_as_the_merge_has_a_cosine_of_one() -> None:
     assert len(lines) == 3
     assert loss_weights.draw(finding).keys() == {"", "other"}
     loss_weights.plt.close("all")
-
-
-def test_rank_correlation_counts_order_alone() -> None:
-    a = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert rank_correlation(a, a.exp()) == pytest.approx(1)
-    assert rank_correlation(a, -a) == pytest.approx(-1)
-    assert rank_correlation(torch.tensor([1.0, 1.0, 2.0, 2.0]), a) == pytest.approx(0.8944, abs=1e-4)
-    assert rank_correlation(torch.ones(4), a) is None
 
 
 @pytest.mark.parametrize("process", [VP(ALPHAS, "epsilon"), Flow()], ids=["epsilon", "flow"])

@@ -196,12 +196,16 @@ def _draw_cka(finding: Finding) -> Any:
     blocks, labels = finding.summary["blocks"], _labels(finding)
     size = (5 + 1.5 * len(labels), 1.6 + 0.32 * len(blocks))
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    found = np.array([np.nan if row["cka"] is None else row["cka"] for row in finding.rows])
+    # They are often all near 1.
+    low = min(0.9, float(np.floor(10 * np.nanmin(found, initial=1.0)) / 10))
     for axis, model in zip(axes, MODELS, strict=True):
-        chosen = [r for r in finding.rows if r["model"] == model]
-        values = np.array([[np.nan if r["cka"] is None else r["cka"] for r in chosen]]).reshape(len(labels), -1).T
-        image = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        chosen = np.array([row["model"] == model for row in finding.rows])
+        values = found[chosen].reshape(len(labels), -1).T
+        image = axis.imshow(values, cmap="viridis", vmin=low, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black", size=8)
+            colour = "white" if value < 0.4 * low + 0.6 else "black"
+            axis.text(j, i, f"{value:.3f}", ha="center", va="center", color=colour, size=8)
         axis.set(xticks=range(len(labels)), yticks=range(len(blocks)), title=f"pretrained and {model}")
         axis.set_xticklabels(labels, rotation=30, ha="right", fontsize=8)
         axis.set_yticklabels(blocks, fontsize=8)
@@ -239,7 +243,7 @@ def _draw_pixels(finding: Finding) -> Any:
             axis.imshow(square, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if column == 0:
-                axis.set_ylabel(labels[row].replace(", ", "\n"), fontsize=8)
+                axis.set_ylabel(labels[row].replace(", ", "\n", 1), fontsize=8)
         axes[0, column].set_title(f"{block}\n±{limit:.2g}", fontsize=7)
     return figure
 

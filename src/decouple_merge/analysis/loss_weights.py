@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..diffusion.timesteps import TimestepRange, range_index
 from ..diffusion.weightings import WEIGHTINGS
@@ -23,7 +22,7 @@ CAPTIONS = {
 }
 NEEDS = ("experts", "merged")
 NUM_POINTS = 200
-# How each is called, and its line's place in the table of figures.
+# How each is called in the figure.
 NAMES = {
     "standard": "SNR",
     "snr_plus_one": "SNR + 1",
@@ -76,28 +75,9 @@ def compute(subject: Subject) -> Generator[str, None, Finding]:
         "ranges": [[r.low, r.high] for r in subject.ranges],
         "weights": weights.tolist(),
         "share_of_change": share,
-        "correlations": _correlations(columns, plain, own),
         "cosines": cosines,
     }
     return Finding(rows, summary, _sentence(summary))
-
-
-def _correlations(columns: dict[str, Tensor], plain: Tensor, own: Tensor) -> dict[str, float | None]:
-    """Correlate the merge's w(t) with that of each known weighting, over the plain loss, by rank."""
-    return {name: rank_correlation(own, values / plain) for name, values in columns.items() if name != "merge"}
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Compute Spearman's correlation, equal values by their mean rank; None where one is constant."""
-
-    def ranks(values: Tensor) -> Tensor:
-        _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-        last = counts.cumsum(0).double()
-        return (last - (counts - 1) / 2)[inverse]
-
-    x, y = (r - r.mean() for r in (ranks(a), ranks(b)))
-    size = float(x.norm() * y.norm())
-    return float(x @ y) / size if size else None
 
 
 def _cosine(base: Tensors, merged: Tensors, other: Tensors) -> float:
@@ -107,17 +87,12 @@ def _cosine(base: Tensors, merged: Tensors, other: Tensors) -> float:
 
 
 def _sentence(summary: dict[str, Any]) -> str:
-    weights = summary["weights"]
-    listed = ", ".join(f"{w:.2f}" for w in weights)
+    listed = ", ".join(f"{w:.2f}" for w in summary["weights"])
     start = f"The merge weighs the ranges, the cleanest first, by {listed}"
-    if summary["cosines"]:
-        name, cosine = max(summary["cosines"].items(), key=lambda item: item[1])
-        return f"{start}; its change and that of {name} have a cosine of {cosine:.2f}."
-    known = {name: c for name, c in summary["correlations"].items() if c is not None}
-    if not known:
+    if not summary["cosines"]:
         return f"{start}."
-    name = max(known, key=lambda one: known[one])
-    return f"{start}; of the known weightings {NAMES[name]} is most like it (rank correlation {known[name]:.2f})."
+    name, cosine = max(summary["cosines"].items(), key=lambda item: item[1])
+    return f"{start}; its change and that of {name} have a cosine of {cosine:.2f}."
 
 
 def draw(finding: Finding) -> dict[str, Any]:
@@ -144,6 +119,8 @@ def _draw_weights(finding: Finding) -> Any:
     right.set(xlabel="timestep", title="the same over a plain loss of the output")
     right.set_yscale("symlog", linthresh=0.1)
     for axis, end in zip((left, right), ends, strict=True):
+        axis.set_xlim(0, t[-1])
+        axis.spines[["top", "right"]].set_visible(False)
         axis.axhline(0, color="0.6", linewidth=0.5)
         for _, edge in finding.summary["ranges"][:-1]:
             axis.axvline(edge, color="0.85", linewidth=0.8, zorder=0)

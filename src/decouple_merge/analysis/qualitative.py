@@ -15,9 +15,10 @@ from .subject import Cost, Finding, Progress, Subject
 
 TITLE = "The same seeds"
 CAPTIONS = {
-    "": "The first report seeds, drawn by every model from the same noise.",
-    "largest": "Of the first report seeds those that the merged model changed most, by mean squared difference to the "
-    "pretrained model's image; the largest change is left.",
+    "": "The first report seeds, drawn by every model from the same noise. Below, the root mean square difference of "
+    "the merged model's image and the pretrained model's, of 255.",
+    "largest": "Of the first report seeds those that the merged model changed most, by root mean square "
+    "difference to the pretrained model's image; the largest change is left.",
 }
 NEEDS = ("experts", "merged", "models")
 NAME = "qualitative"
