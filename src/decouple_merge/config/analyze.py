@@ -37,7 +37,7 @@ class LandscapeRanges(Section):
 
     num_images: PositiveInt = 128
     num_points: Integer = Field(15, ge=3)
-    span: PositiveFloat = 0.25
+    span: PositiveFloat = 0.1
     num_gradient_images: Integer = Field(512, ge=2)
 
 
