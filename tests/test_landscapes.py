@@ -23,6 +23,7 @@ from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.experiment.analyses import analyze
 from decouple_merge.experiment.plan import Plan, prepare
 from decouple_merge.merging.arithmetic import merge
+from decouple_merge.models.export import export_pipeline
 from decouple_merge.storage.files import write_json, write_records, write_tensors
 from test_gradient_similarity import VELOCITY, subject_of
 
@@ -91,7 +92,7 @@ def moved_plan(tiny_config: Callable[..., Config], tmp_path: Path) -> Plan:
         experts.append({k: v + 0.02 * torch.randn(v.shape, generator=draws) for k, v in state.items()})
         write_tensors(folder / "model.safetensors", experts[-1])
         write_json(folder / "expert.json", {"base_sha256": plan.base.sha256})
-    write_tensors(plan.run.merged / "unet" / "diffusion_pytorch_model.safetensors", merge(state, experts, [0.5, 0.5]))
+    export_pipeline(plan.base, merge(state, experts, [0.5, 0.5]), plan.run.merged, None, None)
     trial: dict[str, Any] = {"level": "screen", "metric": "fd", "value": 3.0, "weights": [0.5, 0.5]}
     lost = trial | {"value": None, "weights": [1.0, 1.0]}
     write_records(plan.run.trials, [trial, trial | {"weights": [0.0, 1.0], "value": 4.0}, lost])
