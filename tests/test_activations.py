@@ -9,11 +9,16 @@ import torch
 
 from decouple_merge.analysis import activations
 from decouple_merge.analysis.activations import linear_cka
+from decouple_merge.analysis.fixed import fixed_images
+from decouple_merge.analysis.gradients import GradientRows, sketch_of
 from decouple_merge.analysis.subject import Finding, Subject
 from decouple_merge.config import Analyze
-from decouple_merge.models.base import load_base
+from decouple_merge.data.batches import Batch, LabelledBatch, LatentBatch
+from decouple_merge.models.base import Base, load_base
 from decouple_merge.models.families import FAMILIES
+from decouple_merge.models.family import Family
 from decouple_merge.seeds import generator
+from test_families import EACH, inputs
 
 
 def test_cka_is_the_sum_over_quadruples_that_defines_the_unbiased_hsic() -> None:
@@ -96,6 +101,37 @@ def test_a_bias_moves_its_own_channels_mean_and_no_pixel_from_another(tmp_path: 
         assert (row["channel_change"] > 0) == is_moved
     for figure in activations.draw(finding).values():
         activations.plt.close(figure)
+
+
+def batch_of(base: Base, num: int) -> Batch:
+    """Make images, or latents and what a network is told of them."""
+    draws, told = generator("batch"), inputs(base)
+    condition = {name: value.repeat(num // 2, *[1] * (value.dim() - 1)) for name, value in told.items()}
+    if base.family.is_latent:
+        moments = torch.randn(num, 1, 2, *base.shape, generator=draws)
+        return LatentBatch(moments, condition, {name: value[0] for name, value in condition.items()})
+    pixels = torch.randint(0, 256, (num, *base.shape), generator=draws, dtype=torch.uint8)
+    return LabelledBatch(pixels, condition) if condition else pixels
+
+
+@pytest.mark.parametrize("family", EACH, ids=lambda family: type(family).__name__)
+def test_every_family_has_activations_and_gradients(family: Family, tmp_path: Path) -> None:
+    base = load_base(str(family.save_tiny(tmp_path / "base")))
+    state, draws = base.network.state_dict(), generator("moved")
+    steps = {k: torch.randn(v.shape, generator=draws) for k, v in state.items()}
+    moved = {k: v + 0.05 * steps[k] if v.is_floating_point() else v for k, v in state.items()}
+    batch, ranges = batch_of(base, 4), tuple(base.process.split(2))
+    settings = Analyze.model_validate({"batch_size": 3, "activations": {"num_images": 4}})
+    subject = Subject(base, ranges, [moved, moved], state, settings=settings, images=lambda num: batch)
+    finding = result(subject)
+    assert {row["block"] for row in finding.rows} == set(family.output_layers(base.network))
+    changes = {m: [r["channel_change"] for r in finding.rows if r["model"] == m] for m in activations.MODELS}
+    assert min(changes["expert"]) > 0
+    assert max(changes["merged"]) == 0
+    rows = GradientRows(base, state, sketch_of(state, 1, 0), torch.device("cpu"), 3)
+    found, norms = rows.halves(fixed_images(subject, 4), base.process.spread(ranges[0], 1)[0])
+    torch.testing.assert_close(found.double().square().sum(1), norms, rtol=1e-4, atol=0)
+    assert bool((norms > 0).all())
 
 
 @pytest.mark.parametrize(
