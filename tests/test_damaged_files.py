@@ -192,9 +192,9 @@ def test_too_few_images_to_compare_with_are_found_before_training(
     with pytest.raises(UserError, match=f"{metric} compares with {least - 1} image.*expected at least {least}"):
         check(config, tmp_path / "run")
     enough = tiny_config(evaluate={"metrics": [metric], "num_reference_images": least})
-    check_num_references(enough, 48)
+    check_num_references(enough, 48, 48)
     with pytest.raises(UserError, match=f"compares with {least - 1} image"):
-        check_num_references(enough, least - 1)
+        check_num_references(enough, least - 1, least - 1)
 
 
 # -- the command

@@ -105,6 +105,35 @@ def search_surfaces(trials: list[Trial], metric: str, out: Path) -> None:
     _save(figure, out)
 
 
+def study_ratios(panels: dict[str, list[tuple[str, Any]]], out: Path) -> None:
+    """Draw ratios to the pretrained model with their intervals, a judge a panel, and small dots for training seeds.
+
+    Args:
+        panels: by judge, labels and ratios with ``value``, ``low``, ``high`` and ``by_seed``; the same labels in all.
+    """
+    labels = list(dict.fromkeys(label for lines in panels.values() for label, _ in lines))
+    height = 0.28 * len(labels) + 1.2
+    figure, axes = plt.subplots(
+        1,
+        max(1, len(panels)),
+        figsize=(3 + 2.4 * len(panels), height),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (judge, lines) in zip(axes.flat, panels.items(), strict=False):
+        axis.axvline(1, color="0.8", linewidth=1)
+        for label, ratio in lines:
+            place = labels.index(label)
+            axis.plot([ratio.low, ratio.high], [place, place], color="black", linewidth=1)
+            axis.plot(ratio.by_seed, [place] * len(ratio.by_seed), ".", color="0.5", markersize=4)
+            axis.plot(ratio.value, place, "o", color="crimson", markersize=5)
+        axis.set_title(judge, fontsize=9)
+        axis.set(xlabel="/ pretrained", yticks=range(len(labels)), yticklabels=labels)
+    axes[0, 0].invert_yaxis()
+    _save(figure, out)
+
+
 def _quadratic_basis(weights: np.ndarray) -> np.ndarray:
     pairs = itertools.combinations_with_replacement(range(weights.shape[1]), 2)
     products = [weights[:, i] * weights[:, j] for i, j in pairs]

@@ -10,13 +10,13 @@ from ..errors import UserError
 from .console import NUM_PROCESSES, RANK
 from .files import info, merge
 from .images import sample
-from .runs import analyze, finetune, fisher, pretrain, run, search
+from .runs import analyze, finetune, fisher, pretrain, run, search, study
 from .scores import evaluate, stats
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
-for verb in (run, finetune, search, analyze, fisher, merge, info, sample, evaluate, stats, pretrain):
+for verb in (run, finetune, search, analyze, fisher, merge, info, sample, evaluate, stats, pretrain, study):
     app.command()(verb)
 
 

@@ -1,4 +1,4 @@
-"""The verbs of a run folder: ``run``, ``finetune``, ``search``, ``fisher``, ``analyze`` and ``pretrain``."""
+"""The verbs of a run folder: ``run``, ``finetune``, ``search``, ``fisher``, ``analyze``, ``study`` and ``pretrain``."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,6 +125,29 @@ def analyze(
     settings = validate(Analyze, values, "--set of deme analyze", chosen)
     names = only or (["sensitivity"] if others else [])
     show(analyses.analyze(opened, names, settings, dry_run, wait, others))
+
+
+def study(
+    study_file: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML study, see configs/")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the study; runs/<study name> where not given")] = None,
+    overrides: Set = None,
+    executor: Annotated[str | None, typer.Option(metavar="NAME", help="Where its pieces run, such as local")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what it would take")] = False,
+    wait: Wait = False,
+) -> None:
+    """Run every arm of a study on every training seed; the tables compare them by every judge.
+
+    Run it again to resume: what is finished is not done twice, and what arms share is done once.
+
+    Example: `deme study configs/study-fashion.yaml --dry-run`
+    """
+    from ..config import load_study
+    from ..experiment.study import run_study
+    from ..experiment.study_plan import describe_study
+
+    settings = load_study(study_file, [*(overrides or []), *([f"executor={executor}"] if executor else [])])
+    folder = out or Path("runs") / study_file.stem
+    show(describe_study(settings, folder) if dry_run else run_study(settings, folder, wait))
 
 
 def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None, wait: Wait = False) -> None:

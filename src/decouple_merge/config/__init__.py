@@ -5,7 +5,7 @@ Imports errors, seeds, storage.
 
 from .analyze import Analyze
 from .data import Data
-from .evaluate import Evaluate
+from .evaluate import Evaluate, Reference
 from .finetune import Finetune, Lora, Projection, Ranges
 from .loader import dump_config, load_config, validate
 from .merge import Merge
@@ -17,6 +17,7 @@ from .sample import Drawing, Sample, Text
 from .search import Search
 from .section import Precision, Section
 from .stats import Stats
+from .study import Study, arm_configs, dump_study, load_study
 from .training import Density, Distance, Ema, Training
 
 __all__ = [
@@ -39,17 +40,22 @@ __all__ = [
     "Protocol",
     "Ranges",
     "Recipe",
+    "Reference",
     "Sample",
     "Search",
     "Section",
     "Stats",
+    "Study",
     "Text",
     "TextEncoder",
     "Training",
     "Vae",
+    "arm_configs",
     "dump_config",
+    "dump_study",
     "load_config",
     "load_protocol",
+    "load_study",
     "parse_recipe",
     "validate",
 ]

@@ -30,15 +30,20 @@ def check_evaluate(config: Config, base: Base) -> None:
         raise UserError(f"evaluate.metrics has {with_texts[0]}, but {config.base} reads no texts; take another metric")
 
 
-def check_num_references(config: Config, num_images: int) -> None:
-    """Require that the data has as many images as the metrics compare with.
+def check_num_references(config: Config, num_images: int, num_reported: int) -> None:
+    """Require that there are as many images as the metrics compare with.
+
+    Args:
+        num_images: of the data, with which the search compares.
+        num_reported: of the images with which the report compares.
 
     Raises:
         UserError: as said.
     """
-    num = min(config.evaluate.num_reference_images or num_images, num_images)
     watched = [d.metric for d in (config.finetune.distance,) if d is not None]
-    for metric in [*config.evaluate.metrics, config.search.metric, *watched]:
+    compared = [(metric, num_reported) for metric in config.evaluate.metrics]
+    for metric, found in [*compared, *((m, num_images) for m in (config.search.metric, *watched))]:
+        num = min(config.evaluate.num_reference_images or found, found)
         least = METRICS[metric].min_reference_images
         if METRICS[metric].needs not in (None, "texts") and num < least:
             raise UserError(

@@ -19,6 +19,9 @@ from ..training.trainer import Task
 from .plan import BASELINE, Plan
 from .watch import compared_of, global_batch, train_watched
 
+# A task with its settings and the folder of its result.
+Training = tuple[Task, Finetune, Path]
+
 
 def expert_task(plan: Plan, index: int) -> Task:
     """Say what an expert is trained on."""
@@ -36,6 +39,15 @@ def _baseline_settings(plan: Plan) -> Finetune:
     return plan.config.finetune.model_copy(update={"num_updates": num_updates, **changes})
 
 
+def trainings(plan: Plan) -> list[Training]:
+    """List what a run trains, each with its settings and its folder: its experts, and last the baseline if any."""
+    settings = plan.config.finetune
+    found = [(expert_task(plan, i), settings, plan.run.expert(i)) for i in range(len(plan.ranges))]
+    return found + (
+        [(_baseline_task(plan), _baseline_settings(plan), plan.run.baseline(BASELINE))] if settings.baseline else []
+    )
+
+
 def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) -> Iterator[str | StepRecord]:
     """Finetune the experts, or one of them, and the baseline where the config asks for it.
 
@@ -51,12 +63,14 @@ def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) ->
     settings, num = plan.config.finetune, len(plan.ranges)
     if only is not None and not 0 <= only < num:
         raise UserError(f"range {only} doesn't exist, expected 0 to {num - 1}")
-    calls = [(plan, expert_task(plan, i), settings, plan.run.expert(i)) for i in range(num) if only in (None, i)]
-    if settings.baseline and only is None:
+    calls = [(plan, *training) for training in trainings(plan)]
+    if only is not None:
+        calls = [calls[only]]
+    elif settings.baseline:
         # It is the longest, so it starts first.
-        calls.insert(0, (plan, _baseline_task(plan), _baseline_settings(plan), plan.run.baseline(BASELINE)))
+        calls = [calls[-1], *calls[:-1]]
     locks = [plan.run.lock("run")] if only is None else []
-    locks += [plan.run.lock(call[1].name) for call in calls if not _is_finished(call[-1])]
+    locks += [plan.run.lock(call[1].name) for call in calls if not is_finished(call[-1])]
     with ExitStack() as held:
         for lock in locks:
             yield from enter(lock, wait)
@@ -64,7 +78,8 @@ def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) ->
         yield from _finetune(plan, calls)
 
 
-def _is_finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
+    """Say whether a folder holds the result of a training."""
     return (folder / "model.safetensors").exists()
 
 
@@ -72,9 +87,9 @@ def _finetune(plan: Plan, calls: list[tuple[Plan, Task, Finetune, Path]]) -> Ite
     """Do the trainings that aren't finished, by now."""
     distance = plan.config.finetune.distance
     for *_, folder in calls:
-        if _is_finished(folder) and is_first():
+        if is_finished(folder) and is_first():
             shutil.rmtree(folder / "state", ignore_errors=True)
-    unfinished: list[tuple[Any, ...]] = [call for call in calls if not _is_finished(call[-1])]
+    unfinished: list[tuple[Any, ...]] = [call for call in calls if not is_finished(call[-1])]
     check_shared(plan.run.folder, f"{len(unfinished)} unfinished trainings")
     if unfinished:
         # Before several processes ask for them at once.

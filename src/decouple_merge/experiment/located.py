@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
+from ..config import Config, Reference
 from ..data.sources import located_source
 
 SQLITE = "sqlite:///"
@@ -28,6 +28,7 @@ def located(config: Config) -> Config:
         ),
         evaluate=_changed(
             config.evaluate,
+            reference=_located_reference(config.evaluate.reference),
             inception_weights=_absolute(config.evaluate.inception_weights),
             dinov2=_located_name(config.evaluate.dinov2),
             clip=_located_name(config.evaluate.clip),
@@ -46,6 +47,12 @@ def _absolute(path: Path | None) -> Path | None:
 
 def _located_name(name: Any) -> Any:
     return str(Path(name).absolute()) if name and Path(name).exists() else name
+
+
+def _located_reference(reference: Reference | None) -> Reference | None:
+    if reference is None or reference.source is None:
+        return reference
+    return _changed(reference, source=located_source(reference.source))
 
 
 def _located_url(url: str | None) -> str | None:

@@ -31,6 +31,7 @@ from ..storage.run_folder import Run
 from ..training.checks import check_finetune
 from .located import located
 from .manifest import check_owner, claim, manifest
+from .reported import report_references
 
 BASELINE = "baseline-finetuned"
 
@@ -81,7 +82,7 @@ def check(config: Config, out: Path) -> Plan:
     check_search(config.search, base, len(ranges))
     images = load_images(config.data, base.channels, base.image_size)
     split(images, config.data)
-    check_num_references(config, len(images))
+    check_num_references(config, len(images), len(report_references(config, base, images)[1]))
     return image_plan(config, out, base, tuple(ranges), images)
 
 

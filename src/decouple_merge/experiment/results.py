@@ -21,7 +21,7 @@ from ..sampling.folder import write_images
 from ..sampling.sampler import Denoiser, denoiser, sample_images, sampling_copy, sampling_fields
 from ..storage.files import append_record, read_records, read_tensors
 from .plan import BASELINE, Plan, load_experts
-from .watch import compared_of
+from .watch import reported_with
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) ->
             extractor = load_extractor(name, device, weights_of(name, config.evaluate))
             compared[name] = extractor, text_reference(prompts.prompts, prompts.choose(seeds), extractor)
         else:
-            compared[name] = compared_of(plan, name)
+            compared[name] = reported_with(plan, name)
     batches = sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device, prompts=prompts)
     drawn = sampling_fields(plan.base, config.sample, prompts.label if prompts else None)
     for metric, value in score(batches, metrics, list(compared.values())).items():
@@ -86,9 +86,9 @@ def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) ->
         yield make_record(model, metric, value, len(seeds), seeds, used | drawn)
 
 
-def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
-    """Score every model of the result table on every set of report seeds; yields the table's rows."""
-    config, device = plan.config, default_device()
+def evaluate_models(plan: Plan, models: list[str]) -> Iterator[dict[str, Any]]:
+    """Score models on every set of report seeds; yields the records that were missing, which are then in the run's."""
+    config = plan.config
     done = {
         (r["model"], r["metric"], r["seeds"][0])
         for r in read_records(plan.run.metrics, model=str, metric=str, seeds=list)
@@ -96,19 +96,24 @@ def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
     calls: list[tuple[Any, ...]] = []
     for index in range(config.evaluate.num_seed_sets):
         seeds = _seed_set(config, index)
-        for model in report_models(plan):
+        for model in models:
             missing = [m for m in config.evaluate.metrics if (model, m, seeds.start) not in done]
             if missing:
                 calls.append((plan, model, seeds, missing))
     # Cached before several processes ask for it at once.
     for name in extractors_of([m for *_, missing in calls for m in missing]):
         if not EXTRACTORS[name].reads_texts:
-            compared_of(plan, name)
+            reported_with(plan, name)
     for record in run_all(_evaluate_model, calls, config.num_processes, config.executor):
         append_record(plan.run.metrics, record)
         yield record
+
+
+def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
+    """Score every model of the result table on every set of report seeds; yields the table's rows."""
+    yield from evaluate_models(plan, report_models(plan))
     for model in report_models(plan):
-        _write_samples(plan, model, device)
+        _write_samples(plan, model, default_device())
     yield from result_table(plan)
 
 

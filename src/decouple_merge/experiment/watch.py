@@ -20,12 +20,19 @@ from ..training.loop import train
 from ..training.records import StepRecord
 from ..training.trainer import Task
 from .plan import Plan
+from .reported import report_references
 
 
 def compared_of(plan: Plan, extractor: str) -> tuple[Extractor, Reference]:
-    """Open a feature network and what a run's images are compared with."""
+    """Open a feature network and what the images of a run's trainings and search are compared with."""
     config = plan.config
     return open_compared(extractor, config.evaluate, config.data.source, plan.references, default_device())
+
+
+def reported_with(plan: Plan, extractor: str) -> tuple[Extractor, Reference]:
+    """Open a feature network and what the images of a run's report are compared with."""
+    name, images = report_references(plan.config, plan.base, plan.references)
+    return open_compared(extractor, plan.config.evaluate, name, images, default_device())
 
 
 def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Callable[[Tensors], float]:

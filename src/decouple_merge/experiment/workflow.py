@@ -13,7 +13,7 @@ from ..storage.locks import enter, hold
 from ..storage.run_folder import Run
 from ..training.records import StepRecord
 from .finetuning import finetune_experts
-from .plan import load_experts, prepare
+from .plan import Plan, load_experts, prepare
 from .results import Row, evaluate_run, report_models
 from .selection import search_weights
 
@@ -41,5 +41,10 @@ def run(config: Config, out: Path, wait: bool = False) -> Iterator[Event]:
         norms = task_vector_norms(plan.base.network.state_dict(), load_experts(plan))
         yield "task vector norms: " + ", ".join(f"{n:.3f}" for n in norms)
         yield from search_weights(plan)
-        yield from evaluate_run(plan)
-        sample_grid({m: plan.run.samples(m) for m in report_models(plan)}, plan.run.sample_figure)
+        yield from report(plan)
+
+
+def report(plan: Plan) -> Iterator[dict[str, Any] | Row]:
+    """Score every model of the result table, and draw the figure of their samples; of a run whose search is done."""
+    yield from evaluate_run(plan)
+    sample_grid({m: plan.run.samples(m) for m in report_models(plan)}, plan.run.sample_figure)

@@ -1,0 +1,43 @@
+"""What a run's report compares with: the data, or images that neither training nor search sees."""
+
+from ..config import Config, Data
+from ..data.images import Images
+from ..data.sources import load_images
+from ..errors import UserError
+from ..models.base import Base
+
+
+def reference_data(config: Config) -> Data:
+    """Say where the images are that a report compares with; they are brought to the base's size as the data is."""
+    data, asked = config.data, config.evaluate.reference
+    if asked is None:
+        return data
+    # A folder of its own is that of one known set.
+    place = {} if asked.source in (None, data.source) else {"source": asked.source, "path": None}
+    return data.model_copy(update={"split": asked.split, **place})
+
+
+def report_references(config: Config, base: Base, images: Images) -> tuple[str, Images]:
+    """Open the images that a report compares with; returns their name, as records carry it, and them.
+
+    Args:
+        images: the data's.
+
+    Raises:
+        UserError: they can't be opened for this base, or are those of the data.
+    """
+    data = reference_data(config)
+    if data == config.data:
+        if config.evaluate.reference is not None:
+            raise UserError(
+                f"evaluate.reference is {data.source}, split {data.split}, which is the data itself; expected images "
+                "that training and search don't see, such as evaluate.reference.split=test; or leave it out"
+            )
+        return data.source, images
+    found = load_images(data, base.channels, base.image_size)
+    if found.sha256 == images.sha256:
+        raise UserError(
+            f"evaluate.reference is {data.source}, split {data.split}, which holds the same images as the data; "
+            "expected images that training and search don't see"
+        )
+    return (data.source if data.split == config.data.split else f"{data.source} {data.split}"), found

@@ -1,0 +1,127 @@
+"""What the runs of a study have in common: a training and the numbers of a model, done once and linked or copied."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..config import Finetune
+from ..storage.files import atomic_path, read_records, write_records
+from ..storage.locks import hold
+from ..storage.study_folder import StudyFolder
+from ..training.records import StepRecord
+from ..training.trainer import Task
+from .finetuning import Training, is_finished, trainings
+from .plan import BASELINE, Plan
+from .reported import report_references
+from .results import evaluate_models, report_models
+from .watch import train_watched
+
+Record = dict[str, Any]
+
+
+def training_key(plan: Plan, task: Task, settings: Finetune) -> str:
+    """Hash all that the result of a training depends on, its log included."""
+    config = plan.config
+    parts = {
+        **_of_base(plan),
+        "images": plan.images.sha256,
+        "data": _plain(config.data, "num_workers"),
+        "seed": config.seed,
+        "task": asdict(task),
+        # The ranges that these make are the task's.
+        "settings": _plain(settings, "num_ranges", "ranges", "baseline"),
+    }
+    if settings.distance is not None:
+        parts["distance"] = [_plain(config.sample), _plain(config.evaluate), list(config.distance_seeds)]
+    return _hash(parts)
+
+
+def drawing_key(plan: Plan, model: str) -> str | None:
+    """Hash all that the numbers of a model depend on; None where no other run is known to have the same model."""
+    every = trainings(plan)
+    made_of: dict[str, list[Training]] = {
+        "pretrained": [],
+        BASELINE: [t for t in every if t[0].name == BASELINE],
+        "ensemble": [t for t in every if t[0].name != BASELINE],
+    }
+    if model not in made_of:
+        return None
+    _, references = report_references(plan.config, plan.base, plan.references)
+    return _hash(
+        {
+            **_of_base(plan),
+            "model": model,
+            "trainings": [training_key(plan, task, settings) for task, settings, _ in made_of[model]],
+            "sample": _plain(plan.config.sample, "batch_size"),
+            "evaluate": _plain(plan.config.evaluate, "metrics", "num_seed_sets", "num_sample_images"),
+            "reference": references.sha256,
+        }
+    )
+
+
+def _of_base(plan: Plan) -> Record:
+    found: Record = {"base": [plan.config.base, plan.base.sha256]}
+    return found | ({"text": [_plain(plan.config.text), plan.prompts]} if plan.base.encoders else {})
+
+
+def _plain(section: Any, *excluded: str) -> Record:
+    return section.model_dump(mode="json", exclude=set(excluded))
+
+
+def _hash(parts: Record) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def train_shared(plan: Plan, training: Training, study: StudyFolder) -> Iterator[StepRecord]:
+    """Do a run's training where no run of the study has done the same, and link its files into the run's folder.
+
+    Another process that does the same just now is waited for.
+    """
+    task, settings, folder = training
+    if is_finished(folder):
+        return
+    key = training_key(plan, task, settings)
+    place = study.training(key)
+    with hold(study.lock(key), "deme study", wait=True):
+        if not is_finished(place):
+            yield from train_watched(plan, task, settings, place)
+    with atomic_path(folder) as temporary:
+        shutil.copytree(place, temporary, copy_function=_link, ignore=shutil.ignore_patterns("state", ".deme-*"))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(Path(source).resolve(), target)
+    except OSError:  # Not all file systems have links.
+        shutil.copy2(source, target)
+
+
+def evaluate_shared(plan: Plan, study: StudyFolder) -> Iterator[Record]:
+    """Score those models of a run that other runs of the study have too, where none of these has; yields records."""
+    for model in report_models(plan):
+        if (key := drawing_key(plan, model)) is None:
+            continue
+        shared = study.records(key)
+        with hold(study.lock(key), "deme study", wait=True):
+            own = read_records(plan.run.metrics)
+            write_records(plan.run.metrics, _joined(own, read_records(shared)))
+            yield from evaluate_models(plan, [model])
+            write_records(shared, _joined(read_records(shared), _of(model, read_records(plan.run.metrics))))
+
+
+def _joined(own: list[Record], others: list[Record]) -> list[Record]:
+    known = {_identity(r) for r in own}
+    return own + [r for r in others if _identity(r) not in known]
+
+
+def _identity(record: Record) -> tuple[Any, ...]:
+    return record["model"], record["metric"], tuple(record["seeds"])
+
+
+def _of(model: str, records: list[Record]) -> list[Record]:
+    return [r for r in records if r["model"] == model]

@@ -1,0 +1,167 @@
+"""A study: many runs over one base, as one job. Its pieces are trainings and runs, which any executor does."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import Config, Study, arm_configs, dump_study
+from ..data.latents import Latents
+from ..errors import UserError
+from ..executors import check_executor, run_all
+from ..searching.trial import Trial
+from ..storage.files import read_records, write_text
+from ..storage.locks import hold
+from ..storage.outputs import RUN, check_output
+from ..storage.run_folder import LOCKS
+from ..storage.study_folder import StudyFolder
+from ..training.records import StepRecord
+from . import workflow
+from .finetuning import is_finished, trainings
+from .located import located
+from .manifest import check_owner
+from .plan import BASELINE, Plan, check, prepare
+from .results import report_models
+from .selection import search_weights
+from .sharing import evaluate_shared, train_shared, training_key
+from .study_results import write_results
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a study's work, for one process: one training of a run, or all else of it.
+
+    Attributes:
+        task: the name of the training; None is the rest, which also does the trainings that nobody has done.
+    """
+
+    name: str
+    config: Config
+    run: Path
+    study: Path
+    task: str | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run of a study has all its numbers."""
+
+    name: str
+
+
+# By arm and training seed.
+Plans = dict[tuple[str, int], Plan]
+
+
+def open_plans(study: Study, folder: StudyFolder) -> Plans:
+    """Open and check every run of a study; computes and writes nothing.
+
+    Raises:
+        UserError: a run is wrong, as ``plan.check`` says, with the name of its arm; or the folder is not a study's.
+    """
+    check_executor(study.executor)
+    out = folder.folder
+    check_output(out, RUN, [study.config])
+    found = [] if folder.config.exists() or not out.exists() else list(out.iterdir())
+    if any(not p.name.startswith(".") and p.name != LOCKS for p in found):
+        raise UserError(f"{out} is not empty and no study's (no study.yaml); give another --out")
+    plans: Plans = {}
+    for (arm, seed), config in arm_configs(study).items():
+        run = folder.run(arm, seed)
+        try:
+            if seed == study.seeds[0]:
+                plans[arm, seed] = check(config, run.folder)
+            else:
+                # The arm's runs differ in the seed alone.
+                config = located(config)
+                check_owner(run, config, [config.base, config.data.source])
+                plans[arm, seed] = dataclasses.replace(plans[arm, study.seeds[0]], config=config, run=run)
+        except UserError as error:
+            raise UserError(f"arm {arm}: {error}") from error
+    return plans
+
+
+def is_complete(plan: Plan) -> bool:
+    """Say whether a run has all numbers and figures."""
+    evaluate = plan.config.evaluate
+    found = {(r["model"], r["metric"], r["seeds"][0]) for r in read_records(plan.run.metrics, seeds=list)}
+    firsts = [evaluate.first_seed + i * evaluate.num_images for i in range(evaluate.num_seed_sets)]
+    wanted = {(model, metric, f) for model in report_models(plan) for metric in evaluate.metrics for f in firsts}
+    return wanted <= found and plan.run.sample_figure.exists()
+
+
+def pieces(plans: Plans, folder: StudyFolder) -> list[Piece]:
+    """List the work that is left, arm by arm: first an arm's trainings, each once in the study, then its runs.
+
+    The baseline is the longest training, so it comes first.
+    """
+    found, known = [], set[str]()
+    for arm in dict.fromkeys(arm for arm, _ in plans):
+        of_arm = {f"{arm}-{seed}": plan for (a, seed), plan in plans.items() if a == arm and not is_complete(plan)}
+        for name, plan in of_arm.items():
+            for task, settings, place in sorted(trainings(plan), key=lambda t: t[0].name != BASELINE):
+                key = training_key(plan, task, settings)
+                if key not in known and not is_finished(place) and not is_finished(folder.training(key)):
+                    known.add(key)
+                    found.append(Piece(name, plan.config, plan.run.folder, folder.folder, task.name))
+        found += [Piece(name, plan.config, plan.run.folder, folder.folder, None) for name, plan in of_arm.items()]
+    return found
+
+
+def run_study(study: Study, out: Path, wait: bool = False) -> Iterator[str | StepRecord]:
+    """Do every run of a study; what is finished already is not done again. The tables grow with every run.
+
+    Raises:
+        UserError: as ``open_plans``, before anything is computed; or another process works on the folder.
+    """
+    folder = StudyFolder(out)
+    plans = open_plans(study, folder)
+    with hold(folder.lock("study"), "deme study", wait):
+        write_text(folder.config, dump_study(study))
+        for plan in plans.values():
+            if isinstance(plan.images, Latents):
+                yield from plan.images.fill()
+        left = pieces(plans, folder)
+        num_trainings = sum(piece.task is not None for piece in left)
+        yield f"study: {num_trainings} trainings and {len(left) - num_trainings} of {len(plans)} runs are left"
+        for event in run_all(_work, [(piece,) for piece in left], study.num_processes, study.executor):
+            if isinstance(event, Finished):
+                write_results(study, plans, folder)
+                yield f"{event.name}: finished"
+            else:
+                yield event
+        yield write_results(study, plans, folder)
+        yield f"tables: {folder.results('md')}"
+
+
+def _work(piece: Piece) -> Iterator[str | StepRecord | Finished]:
+    folder, plan = StudyFolder(piece.study), prepare(piece.config, piece.run)
+    for event in _events(piece, plan, folder):
+        if isinstance(event, StepRecord):
+            yield dataclasses.replace(event, name=f"{piece.name}/{event.name}")
+        elif isinstance(event, str):
+            yield f"{piece.name}: {event}"
+        elif isinstance(event, Trial) and event.level != "screen":
+            yield f"{piece.name}: {event.level} {event.number}: {event.value:.4g}"
+        # All other numbers are in the tables.
+    if piece.task is None:
+        yield Finished(piece.name)
+
+
+def _events(piece: Piece, plan: Plan, folder: StudyFolder) -> Iterator[workflow.Event]:
+    every = trainings(plan)
+    if piece.task is not None:
+        for training in every:
+            if training[0].name == piece.task:
+                yield from train_shared(plan, training, folder)
+        return
+    with hold(plan.run.lock("run"), "deme study", wait=True):
+        # The baseline takes as long as all experts together; until the report nobody waits for it.
+        for training in every:
+            if training[0].name != BASELINE:
+                yield from train_shared(plan, training, folder)
+        yield from search_weights(plan)
+        for training in every:
+            yield from train_shared(plan, training, folder)
+        yield from evaluate_shared(plan, folder)
+        yield from workflow.report(plan)

@@ -1,0 +1,180 @@
+"""What a study will take, in hours, images and disk: counted from its plans and a short piece of each kind of work."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import Study
+from ..data.batches import training_batches
+from ..data.latents import Latents
+from ..evaluation.extractors import load_extractor, weights_of
+from ..evaluation.metrics import extractors_of
+from ..executors.devices import default_device
+from ..models.network import num_parameters
+from ..sampling.sampler import denoiser, sampling_copy
+from ..searching.levels import levels
+from ..storage.study_folder import StudyFolder
+from ..training.trainer import Trainer
+from .finetuning import Training, is_finished, trainings
+from .plan import Plan
+from .results import report_models
+from .sharing import drawing_key, training_key
+from .study import is_complete, open_plans
+
+# What a piece is timed on, after one to warm up.
+NUM_TIMED_UPDATES, NUM_TIMED_IMAGES = 4, 64
+
+
+# A training with a teacher, and one without.
+Examples = dict[bool, tuple[Plan, Training]]
+
+
+@dataclass
+class Work:
+    """What is left of a study, in images.
+
+    Attributes:
+        trained: images that updates see, in trainings without and with a teacher.
+        steps: images × steps of the sampler.
+        features: images that each feature network sees.
+    """
+
+    trained: dict[bool, int]
+    steps: int
+    drawn: int
+    features: dict[str, int]
+    num_trainings: int
+    num_runs: int
+
+
+def count_work(
+    plans: dict[tuple[str, int], Plan], folder: StudyFolder
+) -> tuple[Work, dict[bool, tuple[Plan, Training]]]:
+    """Count what is left, shared work once; returns with it a training of each kind to time."""
+    work, examples, known = Work({}, 0, 0, {}, 0, 0), Examples(), set[str]()
+    for plan in plans.values():
+        if is_complete(plan):
+            continue
+        work.num_runs += 1
+        for training in trainings(plan):
+            task, settings, place = training
+            key = training_key(plan, task, settings)
+            if key in known or is_finished(place) or is_finished(folder.training(key)):
+                continue
+            known.add(key)
+            has_teacher = settings.consistency_weight > 0
+            examples.setdefault(has_teacher, (plan, training))
+            num = settings.num_updates * settings.batch_size * settings.accumulation
+            work.trained[has_teacher] = work.trained.get(has_teacher, 0) + num
+            work.num_trainings += 1
+        config = plan.config
+        for level in levels(config, len(config.search.checkpoints) or len(plan.ranges)):
+            num = level.num_candidates * len(level.seeds)
+            _draw(work, num, level.num_steps or config.sample.num_steps, [config.search.metric])
+        for model in report_models(plan):
+            key = drawing_key(plan, model) or f"{plan.run.folder} {model}"
+            if key not in known:
+                known.add(key)
+                num = config.evaluate.num_images * config.evaluate.num_seed_sets
+                _draw(work, num, config.sample.num_steps, config.evaluate.metrics)
+    return work, examples
+
+
+def _draw(work: Work, num_images: int, num_steps: int, metrics: list[str]) -> None:
+    work.drawn += num_images
+    work.steps += num_images * num_steps
+    for name in extractors_of(metrics):
+        work.features[name] = work.features.get(name, 0) + num_images
+
+
+def describe_study(study: Study, out: Path) -> Iterator[str]:
+    """Check every run of a study, and say what is left of it and what that will take; writes nothing.
+
+    Raises:
+        UserError: as ``open_plans``.
+    """
+    folder = StudyFolder(out)
+    plans = open_plans(study, folder)
+    work, examples = count_work(plans, folder)
+    yield f"study: {len(study.arms)} arms x {len(study.seeds)} seeds: {', '.join(study.arms)}"
+    num_trained = sum(work.trained.values())
+    yield f"left: {work.num_runs} of {len(plans)} runs, {work.num_trainings} trainings of {num_trained:,} images"
+    yield f"left: {work.drawn:,} images to draw, {work.steps:,} steps of the sampler"
+    plan = next(iter(plans.values()))
+    judges = dict.fromkeys(m for p in plans.values() for m in p.config.evaluate.metrics)
+    yield f"judges: {', '.join(judges)}"
+    size = 4 * num_parameters(plan.base.network)
+    state = study.num_processes * 5 * size
+    yield (
+        f"disk: about {(size * (work.num_trainings + work.num_runs) + state) / 1e9:.2f} GB of weights, "
+        f"{state / 1e9:.2f} GB of it until trainings are finished"
+    )
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_threads // study.num_processes))
+    try:
+        yield from _describe_time(study, work, examples, plan)
+    finally:
+        torch.set_num_threads(num_threads)
+    yield f"folder: {out}"
+
+
+def _describe_time(study: Study, work: Work, examples: Examples, plan: Plan) -> Iterator[str]:
+    if work.num_runs == 0:
+        return
+    if isinstance(plan.images, Latents):
+        yield "hours: unknown, since latents are cached only when the study starts"
+        return
+    parts = {
+        "training": sum(work.trained[kind] * _seconds_to_train(*example) for kind, example in examples.items()),
+        "drawing": work.steps * _seconds_to_step(plan),
+        "features": sum(num * _seconds_to_see(plan, name) for name, num in work.features.items()),
+    }
+    hours = {name: seconds / 3600 / study.num_processes for name, seconds in parts.items()}
+    yield (
+        f"hours: about {sum(hours.values()):.1f} = "
+        + " + ".join(f"{name} {value:.1f}" for name, value in hours.items())
+        + f", timed just now on one process and divided by num_processes, {study.num_processes}"
+    )
+
+
+def _seconds_to_train(plan: Plan, training: Training) -> float:
+    """Time an image of an update, in memory."""
+    task, settings, _ = training
+    trainer, total = Trainer(plan.base, task, settings, plan.config.seed), NUM_TIMED_UPDATES + 1
+    num = total * settings.accumulation
+    batches = training_batches(plan.images, plan.config.data, settings.batch_size, plan.config.seed, 0, num)
+    trainer.update(batches)
+    return _seconds(lambda: trainer.update(batches), NUM_TIMED_UPDATES) / settings.batch_size / settings.accumulation
+
+
+def _seconds_to_step(plan: Plan) -> float:
+    """Time a step of the sampler for one image, with its guidance."""
+    device, config = default_device(), plan.config
+    model = denoiser(plan.base, sampling_copy(plan.base.network, config.sample, device))
+    seeds = config.search_seeds[: config.sample.batch_size]
+    x, prompts = torch.zeros(len(seeds), *plan.base.shape, device=device), plan.open_prompts(device)
+    if prompts is not None:
+        model = prompts.guide(model, seeds)
+    with torch.no_grad():
+        model(x, 0)
+        return _seconds(lambda: model(x, 0), 2) / len(x)
+
+
+def _seconds_to_see(plan: Plan, name: str) -> float:
+    """Time a feature network on one image."""
+    extractor = load_extractor(name, default_device(), weights_of(name, plan.config.evaluate))
+    images = plan.references.stack(list(range(min(NUM_TIMED_IMAGES, len(plan.references)))))
+    extractor.extract(images)
+    return _seconds(lambda: extractor.extract(images), 1) / len(images)
+
+
+def _seconds(work: Callable[[], object], times: int) -> float:
+    started = time.monotonic()
+    for _ in range(times):
+        work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.monotonic() - started) / times

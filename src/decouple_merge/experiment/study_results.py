@@ -1,0 +1,189 @@
+"""The tables and the figure of a study: every arm by every judge, from the records of its runs."""
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..analysis.figures import study_ratios
+from ..config import Study
+from ..evaluation.intervals import Ratio, paired_ratio
+from ..evaluation.metrics import METRICS
+from ..storage.files import read_records, write_json, write_text
+from ..storage.study_folder import StudyFolder
+from .plan import BASELINE, Plan
+from .results import report_models
+from .sharing import drawing_key
+
+Plans = dict[tuple[str, int], Plan]
+# By training seed, a number for each set of report seeds.
+Values = dict[int, list[float]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a judge says of a model of an arm.
+
+    Attributes:
+        arms: all that have this very model.
+        values: by training seed, of each set of report seeds.
+        low, high: of the means of the training seeds.
+        to_pretrained, to_equal_compute: paired by training seed and set; None where there is nothing to compare with.
+    """
+
+    metric: str
+    model: str
+    arms: list[str]
+    values: Values
+    mean: float
+    low: float
+    high: float
+    to_pretrained: Ratio | None
+    to_equal_compute: Ratio | None
+
+
+def study_lines(study: Study, plans: Plans) -> Iterator[Line]:
+    """Yield a line for each judge and model that has numbers; a model that several arms share has one line."""
+    metrics = list(dict.fromkeys(m for plan in plans.values() for m in plan.config.evaluate.metrics))
+    records = {place: read_records(plan.run.metrics) for place, plan in plans.items()}
+    keys = {
+        (arm, model): _identity(study, plans, arm, model)
+        for arm in study.arms
+        for model in report_models(plans[arm, study.seeds[0]])
+    }
+    models = list(dict.fromkeys(model for _, model in keys))
+    for metric in metrics:
+        found = {(arm, model): _values(study, records, arm, model, metric) for arm, model in keys}
+        for model in models:
+            for key in dict.fromkeys(key for (_, m), key in keys.items() if m == model):
+                arms = [arm for arm in study.arms if keys.get((arm, model)) == key]
+                # Until all runs are finished, some that share a model don't have its numbers yet.
+                arm = max(arms, key=lambda a: len(found[a, model]))
+                if values := found[arm, model]:
+                    equal = _equal_compute(study, plans, arm)
+                    others = found.get((arm, "pretrained"), {}), found.get((equal, BASELINE), {}) if equal else {}
+                    yield _line(study, metric, model, arms, values, *others)
+
+
+def _identity(study: Study, plans: Plans, arm: str, model: str) -> tuple[str, ...]:
+    """Tell models from each other; what no key is known of is the arm's own."""
+    return tuple(drawing_key(plans[arm, seed], model) or f"{arm} {model}" for seed in study.seeds)
+
+
+def _values(study: Study, records: dict[Any, list[dict[str, Any]]], arm: str, model: str, metric: str) -> Values:
+    found: Values = {}
+    for seed in study.seeds:
+        of_sets = {
+            tuple(r["seeds"]): r["value"] for r in records[arm, seed] if (r["model"], r["metric"]) == (model, metric)
+        }
+        if of_sets:
+            found[seed] = [of_sets[s] for s in sorted(of_sets)]
+    # A run that is being evaluated has not all sets yet.
+    most = max(map(len, found.values()), default=0)
+    return {seed: values for seed, values in found.items() if len(values) == most}
+
+
+def _equal_compute(study: Study, plans: Plans, arm: str) -> str | None:
+    """Name the arm whose baseline an arm is compared with: itself, or the first that has one of as much compute."""
+
+    def num_images(name: str) -> int:
+        plan = plans[name, study.seeds[0]]
+        settings = plan.config.finetune
+        return len(plan.ranges) * settings.num_updates * settings.batch_size * settings.accumulation
+
+    with_one = [a for a in study.arms if BASELINE in report_models(plans[a, study.seeds[0]])]
+    if arm in with_one:
+        return arm
+    return next((a for a in with_one if num_images(a) == num_images(arm)), None)
+
+
+def _line(
+    study: Study, metric: str, model: str, arms: list[str], values: Values, pretrained: Values, equal: Values
+) -> Line:
+    means = [sum(v) / len(v) for v in values.values()]
+    return Line(
+        metric,
+        model,
+        arms,
+        values,
+        sum(means) / len(means),
+        min(means),
+        max(means),
+        None if model == "pretrained" else _ratio(study, values, pretrained),
+        None if model in ("pretrained", BASELINE) else _ratio(study, values, equal),
+    )
+
+
+def _ratio(study: Study, values: Values, others: Values) -> Ratio | None:
+    common = [seed for seed in values if seed in others and len(values[seed]) == len(others[seed])]
+    if not common:
+        return None
+    a, b = (_stacked(side, common) for side in (values, others))
+    return paired_ratio(a, b, study.num_resamples)
+
+
+def _stacked(values: Values, seeds: list[int]) -> Tensor:
+    return torch.tensor([values[seed] for seed in seeds], dtype=torch.float64)
+
+
+def write_results(study: Study, plans: Plans, folder: StudyFolder) -> str:
+    """Write ``results.json``, ``.csv`` and ``.md``, and the figure; returns the text of the tables."""
+    lines = list(study_lines(study, plans))
+    write_json(folder.results("json"), {"seeds": study.seeds, "lines": [asdict(line) for line in lines]})
+    write_text(folder.results("csv"), _as_csv(lines))
+    text = _as_markdown(study, lines)
+    write_text(folder.results("md"), text)
+    if lines:
+        study_ratios(_panels(study, lines), folder.figure)
+    return text
+
+
+def _as_csv(lines: list[Line]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    ratios = ("to_pretrained", "to_equal_compute")
+    head = ["metric", "model", "arms", "num_seeds", "mean", "low", "high"]
+    writer.writerow(head + [f"{name}{end}" for name in ratios for end in ("", "_low", "_high")])
+    for line in lines:
+        row = [line.metric, line.model, " ".join(line.arms), len(line.values), line.mean, line.low, line.high]
+        for ratio in (getattr(line, name) for name in ratios):
+            row += ["", "", ""] if ratio is None else [ratio.value, ratio.low, ratio.high]
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def _as_markdown(study: Study, lines: list[Line]) -> str:
+    text = ["# Study\n\nMeans over training seeds and sets of report seeds, with the range over the training seeds. ",
+            "Ratios are paired by both; in brackets their 95 % bootstrap interval.\n"]  # fmt: skip
+    for metric in dict.fromkeys(line.metric for line in lines):
+        text.append(f"\n## {metric}, {'smaller' if METRICS[metric].is_distance else 'larger'} is better\n\n")
+        text.append("| model | arm | seeds | mean | range | / pretrained | / equal compute |\n")
+        text.append("|---|---|---|---|---|---|---|\n")
+        for line in (line for line in lines if line.metric == metric):
+            cells = [line.model, _arms(study, line), f"{len(line.values)}", f"{line.mean:.4g}"]
+            cells += ["" if line.low == line.high else f"{line.low:.4g} to {line.high:.4g}"]
+            cells += [_as_text(line.to_pretrained), _as_text(line.to_equal_compute)]
+            text.append(f"| {' | '.join(cells)} |\n")
+    return "".join(text)
+
+
+def _arms(study: Study, line: Line) -> str:
+    return "all" if len(line.arms) == len(study.arms) > 1 else ", ".join(line.arms)
+
+
+def _as_text(ratio: Ratio | None) -> str:
+    return "" if ratio is None else f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+
+
+def _panels(study: Study, lines: list[Line]) -> dict[str, list[tuple[str, Ratio]]]:
+    """Pick what the figure shows: by judge, a label and the ratio to pretrained of each model."""
+    panels: dict[str, list[tuple[str, Ratio]]] = {}
+    for line in lines:
+        if line.to_pretrained is not None:
+            label = f"{line.model}: {_arms(study, line)}"
+            panels.setdefault(line.metric, []).append((label, line.to_pretrained))
+    return panels
