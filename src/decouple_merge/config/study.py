@@ -111,4 +111,5 @@ def _merged(old: Any, new: Any) -> Any:
 
 def dump_study(study: Study) -> str:
     """Write a study as YAML that ``load_study`` reads back to an equal one."""
-    return dump(study.model_dump(mode="json"))
+    # Not by pydantic's JSON mode, in which keys that are numbers become texts.
+    return dump(study.model_dump() | {"config": str(study.config)})
