@@ -112,7 +112,8 @@ def test_no_weighting_weighs_nothing() -> None:
         ("min_snr5", {}, "weighting is 'min_snr5', expected one of standard, snr_plus_one"),
         ("min_snr", {"k": 1.0}, "weighting min_snr has no option 'k', expected gamma"),
         ("standard", {"k": 1.0}, "has no option 'k', expected none"),
-        (None, {"gamma": 1.0}, "there is no weighting"),
+        (None, {"gamma": 1.0}, "no weighting has a name"),
+        ("uncertainty", {}, "which is learned: set balancing to it"),
     ],
 )
 def test_unknown_names_and_options_are_refused(name: str | None, options: dict[str, float], match: str) -> None:
@@ -125,3 +126,35 @@ def test_a_weight_that_is_negative_is_refused() -> None:
         check_weighting("min_snr", {"gamma": -1.0}, Flow())
     with pytest.raises(ValueError, match="has no finite weight"):
         check_weighting("min_snr", {"gamma": math.nan}, Flow())
+
+
+# -- tables
+@pytest.mark.parametrize(
+    "process", [VP(SCHEDULE, "epsilon"), VP(SCHEDULE, "v_prediction"), VP(ZERO_SNR, "sample"), Flow()]
+)
+def test_a_table_weighs_the_outputs_error_by_equal_parts_of_the_schedule(process: Process) -> None:
+    found = weight_of([0.5, 2.0, 0.0, 1.0])(process, torch.tensor([0, 249, 250, 499, 500, 749, 750, 999]))
+    assert found is not None
+    assert found.tolist() == [0.5, 0.5, 2.0, 2.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_a_table_may_have_a_number_for_each_timestep_and_a_flow_ends_in_the_last() -> None:
+    table = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    found = weight_of(table.tolist())(VP(SCHEDULE, "epsilon"), T)
+    assert found is not None
+    assert torch.equal(found, table)
+    last = weight_of([1.0, 3.0])(Flow(), torch.tensor([499.99, 500.0, 1000.0]))
+    assert last is not None
+    assert last.tolist() == [1.0, 3.0, 3.0]
+
+
+def test_a_table_of_zeros_trains_nothing_and_is_refused() -> None:
+    check_weighting([0.0, 1.0], {}, Flow())
+    with pytest.raises(ValueError, match="zeros alone"):
+        check_weighting([0.0, 0.0], {}, Flow())
+
+
+def test_the_table_of_a_weightings_own_values_is_that_weighting() -> None:
+    process = VP(SCHEDULE, "epsilon")
+    expected = weights("min_snr", process, T)
+    assert torch.equal(weights(expected.tolist(), process, T), expected)  # type: ignore[arg-type]

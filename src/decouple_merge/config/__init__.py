@@ -4,6 +4,7 @@ Imports errors, seeds, storage.
 """
 
 from .analyze import Analyze
+from .balancing import Balancing, Clusters
 from .data import Data
 from .evaluate import Evaluate, Reference
 from .finetune import Finetune, Lora, Projection, Ranges
@@ -22,6 +23,8 @@ from .training import Density, Distance, Ema, Training
 
 __all__ = [
     "Analyze",
+    "Balancing",
+    "Clusters",
     "Config",
     "Data",
     "Density",

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..errors import UserError
+from .balancing import Clusters
 from .numbers import Integer, NonNegativeFloat, Number, PositiveFloat, PositiveInt
 from .section import Section
 from .training import Training
@@ -52,9 +53,9 @@ class Finetune(Training):
     """Training of the experts.
 
     Attributes:
-        num_ranges: N ranges, unless ``ranges`` is set: equal ones of a table of timesteps, of a flow those with equal
-            shares of the sampler's steps.
-        ranges: [low, high) pairs in timesteps, or a unit and edges.
+        num_ranges: N ranges, unless ``ranges`` lists them: equal ones of a table of timesteps, of a flow those with
+            equal shares of the sampler's steps.
+        ranges: [low, high) pairs in timesteps, a unit and edges, or what ``num_ranges`` clusters are made by.
         global_prob: p of DeMe, Eq. 6.
         consistency_weight: λ of Eq. 5; 0 trains without the teacher.
         lora: train adapters, without projections; the teacher is the same network with them switched off.
@@ -62,7 +63,7 @@ class Finetune(Training):
     """
 
     num_ranges: PositiveInt = 4
-    ranges: list[tuple[Integer | Number, Integer | Number]] | Ranges | None = None
+    ranges: list[tuple[Integer | Number, Integer | Number]] | Ranges | Clusters | None = None
     global_prob: Number = Field(0.4, ge=0, le=1)
     consistency_weight: NonNegativeFloat = 1.0
     projection: Projection = Projection()
@@ -71,7 +72,7 @@ class Finetune(Training):
 
     @property
     def num_experts(self) -> int:
-        if self.ranges is None:
+        if self.ranges is None or isinstance(self.ranges, Clusters):
             return self.num_ranges
         return len(self.ranges) if isinstance(self.ranges, list) else len(self.ranges.edges) + 1
 

@@ -1,10 +1,11 @@
 """How a network is trained: what the sections ``finetune`` and ``pretrain`` share."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import UserError
+from .balancing import Balancing, by_method
 from .numbers import Decay, Integer, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt
 from .section import Precision, Section
 
@@ -56,9 +57,12 @@ class Training(Section):
         optimizer: ``adamw``, torch's, fused; or ``adamw8bit``, bitsandbytes', whose moments take a quarter of that.
         gradient_checkpointing: compute activations again for the backward pass: less memory, a third more compute.
         density: of a flow's timesteps; None is the logit-normal of mean 0 and deviation 1. Others have no density.
-        weighting: of the loss over timesteps, a name of ``diffusion.weightings`` such as ``min_snr``; None weighs the
-            error of the network's output alike everywhere.
+        weighting: of the loss over timesteps, a name of ``diffusion.weightings`` such as ``min_snr``; or a table w(t)
+            of the error of the network's output, numbers for equal parts of the schedule, the cleanest first; None
+            weighs that alike everywhere.
         weighting_options: of that weighting, such as ``gamma``.
+        balancing: weights that are learned while the network is trained, on top of the weighting; None learns none.
+        keep_every: updates after which the averaged weights are kept as a model, in ``checkpoints/``; None keeps none.
         distance: None draws nothing during training.
         tracker: of the curves; beside it ``log.jsonl`` holds the same numbers.
     """
@@ -78,14 +82,16 @@ class Training(Section):
     max_grad_norm: PositiveFloat = 1.0
     antithetic: bool = True
     density: Density | None = None
-    weighting: str | None = None
+    weighting: str | Annotated[list[NonNegativeFloat], Field(min_length=1)] | None = None
     weighting_options: dict[str, Number] = {}
+    balancing: Balancing | None = None
     mixed_precision: Precision = "fp32"
     compile: bool = False
     gradient_checkpointing: bool = False
     ema: Ema = Ema()
     validate_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 1000
+    keep_every: PositiveInt | None = None
     distance: Distance | None = None
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "tensorboard"
 
@@ -93,6 +99,21 @@ class Training(Section):
     @classmethod
     def _density_by_name(cls, density: Any) -> Any:
         return {"name": density} if isinstance(density, str) else density
+
+    @field_validator("balancing", mode="before")
+    @classmethod
+    def _balancing_by_name(cls, balancing: Any) -> Any:
+        return by_method(balancing)
+
+    @model_validator(mode="after")
+    def _a_part_of_the_batch_for_each_cluster(self) -> "Training":
+        balancing = self.balancing
+        if balancing and balancing.cuts_batches and self.batch_size < balancing.num_clusters:
+            raise UserError(
+                f"batch_size is {self.batch_size} and {balancing.method} cuts it among {balancing.num_clusters} "
+                "clusters of timesteps: set batch_size to that at least, or lower balancing.num_clusters"
+            )
+        return self
 
     @model_validator(mode="after")
     def _distance_at_validations(self) -> "Training":

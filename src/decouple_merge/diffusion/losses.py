@@ -11,14 +11,14 @@ def per_sample_mse(a: Float[Tensor, "batch ..."], b: Float[Tensor, "batch ..."])
     return (a.to(wide) - b.to(wide)).square().flatten(1).mean(1)
 
 
-def finetune_loss(
+def finetune_losses(
     output: Float[Tensor, "batch ..."],
     target: Float[Tensor, "batch ..."],
     teacher_output: Float[Tensor, "batch ..."] | None,
     consistency_weight: float = 1.0,
     weights: Float[Tensor, " batch"] | None = None,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
-    """Compute L = ‖target - f_θi‖² + λ·‖f_θ - f_θi‖² (DeMe, Eq. 5), both terms on the same x_t and t.
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Compute L = ‖target - f_θi‖² + λ·‖f_θ - f_θi‖² of each sample (DeMe, Eq. 5), both terms on the same x_t and t.
 
     The pointwise optimum is (target + λ·f_θ)/(1 + λ). Without a teacher the second term is zero.
 
@@ -26,15 +26,15 @@ def finetune_loss(
         weights: of the samples, on both terms, so that the optimum stays where it is; 1 where not given.
 
     Returns:
-        (L, first term, second term without λ), float32 scalars.
+        (L, first term, second term without λ), float32.
     """
 
-    def mean_error(expected: Tensor) -> Tensor:
-        error = per_sample_mse(output, expected)
-        return (error if weights is None else weights.to(error) * error).mean()
+    def error(expected: Tensor) -> Tensor:
+        found = per_sample_mse(output, expected)
+        return found if weights is None else weights.to(found) * found
 
-    denoising = mean_error(target)
+    denoising = error(target)
     if teacher_output is None:
         return denoising, denoising, torch.zeros_like(denoising)
-    consistency = mean_error(teacher_output)
+    consistency = error(teacher_output)
     return denoising + consistency_weight * consistency, denoising, consistency

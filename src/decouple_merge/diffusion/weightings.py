@@ -5,7 +5,8 @@ process: w·‖x0 - x0_θ‖² = w·c·‖target - output‖² with c = ``Proces
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -65,8 +66,16 @@ WEIGHTINGS: dict[str, Weighting] = {
 }
 
 
-def weight_of(name: str | None, **options: float) -> Weight:
+# Weights that are trained along have parameters: see training/balancing.py.
+LEARNED = ("uncertainty", "ant_uw", "ant_nash", "pcgrad")
+
+
+def weight_of(name: str | Sequence[float] | None, **options: float) -> Weight:
     """Look up a weighting, and bind its options; None weighs the error of the output itself by 1.
+
+    Args:
+        name: or a table w(t) >= 0 of the output's errors, [n]: its i-th number counts on [i·T/n, (i + 1)·T/n). DeMe is
+            to first order such a weighting by its N ranges (its supplement, section 1.2).
 
     Returns:
         The function from a process and timesteps [batch] to the weights of the output's errors, [batch].
@@ -74,10 +83,16 @@ def weight_of(name: str | None, **options: float) -> Weight:
     Raises:
         UserError: there is no such weighting, or it has no such option.
     """
+    if options and not isinstance(name, str):
+        raise UserError(f"weighting_options are {options} and no weighting has a name; set weighting, or leave them")
     if name is None:
-        if options:
-            raise UserError(f"weighting_options are {options} and there is no weighting; set weighting, or leave them")
         return lambda process, t: None
+    if not isinstance(name, str):
+        return partial(_looked_up, torch.tensor(list(name)))
+    if name in LEARNED:
+        raise UserError(
+            f"weighting is {name!r}, which is learned: set balancing to it; a weighting may stand beside it"
+        )
     if name not in WEIGHTINGS:
         raise UserError(f"weighting is {name!r}, expected one of {', '.join(WEIGHTINGS)}")
     weighting = WEIGHTINGS[name]
@@ -85,6 +100,11 @@ def weight_of(name: str | None, **options: float) -> Weight:
     if unknown := [option for option in options if option not in known]:
         raise UserError(f"weighting {name} has no option {unknown[0]!r}, expected {', '.join(known) or 'none'}")
     return lambda process, t: output_weights(process, t, lambda snr: weighting(snr, **options))
+
+
+def _looked_up(table: Float[Tensor, " n"], process: Process, t: Timesteps) -> Float[Tensor, " batch"]:
+    part = (t.double() * len(table) / process.num_train_timesteps).long().clamp(max=len(table) - 1)
+    return table.to(t.device)[part]
 
 
 def output_weights(process: Process, t: Timesteps, weighting: Weighting) -> Float[Tensor, " batch"]:
@@ -98,7 +118,7 @@ def output_weights(process: Process, t: Timesteps, weighting: Weighting) -> Floa
     return (weighting(snr) * factor).float()
 
 
-def check_weighting(name: str | None, options: dict[str, float], process: Process) -> None:
+def check_weighting(name: str | Sequence[float] | None, options: dict[str, float], process: Process) -> None:
     """Require that a weighting exists, and that its weights are finite and not negative on all timesteps.
 
     Raises:
@@ -107,6 +127,8 @@ def check_weighting(name: str | None, options: dict[str, float], process: Proces
     t = process.spread(process.split(1)[0], process.num_train_timesteps)
     weights = weight_of(name, **options)(process, t)
     # What is beyond this drowns all other timesteps.
+    if weights is not None and not bool(weights.any()):
+        raise UserError("weighting holds zeros alone, which leave nothing to train")
     if weights is not None and not bool(((weights >= 0) & (weights < 1e12)).all()):
         worst = int(t[weights.nan_to_num(nan=torch.inf).argmax()])
         raise UserError(

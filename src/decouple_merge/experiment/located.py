@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, Reference
+from ..config import Clusters, Config, Reference
 from ..data.sources import located_source
 
 SQLITE = "sqlite:///"
@@ -19,7 +19,9 @@ def located(config: Config) -> Config:
         config,
         base=_located_name(config.base),
         data=_changed(config.data, source=located_source(config.data.source), path=_absolute(config.data.path)),
-        pretrain=config.pretrain and _changed(config.pretrain, start=_located_name(config.pretrain.start)),
+        finetune=_located_training(config.finetune),
+        pretrain=config.pretrain
+        and _located_training(_changed(config.pretrain, start=_located_name(config.pretrain.start))),
         text=_changed(config.text, prompts=_absolute(config.text.prompts)),
         search=_changed(
             config.search,
@@ -34,6 +36,13 @@ def located(config: Config) -> Config:
             clip=_located_name(config.evaluate.clip),
         ),
     )
+
+
+def _located_training(settings: Any) -> Any:
+    """Make the path of the similarities absolute, wherever clusters of timesteps are asked for."""
+    asked = {name: getattr(settings, name, None) for name in ("balancing", "ranges")}
+    clusters = {name: c for name, c in asked.items() if isinstance(c, Clusters)}
+    return _changed(settings, **{n: _changed(c, similarity=_absolute(c.similarity)) for n, c in clusters.items()})
 
 
 def _changed(section: Any, **values: Any) -> Any:

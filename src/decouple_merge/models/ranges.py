@@ -1,12 +1,21 @@
 """The ranges of a run's experts, and the density that it draws timesteps by."""
 
+import zipfile
 from dataclasses import replace
+from pathlib import Path
 
-from ..config import Finetune, Training
-from ..diffusion.process import Flow
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..config import Clusters, Finetune, Training
+from ..diffusion.clustering import cluster_ranges
+from ..diffusion.process import Flow, Process
 from ..diffusion.ranges import cut_ranges, listed_ranges
 from ..diffusion.timesteps import TimestepRange
 from ..errors import UserError
+from ..storage.reading import check_file
 from .base import Base
 
 
@@ -18,9 +27,42 @@ def ranges_of(base: Base, settings: Finetune) -> list[TimestepRange]:
     """
     if settings.ranges is None:
         return base.process.split(settings.num_ranges)
+    if isinstance(settings.ranges, Clusters):
+        everything = base.process.split(1)[0]
+        return clusters_of(base.process, everything, settings.ranges, settings.num_ranges)
     if isinstance(settings.ranges, list):
         return listed_ranges(base.process, settings.ranges)
     return cut_ranges(base.process, settings.ranges.unit, settings.ranges.edges)
+
+
+def clusters_of(process: Process, own: TimestepRange, settings: Clusters, num_clusters: int) -> list[TimestepRange]:
+    """Cut a range of timesteps into clusters as settings ask for.
+
+    Raises:
+        UserError: there are more clusters than timesteps, or the file of similarities is missing or another.
+    """
+    similarity = None if settings.similarity is None else read_similarity(settings.similarity)
+    return cluster_ranges(process, own, settings.clusters, num_clusters, similarity)
+
+
+def read_similarity(path: Path) -> tuple[list[float], Float[Tensor, "n n"]]:
+    """Read the timesteps and the map of the base that the analysis gradient-similarity writes.
+
+    Its estimate from two halves of the images is taken, which noise doesn't shrink.
+
+    Raises:
+        UserError: the file is missing, or holds no such map.
+    """
+    advice = "give the gradient-similarity.npz that deme analyze RUN --only gradient-similarity writes"
+    check_file(path, advice)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            t, found = (torch.from_numpy(np.asarray(file[name], float)) for name in ("timesteps", "halves-base"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: no map of similarities ({error}); {advice}") from error
+    if t.dim() != 1 or found.shape != (len(t), len(t)) or not bool(found.isfinite().all()) or not len(t):
+        raise UserError(f"{path}: found {len(t)} timesteps and a map {tuple(found.shape)} of them; {advice}")
+    return t.tolist(), found
 
 
 def with_density(base: Base, settings: Training) -> Base:

@@ -6,6 +6,11 @@ from pathlib import Path
 LOCKS = "locks"
 
 
+def kept_weights(training: Path, update: int) -> Path:
+    """Say where a training keeps its averaged weights as they were after an update."""
+    return training / "checkpoints" / f"{update}.safetensors"
+
+
 @dataclass(frozen=True)
 class Run:
     """The paths of a run folder (the layout is in docs/architecture.md)."""

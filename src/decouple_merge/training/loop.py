@@ -16,6 +16,7 @@ from ..models.base import Base
 from ..models.lora import FILE
 from ..seeds import stream_seed
 from ..storage.files import write_json, write_tensors
+from ..storage.run_folder import kept_weights
 from .records import Log, StepRecord, step_record
 from .trainer import Task, Trainer
 
@@ -39,8 +40,9 @@ def train(
 
     Update s depends only on (seed, task.name, s) and the number of processes: a run that was killed goes on bitwise as
     if it had not been. The first process alone writes and yields. Records go to ``folder/log.jsonl``, the state to
-    ``folder/state/`` until the training is finished. The result is ``folder/model.safetensors`` (EMA weights, stock
-    keys) with ``expert.json``; of an adapter also its factors, ``folder/lora/``, which diffusers loads.
+    ``folder/state/`` until the training is finished, averaged weights that are kept to ``folder/checkpoints/``. The
+    result is ``folder/model.safetensors`` (EMA weights, stock keys) with ``expert.json``; of an adapter also its
+    factors, ``folder/lora/``, which diffusers loads.
 
     Args:
         distance: scores the averaged weights, given under the base's keys, every ``settings.distance.every`` updates.
@@ -103,6 +105,9 @@ def _steps(
                 trainer.forget_losses()
                 first, started = trainer.num_done, time.monotonic()
             yield record
+        # Before the state: a training that goes on from it has kept all that came before.
+        if settings.keep_every and trainer.num_done % settings.keep_every == 0:
+            write_tensors(kept_weights(log.folder, trainer.num_done), trainer.weights())
         if trainer.num_done % settings.checkpoint_every == 0 and not finished:
             trainer.save(state)
 

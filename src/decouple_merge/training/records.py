@@ -69,7 +69,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, trainer: Trainer) -> None:
-        self.path, self.trainer = folder / "log.jsonl", trainer
+        self.folder, self.path, self.trainer = folder, folder / "log.jsonl", trainer
         self.tracker = open_tracker(trainer.settings, trainer.task.name, folder / "tracker")
         self.records = [r for r in read_records(self.path, update=int) if r["update"] <= trainer.num_done]
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..config import Finetune, Training
 from ..data.batches import Batch, draw_share, model_input
-from ..diffusion.losses import finetune_loss
+from ..diffusion.losses import finetune_losses
+from ..diffusion.process import Timesteps
 from ..diffusion.timesteps import TimestepRange
 from ..diffusion.weightings import weight_of
 from ..errors import UserError
@@ -23,6 +24,7 @@ from ..executors.devices import default_device
 from ..models.base import Base
 from ..models.network import predict
 from ..seeds import generator, stream_seed
+from .balancing import Setup, balancer_of
 from .compilation import check_compiled
 from .ema import AveragedParameters
 from .optimizers import make_optimizer
@@ -31,6 +33,16 @@ from .precision import autocast, grad_scaler
 from .schedule import learning_rate_at
 from .state import load_state, save_state
 from .validation import validation_losses
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of the samples of a batch: the whole loss, its two parts, of denoising and consistency, and the timesteps."""
+
+    total: Float[Tensor, " batch"]
+    denoising: Float[Tensor, " batch"]
+    consistency: Float[Tensor, " batch"]
+    t: Timesteps
 
 
 @dataclass(frozen=True)
@@ -78,9 +90,12 @@ class Trainer:
                     each.compile()
         network.to(self.device)
         self.wrapped = distributed.averaging(network)
-        self.optimizer = make_optimizer(self.parametrisation.groups(network), settings)
-        self.scaler = grad_scaler(settings.mixed_precision, self.device)
         self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.balancer = balancer_of(
+            Setup(self.process, task.own, self.global_prob, settings, self.parameters, (seed, task.name), self.device)
+        )
+        self.optimizer = make_optimizer(self.parametrisation.groups(network) + self.balancer.groups(), settings)
+        self.scaler = grad_scaler(settings.mixed_precision, self.device)
         self.ema = AveragedParameters(self.parameters, settings.ema)
         self.num_done = 0
         self.compile_checked = False
@@ -119,12 +134,15 @@ class Trainer:
             step = self.num_done * len(micro_batches) + micro
             # Dropout draws from the global stream, which only a seed of its own makes a function of the step.
             torch.manual_seed(stream_seed(*key, "dropout", self.rank, step))
-            is_last = micro == len(micro_batches) - 1
-            with nullcontext() if is_last else distributed.accumulating(self.wrapped):
+            is_averaged = micro == len(micro_batches) - 1 and not self.balancer.takes_gradients(self.num_done)
+            with nullcontext() if is_averaged else distributed.accumulating(self.wrapped):
                 # The 0 was the rank: the processes share the draws of one batch.
-                loss, denoising, consistency = self.losses(batch, generator(*key, "noise", 0, step))
-                self.scaler.scale(loss / len(micro_batches)).backward()
-            losses.append(torch.stack([denoising.detach(), consistency.detach()]))
+                found = self.losses(batch, generator(*key, "noise", 0, step))
+                self.balancer.backward(
+                    found.total, found.t, lambda loss: self.scaler.scale(loss / len(micro_batches)), self.num_done
+                )
+            losses.append(torch.stack([found.denoising.detach().mean(), found.consistency.detach().mean()]))
+        self.balancer.finish(self.num_done)
         return torch.stack(losses)
 
     def _step(self) -> bool:
@@ -144,14 +162,12 @@ class Trainer:
             )
         return False
 
-    def losses(self, batch: Batch, draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the loss of a batch, and its two parts: of denoising, and of consistency with the teacher."""
+    def losses(self, batch: Batch, draws: torch.Generator) -> Losses:
+        """Compute the losses of a batch on timesteps and noise that are drawn for it."""
         base, process = self.base, self.process
         share = partial(draw_share, num=len(batch), rank=self.rank, world=self.world)
         x0, condition = model_input(batch.to(self.device), draws, self.rank, self.world)
-        t = share(lambda num: process.draw(num, self.task.own, self.global_prob, draws, self.settings.antithetic)).to(
-            self.device
-        )
+        t = share(lambda num: self.balancer.draw(num, draws)).to(self.device)
         noise = share(lambda num: torch.randn(num, *x0.shape[1:], generator=draws)).to(self.device)
         x_t, target = process.mix(x0, noise, t), process.target(x0, noise, t)
         with autocast(self.settings.mixed_precision, self.device):
@@ -161,11 +177,11 @@ class Trainer:
                     teacher_output = predict(base, self.teacher, x_t, t, **condition)
             # Once, or the gradients of the two terms would be summed in 16 bits.
             output = predict(base, self.wrapped, x_t, t, **condition).float()
-        return finetune_loss(output, target, teacher_output, self.consistency_weight, self.weight(process, t))
+        found = finetune_losses(output, target, teacher_output, self.consistency_weight, self.weight(process, t))
+        return Losses(*found, t)
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
-        loss, _, _ = self.losses(batch, generator(self.seed, "compiled"))
-        loss.backward()
+        self.losses(batch, generator(self.seed, "compiled")).total.mean().backward()
         found = {n: p.grad.clone() for n, p in self.network.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad()
         return found
@@ -202,7 +218,8 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         network = {f"network.{name}": p for name, p in self._named(self.parameters).items()}
-        return network | {f"ema.{name}": v for name, v in self._named(self.ema.values).items()} | {"sums": self.sums}
+        averages = {f"ema.{name}": v for name, v in self._named(self.ema.values).items()}
+        return network | averages | self.balancer.tensors() | {"sums": self.sums}
 
     def save(self, path: Path) -> None:
         """Write weights, EMA and optimiser."""
