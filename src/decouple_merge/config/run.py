@@ -2,6 +2,7 @@
 
 from pydantic import model_validator
 
+from ..errors import UserError
 from ..seeds import check_disjoint
 from .analyze import Analyze
 from .data import Data
@@ -38,6 +39,23 @@ class Config(Section):
     pretrain: Pretrain | None = None
 
     @property
+    def kept_updates(self) -> list[int]:
+        """After which updates the baseline's averaged weights are kept."""
+        num_updates, every = self.finetune.num_updates * self.finetune.num_experts, self.finetune.keep_every
+        return [] if every is None else list(range(every, num_updates + 1, every))
+
+    @property
+    def num_combined(self) -> int:
+        """How many models the search combines."""
+        every = {
+            "experts": len(self.search.checkpoints) or self.finetune.num_experts,
+            "baseline": 1,
+            "baseline-checkpoints": len(self.kept_updates),
+            "nothing": 0,
+        }
+        return every[self.search.over]
+
+    @property
     def search_seeds(self) -> range:
         return range(self.search.first_seed, self.search.first_seed + self.search.num_images)
 
@@ -68,6 +86,29 @@ class Config(Section):
             self.evaluate.first_seed
             + max(self.evaluate.num_images * self.evaluate.num_seed_sets, self.evaluate.num_sample_images),
         )
+
+    @model_validator(mode="after")
+    def _search_over_what_is_trained(self) -> "Config":
+        over = self.search.over
+        if over.startswith("baseline") and not self.finetune.baseline:
+            raise UserError(f"search.over is {over} and finetune.baseline is false: set that to true")
+        if over == "baseline-checkpoints" and len(self.kept_updates) < 2:
+            raise UserError(
+                f"search.over is {over} and finetune.keep_every keeps {len(self.kept_updates)}, expected at least 2: "
+                f"set it to a part of the baseline's {self.finetune.num_updates * self.finetune.num_experts} updates"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_range_to_cluster(self) -> "Config":
+        finetune, balancing = self.finetune, self.finetune.balancing
+        if balancing and balancing.cuts_batches and self.search.over == "experts" and 0 < finetune.global_prob < 1:
+            raise UserError(
+                f"finetune.balancing is {balancing.method}, which cuts every batch among clusters of timesteps, and "
+                f"finetune.global_prob is {finetune.global_prob:g}, which draws some samples elsewhere: set it to 0 or "
+                "1, or search.over to what is no experts"
+            )
+        return self
 
     @model_validator(mode="after")
     def _seeds(self) -> "Config":

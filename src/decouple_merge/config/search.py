@@ -14,14 +14,20 @@ class Search(Section):
     """The search for merging weights.
 
     Attributes:
+        over: what is combined: the run's ``experts``; ``baseline``, the model finetuned on all timesteps, by one
+            weight, its scale; ``baseline-checkpoints``, those that ``finetune.keep_every`` kept of its training (LCSC,
+            Liu et al. 2025); or ``nothing``, without a search. Where it isn't ``experts``, none are finetuned.
         strategy: ``gp`` or ``tpe`` (Optuna samplers), ``cmaes``, ``evolution``, ``coordinate``, ``random``, ``greedy``
-            (soup), ``grid``, coarse to fine, or ``gradient``, which tries what was learned and multiples of it.
+            (soup), ``uniform`` (soup, 1/N each, nothing is searched), ``grid``, coarse to fine, or ``gradient``, which
+            tries what was learned and multiples of it.
         method: how candidates are merged, a rule by name.
         density: share of a task vector that TIES keeps.
         blocks: patterns of keys such as ``down_blocks.*``, each with weights of its own; the first that matches counts,
             and the last is ``*`` for all others. A candidate holds the weights of the first, then of the second, ….
         checkpoints: pipelines or weight files to combine in place of the run's experts.
         low, high: bounds of every weight; ``frozen`` fixes some of the winner's, by their place in a candidate.
+        total: what the weights of each block add up to; None leaves them free. 1 with ``linear`` is an affine
+            combination, in which the base has no part.
         start: weight vectors to evaluate before the strategy chooses.
         gradient_batches: training batches on which a weight vector to start with is learned by the gradient of the
             denoising loss; 0 learns none.
@@ -38,7 +44,10 @@ class Search(Section):
         storage: URL of the study for workers on several machines; None keeps an SQLite file in the run folder.
     """
 
-    strategy: Literal["gp", "tpe", "cmaes", "evolution", "coordinate", "random", "greedy", "grid", "gradient"] = "gp"
+    over: Literal["experts", "baseline", "baseline-checkpoints", "nothing"] = "experts"
+    strategy: Literal[
+        "gp", "tpe", "cmaes", "evolution", "coordinate", "random", "greedy", "uniform", "grid", "gradient"
+    ] = "gp"
     method: Literal["linear", "ties"] = "linear"
     density: Number = Field(1.0, gt=0, le=1)
     blocks: list[str] = Field(["*"], min_length=1)
@@ -46,6 +55,7 @@ class Search(Section):
     low: Number = -0.2
     high: Number = 2.5
     frozen: dict[Annotated[int, Field(ge=0)], Number] = {}
+    total: Number | None = None
     start: list[list[Number]] = []
     gradient_batches: NonNegativeInt = 200
     num_trials: PositiveInt = 40
@@ -61,6 +71,17 @@ class Search(Section):
     num_final_images: PositiveInt | None = None
     first_seed: NonNegativeInt = 1_000_000
     storage: str | None = None
+
+    @property
+    def learns_start(self) -> bool:
+        """Whether weights to start with are learned by the gradient."""
+        return self.gradient_batches > 0 and self.strategy != "uniform"
+
+    @model_validator(mode="after")
+    def _what_is_combined(self) -> "Search":
+        if self.checkpoints and self.over != "experts":
+            raise UserError(f"checkpoints are listed and over is {self.over}: leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _bounds(self) -> "Search":

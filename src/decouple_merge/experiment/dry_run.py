@@ -31,24 +31,32 @@ def describe(config: Config, out: Path) -> Iterator[str]:
     yield f"data {config.data.source}: {len(plan.images):,} images"
     if plan.prompts:
         yield f"prompts: {len(plan.prompts):,}, guidance {config.text.guidance_scale:g}"
-    yield (
-        f"experts: {num} x {finetune.num_updates} updates of {finetune.batch_size * finetune.accumulation} images on "
-        + ", ".join(map(str, plan.ranges))
-        + (f"; baseline: {num * finetune.num_updates} updates" if finetune.baseline else "")
-    )
-    yield from describe_ranges(plan)
-    yield (
-        f"search: {config.search.strategy}, up to "
-        + ", then ".join(
-            f"{level.num_candidates} x {len(level.seeds)} images of {level.num_steps or config.sample.num_steps} steps"
-            for level in levels(config, len(config.search.checkpoints) or num)
+    if config.search.over == "experts":
+        yield (
+            f"experts: {num} x {finetune.num_updates} updates of {finetune.batch_size * finetune.accumulation} images "
+            "on " + ", ".join(map(str, plan.ranges))
         )
-    )
+    if finetune.baseline:
+        yield f"baseline: {num * finetune.num_updates} updates"
+    yield from describe_ranges(plan)
+    yield describe_search(config)
     yield (
         f"evaluation: {evaluate.num_seed_sets} x {evaluate.num_images} images a model, {config.sample.sampler} "
         f"{config.sample.num_steps}, {', '.join(evaluate.metrics)}"
     )
     yield f"run folder: {out}"
+
+
+def describe_search(config: Config) -> str:
+    """Say what a search will combine and draw."""
+    search = config.search
+    if search.over == "nothing":
+        return "search: none"
+    combined = "" if search.over == "experts" else f" over {search.over}, {config.num_combined} models"
+    return f"search: {search.strategy}{combined}, up to " + ", then ".join(
+        f"{level.num_candidates} x {len(level.seeds)} images of {level.num_steps or config.sample.num_steps} steps"
+        for level in levels(config, config.num_combined)
+    )
 
 
 def describe_ranges(plan: Plan) -> Iterator[str]:

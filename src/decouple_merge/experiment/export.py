@@ -14,6 +14,7 @@ from ..searching.trial import Level, Trial
 from ..storage.files import read_tensors, write_tensors
 from ..storage.hub import pipeline_folder
 from ..storage.reading import AGAIN, read_record
+from .combined import combined_names
 from .plan import Plan
 
 
@@ -46,9 +47,9 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
         Merge(method=search.method, density=search.density, weights=rows[-1], blocks=blocks, min_delta_cosine=-1),
         {"name": _absolute(plan.config.base), "sha256": plan.base.sha256},
         # Experts from where the record lies: a run may be moved, and its base stays where it is.
-        [_absolute(c) for c in search.checkpoints] or [f"../experts/{i}" for i in range(num)],
+        combined_names(plan),
         experts_sha256,
-        None if search.checkpoints else [[r.low, r.high] for r in plan.ranges],
+        None if search.checkpoints or search.over != "experts" else [[r.low, r.high] for r in plan.ranges],
         merged_sha256=winner.merged_sha256,
         search={
             "strategy": search.strategy,
@@ -59,7 +60,7 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
         },
         **({"text": plan.config.text.model_dump(mode="json")} if plan.prompts else {}),
         pipeline=type(plan.base.pipeline).__name__,
-        projection=plan.config.finetune.projection.placement,
+        projection=plan.config.finetune.projection.placement if search.over == "experts" else "none",
     )
 
 
@@ -70,5 +71,5 @@ def _absolute(name: str) -> str:
 def _is_one_lora(plan: Plan) -> bool:
     """Say whether the merge is a sum of adapters, each with one weight: an adapter itself."""
     search = plan.config.search
-    sums = search.method == "linear" and len(search.blocks) == 1 and not search.checkpoints
-    return sums and plan.config.finetune.lora is not None
+    sums = search.method == "linear" and len(search.blocks) == 1
+    return sums and search.over == "experts" and not search.checkpoints and plan.config.finetune.lora is not None

@@ -39,10 +39,15 @@ def _baseline_settings(plan: Plan) -> Finetune:
     return plan.config.finetune.model_copy(update={"num_updates": num_updates, **changes})
 
 
+def _expert_training(plan: Plan, index: int) -> Training:
+    return expert_task(plan, index), plan.config.finetune, plan.run.expert(index)
+
+
 def trainings(plan: Plan) -> list[Training]:
-    """List what a run trains, each with its settings and its folder: its experts, and last the baseline if any."""
+    """List what a run trains, each with its settings and its folder: experts if it has some, last a baseline if any."""
     settings = plan.config.finetune
-    found = [(expert_task(plan, i), settings, plan.run.expert(i)) for i in range(len(plan.ranges))]
+    num = len(plan.ranges) if plan.config.search.over == "experts" else 0
+    found = [_expert_training(plan, i) for i in range(num)]
     return found + (
         [(_baseline_task(plan), _baseline_settings(plan), plan.run.baseline(BASELINE))] if settings.baseline else []
     )
@@ -63,10 +68,11 @@ def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) ->
     settings, num = plan.config.finetune, len(plan.ranges)
     if only is not None and not 0 <= only < num:
         raise UserError(f"range {only} doesn't exist, expected 0 to {num - 1}")
-    calls = [(plan, *training) for training in trainings(plan)]
     if only is not None:
-        calls = [calls[only]]
-    elif settings.baseline:
+        calls = [(plan, *_expert_training(plan, only))]
+    else:
+        calls = [(plan, *training) for training in trainings(plan)]
+    if settings.baseline and only is None:
         # It is the longest, so it starts first.
         calls = [calls[-1], *calls[:-1]]
     locks = [plan.run.lock("run")] if only is None else []

@@ -68,41 +68,59 @@ def estimate(config: Config) -> list[Stage]:
         if settings.lora is not None:
             check_lora(network, settings.lora)
             attach_lora(network, settings.lora, "memory")
-    stages.append(Stage("finetuning an expert", _training(network, size, config)))
-
-    placement_size = size if settings.projection.placement != "trunk" else _num_bytes(network.parameters())
-    num = len(config.search.checkpoints) or settings.num_experts
-    matrix = {f"base and {num} experts": (num + 1) * placement_size, "merge": placement_size}
-    stored, sampled = stored_dtype(folder), DTYPES[config.sample.precision]
-    drawing = {f"network in {config.sample.precision}": num_elements * sampled.itemsize} | vae
+    name = "finetuning an expert" if config.search.over == "experts" else "finetuning"
+    stages.append(Stage(name, _training(network, size, config)))
+    precision = config.sample.precision
+    drawn = num_elements * DTYPES[precision].itemsize
+    drawing = {f"network in {precision}": drawn} | vae
     if settings.distance:
-        two = {f"expert and base in {config.sample.precision}": 2 * num_elements * sampled.itemsize}
+        two = {f"expert and base in {precision}": 2 * drawn}
         stages.append(Stage("drawing with an expert besides", {"averaged weights": size} | two | vae))
-    searching = matrix | drawing
+    placement_size = size if settings.projection.placement != "trunk" else _num_bytes(network.parameters())
+    return stages + _merging(config, size, placement_size, num_elements, stored_dtype(folder), drawing, vae)
+
+
+def _merging(
+    config: Config,
+    size: int,
+    placement_size: int,
+    num_elements: int,
+    stored: torch.dtype,
+    drawing: dict[str, int],
+    vae: dict[str, int],
+) -> list[Stage]:
+    """List the stages after the trainings, where an expert has ``placement_size`` bytes."""
+    num, sampled = config.num_combined, DTYPES[config.sample.precision]
+    searching = {f"base and {num} experts": (num + 1) * placement_size, "merge": placement_size} | drawing
     if stored != torch.float32:
         searching["merge as it is written"] = num_elements * stored.itemsize
     elif sampled == torch.float32:
         # Its parameters are views of the merge.
         searching |= {f"network in {config.sample.precision}": 0}
-    stages.append(Stage("searching, each worker", searching))
-    if config.search.gradient_batches:
+    stages = [Stage("searching, each worker", searching)] if num else []
+    if num and config.search.learns_start:
         learning = {"network to learn with": size, "gradients": 2 * size}
         stages.append(Stage("learning a start of the search", searching | learning))
     stages.append(Stage("drawing, one model", drawing))
-    num_held = 1 if config.sample.one_resident else num
-    held = {f"{num_held} of {num} networks in {config.sample.precision}": num_held * num_elements * sampled.itemsize}
-    stages.append(Stage("drawing, the ensemble", held | vae))
-    stages.append(Stage("besides on the CPU", {"base": size, "experts in search": num * placement_size}))
-    return stages
+    if config.search.over == "experts":
+        num_held = 1 if config.sample.one_resident else num
+        held = {
+            f"{num_held} of {num} networks in {config.sample.precision}": num_held * num_elements * sampled.itemsize
+        }
+        stages.append(Stage("drawing, the ensemble", held | vae))
+    return [*stages, Stage("besides on the CPU", {"base": size, "experts in search": num * placement_size})]
 
 
 def _training(network: nn.Module, size: int, config: Config) -> dict[str, int]:
     trained = [p for p in network.parameters() if p.requires_grad]
+    balancing = config.finetune.balancing
+    # Those of each cluster, beside the one that is made of them.
+    num_gradients = balancing.num_clusters if balancing and balancing.method in ("ant_nash", "pcgrad") else 0
     has_teacher = config.finetune.consistency_weight > 0 and config.finetune.lora is None
     return {
         "network": _num_bytes([*network.parameters(), *network.buffers()]),
         "teacher": size if has_teacher else 0,
-        "gradients": _num_bytes(trained),
+        "gradients": _num_bytes(trained) * (1 + num_gradients),
         "EMA": _num_bytes(trained),
         "moments": _moments([p.numel() for p in trained], config.finetune),
     }

@@ -79,7 +79,7 @@ def check(config: Config, out: Path) -> Plan:
     check_evaluate(config, base)
     check_distance(config, config.finetune, base)
     check_finetune(config.finetune, base, default_device())
-    check_search(config.search, base, len(ranges))
+    check_search(config.search, base, config.num_combined)
     images = load_images(config.data, base.channels, base.image_size)
     split(images, config.data)
     check_num_references(config, len(images), len(report_references(config, base, images)[1]))

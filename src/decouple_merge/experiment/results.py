@@ -44,7 +44,14 @@ class Row:
 
 def report_models(plan: Plan) -> list[str]:
     """List the models of the result table."""
-    return ["pretrained", *([BASELINE] if plan.config.finetune.baseline else []), "ensemble", "merged"]
+    over = plan.config.search.over
+    models = {
+        "pretrained": True,
+        BASELINE: plan.config.finetune.baseline,
+        "ensemble": over == "experts",
+        "merged": over != "nothing",
+    }
+    return [name for name, is_made in models.items() if is_made]
 
 
 def _weights_of(plan: Plan, model: str) -> Tensors:

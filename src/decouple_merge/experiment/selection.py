@@ -11,26 +11,21 @@ from ..merging.arithmetic import Tensors
 from ..merging.merger import Merger
 from ..merging.survival import survival_line
 from ..models.base import tensors_sha256
-from ..searching.checkpoints import load_checkpoints
 from ..searching.leader import leading
 from ..searching.levels import levels, ranked, search, work
 from ..searching.scorer import Scorer
 from ..searching.study import Study, open_storage, open_study, trials
 from ..searching.trial import Level, Trial
 from ..storage.locks import enter, hold
+from .combined import load_combined
 from .export import export_merge
-from .plan import Plan, load_experts
+from .plan import Plan
 from .start import learn_start
 from .trials import draw_search, report_candidates, write_trials
 from .watch import compared_of
 
 Event = str | Trial
 OpenLevel = Callable[[str], Study]
-
-
-def load_combined(plan: Plan) -> list[Tensors]:
-    """Read what the search combines: the checkpoints that the config lists, or the run's experts."""
-    return load_checkpoints(plan.config.search, plan.base) or load_experts(plan)
 
 
 def open_merger(plan: Plan, experts: list[Tensors]) -> Merger:
@@ -135,18 +130,18 @@ def _lead(plan: Plan, hashes: list[str]) -> Iterator[Event]:
 
     if not plan.run.merged.exists():
         yield from _forecast(plan, done(), scorer)
-    learned = learn_start(plan, merger, hashes) if config.search.gradient_batches else None
+    learned = learn_start(plan, merger, hashes) if config.search.learns_start else None
     for trial in search(open_level, config, len(experts), lambda weights, lv: scorer()(weights, lv), learned):
         found = done()
         write_trials(plan, found)
         screen, screened = found[0]
-        if trial.level == screen.name and ranked(screened, config.search.frozen)[:1] == [trial]:
+        if trial.level == screen.name and ranked(screened, config.search)[:1] == [trial]:
             export_merge(plan, merger, hashes, screen, trial)
         yield trial
     found = done()
     write_trials(plan, found)
     (screen, screened), (last, finalists) = found[0], found[-1]
-    winner = ranked(finalists, config.search.frozen)[0]
+    winner = ranked(finalists, config.search)[0]
     record = export_merge(plan, merger, hashes, last, winner)
     if "delta" in record:
         yield survival_line(record["delta"])

@@ -156,11 +156,13 @@ def _events(piece: Piece, plan: Plan, folder: StudyFolder) -> Iterator[workflow.
                 yield from train_shared(plan, training, folder)
         return
     with hold(plan.run.lock("run"), "deme study", wait=True):
-        # The baseline takes as long as all experts together; until the report nobody waits for it.
+        over = plan.config.search.over
+        # The baseline takes as long as all experts together; until the report nobody else waits for it.
         for training in every:
-            if training[0].name != BASELINE:
+            if training[0].name != BASELINE or over.startswith("baseline"):
                 yield from train_shared(plan, training, folder)
-        yield from search_weights(plan)
+        if over != "nothing":
+            yield from search_weights(plan)
         for training in every:
             yield from train_shared(plan, training, folder)
         yield from evaluate_shared(plan, folder)

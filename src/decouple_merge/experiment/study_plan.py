@@ -71,7 +71,7 @@ def count_work(
             work.trained[has_teacher] = work.trained.get(has_teacher, 0) + num
             work.num_trainings += 1
         config = plan.config
-        for level in levels(config, len(config.search.checkpoints) or len(plan.ranges)):
+        for level in levels(config, config.num_combined) if config.num_combined else []:
             num = level.num_candidates * len(level.seeds)
             _draw(work, num, level.num_steps or config.sample.num_steps, [config.search.metric])
         for model in report_models(plan):

@@ -47,12 +47,12 @@ def report_candidates(plan: Plan, screened: list[Trial], score_ensemble: Callabl
         num_blocks = len(search.blocks)
         fixed = fixed_candidates(len(screened[0].weights) // num_blocks)
         table = {n: values[w * num_blocks] for n, w in zip(("pretrained", "uniform", "sum"), fixed, strict=False)}
-        if not search.checkpoints:
+        if search.over == "experts" and not search.checkpoints:
             try:
                 table["ensemble"] = score_ensemble()
             except NotFiniteError:
                 table["ensemble"] = None
-        table["best"] = ranked(screened, search.frozen)[0].value
+        table["best"] = ranked(screened, search)[0].value
         write_json(plan.run.candidates, {"metric": search.metric, **table})
     found = read_record(plan.run.candidates, AGAIN, metric=str)
     said = {name: "lost" if value is None else f"{value:.4g}" for name, value in found.items() if name != "metric"}

@@ -12,8 +12,9 @@ from ..searching.trial import Trial
 from ..storage.locks import enter, hold
 from ..storage.run_folder import Run
 from ..training.records import StepRecord
+from .combined import load_combined
 from .finetuning import finetune_experts
-from .plan import Plan, load_experts, prepare
+from .plan import Plan, prepare
 from .results import Row, evaluate_run, report_models
 from .selection import search_weights
 
@@ -38,9 +39,10 @@ def run(config: Config, out: Path, wait: bool = False) -> Iterator[Event]:
         distributed.leave()
         if not is_first:
             return
-        norms = task_vector_norms(plan.base.network.state_dict(), load_experts(plan))
-        yield "task vector norms: " + ", ".join(f"{n:.3f}" for n in norms)
-        yield from search_weights(plan)
+        if config.search.over != "nothing":
+            norms = task_vector_norms(plan.base.network.state_dict(), load_combined(plan))
+            yield "task vector norms: " + ", ".join(f"{n:.3f}" for n in norms)
+            yield from search_weights(plan)
         yield from report(plan)
 
 

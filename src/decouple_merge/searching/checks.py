@@ -7,12 +7,14 @@ from .checkpoints import load_checkpoints
 from .levels import check_weights
 
 
-def check_search(settings: Search, base: Base, num_ranges: int) -> None:
-    """Require that weights, blocks and checkpoints fit each other and the base.
+def check_search(settings: Search, base: Base, num_combined: int) -> None:
+    """Require that weights, blocks and checkpoints fit each other, the models that are combined, and the base.
 
     Raises:
         ValueError: they don't.
     """
-    check_weights(settings, len(settings.checkpoints) or num_ranges)
+    if settings.over == "nothing":
+        return
+    check_weights(settings, num_combined)
     group_keys(list(base.network.state_dict()), settings.blocks)
     load_checkpoints(settings, base)

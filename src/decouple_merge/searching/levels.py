@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from ..config import Config, Search
 from ..errors import UserError
@@ -22,6 +22,8 @@ from .trial import Level, Objective, Trial
 NUM_QUEUED = 64
 # Of the learned weights: the loss knows their direction better than their length.
 MULTIPLES = (0.5, 1.5, 2.0)
+# Of sums of weights, which have 6 digits.
+TOLERANCE = 1e-4
 
 
 def levels(config: Config, num_experts: int) -> list[Level]:
@@ -58,23 +60,55 @@ def check_weights(settings: Search, num_experts: int) -> None:
             raise UserError(
                 f"search.start holds {point}, expected {num_weights} weights, one for each expert and block"
             )
+        sums = [math.fsum(point[i : i + num_experts]) for i in range(0, num_weights, num_experts)]
+        if settings.total is not None and any(abs(s - settings.total) > TOLERANCE for s in sums):
+            raise UserError(
+                f"search.start holds {point}, which adds up to {sums[0]:g}, expected search.total, {settings.total:g}, "
+                "in each block"
+            )
         if moved := [i for i, w in settings.frozen.items() if point[i] != w]:
             raise UserError(
                 f"search.start holds {point}, whose weight {moved[0]} search.frozen fixes at "
                 f"{settings.frozen[moved[0]]:g}"
             )
-    if settings.frozen and settings.strategy == "greedy":
-        raise UserError("search.frozen fixes weights, and strategy greedy, a soup of equal ones, can't: take another")
+    if settings.frozen and settings.strategy in ("greedy", "uniform"):
+        raise UserError(
+            f"search.frozen fixes weights, and strategy {settings.strategy}, a soup of equal ones, can't: take another"
+        )
+    if settings.total is not None:
+        _check_total(settings, settings.total, num_experts)
 
 
-def ranked(found: list[Trial], frozen: Mapping[int, float] = {}) -> list[Trial]:
+def _check_total(settings: Search, total: float, num_experts: int) -> None:
+    if settings.strategy in ("greedy", "uniform") and total != 1:
+        raise UserError(f"search.total is {total:g}, and the weights of strategy {settings.strategy} add up to 1")
+    frozen = _space(settings, num_experts).frozen
+    for row in (frozen[i : i + num_experts] for i in range(0, len(frozen), num_experts)):
+        fixed = math.fsum(w for w in row if w is not None)
+        least, most = (fixed + row.count(None) * bound for bound in (settings.low, settings.high))
+        if not least - TOLERANCE <= total <= most + TOLERANCE:
+            raise UserError(
+                f"search.total is {total:g}, and {num_experts} weights add up to {least:g} to {most:g}: change low, "
+                "high or frozen"
+            )
+
+
+def ranked(found: list[Trial], settings: Search | None = None) -> list[Trial]:
     """Sort the trials that may be chosen, best first and of equal ones the first; lost ones may not.
 
-    The fixed candidates are reported whatever is frozen; they can't win where they have another weight.
+    The fixed candidates are reported whatever is asked for; they can't win where that has other weights.
     """
-    kept = [t for t in found if not t.failure]
-    allowed = [t for t in kept if all(t.weights[i] == w for i, w in frozen.items())]
+    allowed = [t for t in found if not t.failure and (settings is None or _may_win(t.weights, settings))]
     return sorted(allowed, key=lambda t: (t.value, t.number))
+
+
+def _may_win(weights: Weights, settings: Search) -> bool:
+    num = len(weights) // len(settings.blocks)
+    if settings.strategy == "uniform":
+        return weights == (1.0 / num,) * len(weights)
+    sums = [math.fsum(weights[i : i + num]) for i in range(0, len(weights), num)]
+    adds_up = settings.total is None or all(abs(s - settings.total) <= TOLERANCE for s in sums)
+    return adds_up and all(weights[i] == w for i, w in settings.frozen.items())
 
 
 def fixed_candidates(num_experts: int) -> list[Weights]:
@@ -85,22 +119,29 @@ def fixed_candidates(num_experts: int) -> list[Weights]:
 
 def first_candidates(settings: Search, num_experts: int) -> list[Weights]:
     """List what is evaluated before a strategy chooses: the fixed candidates, the start points and, where none is
-    given and no grid covers it, more of the diagonal; what is frozen is held in all but the fixed ones.
+    given and no grid covers it, more of the diagonal, or the last model alone where the weights have a total; what is
+    frozen, and the total, are held in all but the fixed ones.
 
     A sampler in N dimensions would hardly meet the line of equal weights, which uniform and sum lie on.
     """
+    if settings.strategy == "uniform":
+        return [w * len(settings.blocks) for w in fixed_candidates(num_experts)]
     given = [tuple(map(float, point)) for point in settings.start]
     diagonal = [] if given or settings.strategy == "grid" else [(0.5,) * num_experts, (1.5,) * num_experts]
     inside = [w for w in diagonal if settings.low <= w[0] <= settings.high]
-    equal = [w * len(settings.blocks) for w in (*fixed_candidates(num_experts), *inside)]
+    last = [] if given or settings.total is None else [(0.0,) * (num_experts - 1) + (settings.total,)]
+    equal = [w * len(settings.blocks) for w in (*fixed_candidates(num_experts), *inside, *last)]
     space = _space(settings, num_experts)
-    held = [space.embed(space.free(w)) for w in equal] if settings.frozen else equal
-    return list(dict.fromkeys([*equal[:3], *given, *held]))
+    is_bound = settings.frozen or settings.total is not None
+    held = [space.embed(space.free(w)) for w in equal] if is_bound else equal
+    return list(dict.fromkeys([*equal[: len(fixed_candidates(num_experts))], *given, *held]))
 
 
 def num_candidates(settings: Search, num_experts: int) -> int:
     """Count the candidates a search will screen at most."""
-    first = len(first_candidates(settings, num_experts)) + bool(settings.gradient_batches)
+    first = len(first_candidates(settings, num_experts)) + settings.learns_start
+    if settings.strategy == "uniform":
+        return first
     if settings.strategy == "grid":
         num_free = _space(settings, num_experts).num_free
         wanted = first + len(axis(_space(settings, num_experts), settings.grid_step)) ** num_free + 3**num_free
@@ -144,9 +185,9 @@ def search(
             batches = _one_batch(promoted[: level.num_candidates])
         yield from _drive(study, batches, level, settings, objective)
         found = trials(study)
-        promoted = [t.weights for t in ranked(found, settings.frozen)]
+        promoted = [t.weights for t in ranked(found, settings)]
         if not promoted:
-            reason = next((t.failure for t in found if t.failure), "none has the weights of search.frozen")
+            reason = next((t.failure for t in found if t.failure), "none has the weights that search asks for")
             raise UserError(f"search: no candidate of {len(found)} on level {level.name} may be chosen: {reason}")
     studies[0].set_user_attr("finished", True)
 
@@ -173,7 +214,8 @@ def work(
 
 def _space(settings: Search, num_experts: int) -> Space:
     num_weights = num_experts * len(settings.blocks)
-    return Space(settings.low, settings.high, tuple(settings.frozen.get(i) for i in range(num_weights)))
+    frozen = tuple(settings.frozen.get(i) for i in range(num_weights))
+    return Space(settings.low, settings.high, frozen, settings.total, len(settings.blocks))
 
 
 def _proposals(settings: Search, num_experts: int, seed: int, learned: Weights | None) -> Strategy:
@@ -182,7 +224,7 @@ def _proposals(settings: Search, num_experts: int, seed: int, learned: Weights |
     if learned is not None:
         first.append(space.embed(space.free(learned)))
     known = dict(zip(first, (yield first), strict=True))
-    if space.num_free == 0:
+    if space.num_free == 0 or settings.strategy == "uniform":
         return
     if settings.strategy == "gradient" and learned is not None:
         yield [space.embed([factor * w for w in space.free(learned)]) for factor in MULTIPLES]

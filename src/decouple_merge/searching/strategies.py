@@ -8,8 +8,9 @@ It may propose what is known already; the caller answers from memory. Values are
 """
 
 import itertools
+import math
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,23 +27,31 @@ class Space:
 
     Attributes:
         frozen: for each expert its fixed weight, or None where it is free.
+        total: what the weights of each block add up to; None leaves them free.
+        num_blocks: the weights are those of the first block, then of the second, ….
     """
 
     low: float
     high: float
     frozen: tuple[float | None, ...]
+    total: float | None = None
+    num_blocks: int = 1
 
     @property
     def num_free(self) -> int:
         return self.frozen.count(None)
 
     def embed(self, free: Sequence[float]) -> Weights:
-        """Put free weights in their places, moved into the bounds and rounded, so that equal candidates are equal."""
-        rest = iter(free)
-        return tuple(
-            round(min(max(float(next(rest)), self.low), self.high), 6) if fixed is None else fixed
-            for fixed in self.frozen
-        )
+        """Put free weights in their places, moved into the space and rounded, so that equal candidates are equal."""
+        size, moved = len(self.frozen) // self.num_blocks, iter(free)
+        rows = [self.frozen[i : i + size] for i in range(0, len(self.frozen), size)]
+        return tuple(w for fixed in rows for w in self._embed_block(fixed, moved))
+
+    def _embed_block(self, fixed: Sequence[float | None], free: Iterator[float]) -> list[float]:
+        own = [float(next(free)) for weight in fixed if weight is None]
+        rest = None if self.total is None else self.total - math.fsum(w for w in fixed if w is not None)
+        moved = iter(_clamped(own, self.low, self.high) if rest is None else onto_sum(own, rest, self.low, self.high))
+        return [next(moved) if weight is None else weight for weight in fixed]
 
     def free(self, weights: Weights) -> list[float]:
         """Pick out the free weights."""
@@ -57,6 +66,32 @@ class Space:
 
     def draw(self, chance: random.Random) -> Weights:
         return self.embed([chance.uniform(self.low, self.high) for _ in range(self.num_free)])
+
+
+def _clamped(weights: Sequence[float], low: float, high: float) -> list[float]:
+    return [round(min(max(w, low), high), 6) for w in weights]
+
+
+def onto_sum(weights: Sequence[float], total: float, low: float, high: float) -> list[float]:
+    """Find the nearest weights in [low, high] that add up to a total, rounded to 6 digits.
+
+    They are clamp(w_i - λ), with the λ for which the sum is right: the projection onto a box that a plane cuts. There
+    is one where n·low <= total <= n·high.
+    """
+    if not weights:
+        return []
+    # Between them the sum falls from n·high to n·low.
+    least, most = min(weights) - high, max(weights) - low
+    for _ in range(200):
+        middle = (least + most) / 2
+        above = math.fsum(min(max(w - middle, low), high) for w in weights) > total
+        least, most = (middle, most) if above else (least, middle)
+    found = _clamped([w - (least + most) / 2 for w in weights], low, high)
+    # What rounding left over goes where there is room for it.
+    left = round(total - math.fsum(found), 6)
+    place = max(range(len(found)), key=lambda i: high - found[i] if left > 0 else found[i] - low)
+    found[place] = round(found[place] + left, 6)
+    return found
 
 
 def uniform_random(space: Space, seed: int) -> Strategy:
