@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from decouple_merge.analysis import figures
 from decouple_merge.config import Config, Search, load_config
 from decouple_merge.experiment import workflow
 from decouple_merge.experiment.dry_run import describe
@@ -204,3 +206,18 @@ def test_the_uniform_soup_wins_its_search_whatever_scores_better() -> None:
     assert num_candidates(asked, 4) == 3
     assert ranked(found, asked)[0].weights == (0.25,) * 4
     assert ranked(found)[0].weights == (0.0,) * 4
+
+
+def test_the_surfaces_of_many_weights_are_those_of_the_largest(tmp_path: Path) -> None:
+    draws = random.Random(0)
+    trials = [
+        Trial("screen", i, tuple(draws.uniform(-1, 1) for _ in range(20)), 1.0 + i, "", 1.0, "main") for i in range(6)
+    ]
+    axes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_save", lambda figure, out: axes.extend(figure.axes))
+        figures.search_surfaces(trials, "kd", tmp_path / "out.png")
+    largest = sorted(range(20), key=lambda i: -abs(trials[0].weights[i]))[:8]
+    shown = {axis.get_xlabel() for axis in axes if axis.get_visible() and axis.get_xlabel()}
+    shown |= {axis.get_ylabel() for axis in axes if axis.get_visible() and axis.get_xlabel()}
+    assert shown == {f"weight {i}" for i in largest}

@@ -34,7 +34,7 @@ def config_of(tiny_config: MakeConfig, method: str, **finetune: Any) -> Config:
     clusters = {} if method == "uncertainty" else {"num_clusters": 3, "clusters": "log_snr"}
     balancing = {"method": method, "solve_every": 2} | clusters
     plain = {"global_prob": 0.0, "consistency_weight": 0.0, "projection": {"placement": "none"}}
-    return tiny_config(finetune=plain | {"balancing": balancing} | finetune)
+    return tiny_config(finetune=plain | {"balancing": balancing, "checkpoint_every": 3} | finetune)
 
 
 def trainer_of(config: Config) -> Trainer:
@@ -55,15 +55,14 @@ def batches(config: Config) -> Any:
 # -- going on
 @pytest.mark.usefixtures("every_record")
 @pytest.mark.parametrize("method", BALANCERS)
-@pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_training_that_was_stopped_ends_in_the_same_bits(
-    method: str, accumulation: int, tmp_path: Path, tiny_config: MakeConfig
+    method: str, tmp_path: Path, tiny_config: MakeConfig
 ) -> None:
-    config = config_of(tiny_config, method, accumulation=accumulation, solve_every=4, num_updates=8)
+    config = config_of(tiny_config, method, accumulation=2)
     list(start(config, tmp_path / "whole"))
     stopped = start(config, tmp_path / "stopped")
-    # Behind the checkpoint of update 2, before that of update 4: the factors of update 0 or 2 are in the state.
-    assert len(list(itertools.islice(stopped, 3))) == 3
+    # Behind the checkpoint after 3 updates: its state holds the factors of the third, which the fourth uses.
+    assert len(list(itertools.islice(stopped, 4))) == 4
     stopped.close()
     assert not (tmp_path / "stopped/model.safetensors").exists()
     list(start(config, tmp_path / "stopped"))

@@ -25,6 +25,7 @@ from decouple_merge.training import checks
 from decouple_merge.training.trainer import Trainer
 
 MakeConfig = Callable[..., Config]
+THREE = {"num_clusters": 3}
 ONE_EXPERT = {"num_ranges": 1, "baseline": False}
 
 
@@ -95,6 +96,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Antithetic pairs of 6 lie across the border between two slices of 3.
     "odd slices": {"finetune": {"batch_size": 6}},
     "adapters": {"finetune": {"projection": {"placement": "none"}, "lora": {"rank": 2}}},
+    "uncertainty": {"finetune": {"balancing": "uncertainty"}},
+    # Clusters of 3, 3 and 2 samples, some of whose are in either process.
+    "clusters": {"finetune": {"batch_size": 8, "global_prob": 1.0, "balancing": {"method": "ant_uw", **THREE}}},
+    "bargain": {
+        "finetune": {
+            "batch_size": 8,
+            "global_prob": 0.0,
+            "accumulation": 2,
+            "gradient_checkpointing": True,
+            "balancing": {"method": "ant_nash", "solve_every": 2, **THREE},
+        }
+    },
+    "without conflicts": {
+        "finetune": {"batch_size": 6, "global_prob": 0.0, "balancing": {"method": "pcgrad", **THREE}}
+    },
     "checkpointing": {"finetune": {"gradient_checkpointing": True, "global_prob": 1.0, "antithetic": False}},
 }
 

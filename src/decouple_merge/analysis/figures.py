@@ -16,6 +16,9 @@ from ..diffusion.timesteps import TimestepRange
 from ..searching.trial import Level, Trial
 from ..storage.files import atomic_path
 
+# Of a figure that has axes for each pair of them.
+MAX_WEIGHTS = 8
+
 
 def sample_grid(folders: dict[str, Path], out: Path, num_columns: int = 16, num_rows: int = 2) -> None:
     """Draw the same seeds of several models below each other.
@@ -76,7 +79,8 @@ def search_surfaces(trials: list[Trial], metric: str, out: Path) -> None:
     """Draw a level's candidates over each pair of weights, on the response surface that they suggest.
 
     The surface is the least-squares quadratic of the log distance in all weights (of the distance where one is not
-    above 0), cut through the best candidate; too few candidates for its coefficients are drawn without it.
+    above 0), cut through the best candidate; too few candidates for its coefficients are drawn without it. Of many
+    weights those are shown that are largest in the best.
     """
     weights, values = np.array([t.weights for t in trials]), np.array([t.value for t in trials])
     heights = np.log(values) if (values > 0).all() else values
@@ -84,12 +88,14 @@ def search_surfaces(trials: list[Trial], metric: str, out: Path) -> None:
     best = weights[int(values.argmin())]
     basis = _quadratic_basis(weights)
     surface = np.linalg.lstsq(basis, heights, rcond=None)[0] if len(trials) >= basis.shape[1] + 2 else None
-    span = max(1, num - 1)
+    shown = sorted(np.argsort(-np.abs(best), kind="stable")[:MAX_WEIGHTS].tolist())
+    span = max(1, len(shown) - 1)
     figure, axes = plt.subplots(span, span, figsize=(3.2 * span + 1, 2.9 * span), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_visible(False)
-    for i, j in [(0, 0)] if num == 1 else list(itertools.combinations(range(num), 2)):
-        axis = axes[max(j - 1, 0), i]
+    for row, column in [(0, 0)] if num == 1 else list(itertools.combinations(range(len(shown)), 2)):
+        i, j = shown[row], shown[column]
+        axis = axes[max(column - 1, 0), row]
         axis.set_visible(True)
         heights_of = values if num == 1 else weights[:, j]
         if surface is not None and num > 1:

@@ -5,21 +5,24 @@ from importlib.util import find_spec
 import torch
 
 from ..config import Finetune, Training
+from ..diffusion.timesteps import TimestepRange
 from ..diffusion.weightings import check_weighting
 from ..errors import UserError
 from ..models.base import Base
 from ..models.lora import check_lora
 from ..models.projection import check_placement
+from ..models.ranges import clusters_of, ranges_of
 
 
 def check_training(settings: Training, base: Base, device: torch.device) -> None:
     """Require that this machine has what a training asks for, and that the loss is defined on the base's schedule.
 
     Raises:
-        UserError: the precision needs a GPU, the optimiser or the tracker isn't installed, or the weighting has no
-            finite weights.
+        UserError: the precision needs a GPU, the optimiser or the tracker isn't installed, the weighting has no finite
+            weights, or the schedule can't be cut into the clusters that are balanced.
     """
     check_weighting(settings.weighting, settings.weighting_options, base.process)
+    _check_clusters(settings, base, base.process.split(1))
     _check_precision(settings, device)
     _check_optimizer(settings)
     _check_tracker(settings)
@@ -32,9 +35,20 @@ def check_finetune(settings: Finetune, base: Base, device: torch.device) -> None
         UserError: as ``check_training``, or the network has no place for the projections or the adapters.
     """
     check_training(settings, base, device)
+    if settings.global_prob == 0:
+        _check_clusters(settings, base, ranges_of(base, settings))
     check_placement(base.network, base.family, settings.projection.placement)
     if settings.lora is not None:
         check_lora(base.network, settings.lora)
+
+
+def _check_clusters(settings: Training, base: Base, ranges: list[TimestepRange]) -> None:
+    """Require that each range can be cut into the clusters whose losses are balanced, if some are."""
+    balancing = settings.balancing
+    if balancing is None or not balancing.cuts_batches:
+        return
+    for own in ranges:
+        clusters_of(base.process, own, balancing, balancing.num_clusters)
 
 
 def _check_precision(settings: Training, device: torch.device) -> None:
