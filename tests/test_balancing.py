@@ -70,7 +70,8 @@ def test_a_training_that_was_stopped_ends_in_the_same_bits(
         assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-@pytest.mark.parametrize("method", BALANCERS)
+# Gradients of these batches have no conflicts: PCGrad's factors stay 1.
+@pytest.mark.parametrize("method", [name for name in BALANCERS if name != "pcgrad"])
 def test_what_is_learned_along_moves_and_is_in_the_state(method: str, tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = config_of(tiny_config, method)
     trainer, images = trainer_of(config), batches(config)
@@ -201,8 +202,11 @@ def test_uncertainty_features_have_mean_square_one_and_are_the_seeds() -> None:
         found.append(balancer.u(torch.arange(1.0, 1000.0)))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
-    # Of 128 features with weights of N(0, 1): a variance of 128.
-    assert found[0].square().mean().item() == pytest.approx(128, rel=0.5)
+    squares = torch.zeros(999)
+    for unit in torch.eye(128):
+        balancer.learned["u"].data.copy_(unit)
+        squares += balancer.u(torch.arange(1.0, 1000.0)).detach().square()
+    assert squares.mean().item() / 128 == pytest.approx(1, abs=0.1)
     assert bool(balancer.u(torch.tensor([1e-6, 1000.0])).isfinite().all())
 
 
