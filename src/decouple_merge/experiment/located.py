@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..config import Clusters, Config, Reference
+from ..config import Clusters, Config, Pretrain, Reference
 from ..data.sources import located_source
 
 SQLITE = "sqlite:///"
@@ -20,8 +20,7 @@ def located(config: Config) -> Config:
         base=_located_name(config.base),
         data=_changed(config.data, source=located_source(config.data.source), path=_absolute(config.data.path)),
         finetune=_located_training(config.finetune),
-        pretrain=config.pretrain
-        and _located_training(_changed(config.pretrain, start=_located_name(config.pretrain.start))),
+        pretrain=_located_pretrain(config.pretrain),
         text=_changed(config.text, prompts=_absolute(config.text.prompts)),
         search=_changed(
             config.search,
@@ -36,6 +35,10 @@ def located(config: Config) -> Config:
             clip=_located_name(config.evaluate.clip),
         ),
     )
+
+
+def _located_pretrain(settings: Pretrain | None) -> Pretrain | None:
+    return settings and _located_training(_changed(settings, start=_located_name(settings.start)))
 
 
 def _located_training(settings: Any) -> Any:

@@ -64,8 +64,10 @@ def study_lines(study: Study, plans: Plans) -> Iterator[Line]:
                 # Until all runs are finished, some that share a model don't have its numbers yet.
                 arm = max(arms, key=lambda a: len(found[a, model]))
                 if values := found[arm, model]:
-                    equal = _equal_compute(study, plans, arm)
-                    others = found.get((arm, "pretrained"), {}), found.get((equal, BASELINE), {}) if equal else {}
+                    equal = _equal_compute(study, plans, arm, model)
+                    # A baseline with another loss is compared with the first; that isn't with itself.
+                    is_same = keys.get((equal, BASELINE)) == key
+                    others = found.get((arm, "pretrained"), {}), {} if is_same else found.get((equal, BASELINE), {})
                     yield _line(study, metric, model, arms, values, *others)
 
 
@@ -87,8 +89,9 @@ def _values(study: Study, records: dict[Any, list[dict[str, Any]]], arm: str, mo
     return {seed: values for seed, values in found.items() if len(values) == most}
 
 
-def _equal_compute(study: Study, plans: Plans, arm: str) -> str | None:
-    """Name the arm whose baseline an arm is compared with: itself, or the first that has one of as much compute."""
+def _equal_compute(study: Study, plans: Plans, arm: str, model: str) -> str:
+    """Name the arm whose baseline a model is compared with: its own or, of a baseline or an arm that has none, the first
+    that has one of as much compute; empty where there is none."""
 
     def num_images(name: str) -> int:
         plan = plans[name, study.seeds[0]]
@@ -96,9 +99,9 @@ def _equal_compute(study: Study, plans: Plans, arm: str) -> str | None:
         return len(plan.ranges) * settings.num_updates * settings.batch_size * settings.accumulation
 
     with_one = [a for a in study.arms if BASELINE in report_models(plans[a, study.seeds[0]])]
-    if arm in with_one:
+    if arm in with_one and model != BASELINE:
         return arm
-    return next((a for a in with_one if num_images(a) == num_images(arm)), None)
+    return next((a for a in with_one if num_images(a) == num_images(arm)), "")
 
 
 def _line(
@@ -114,7 +117,7 @@ def _line(
         min(means),
         max(means),
         None if model == "pretrained" else _ratio(study, values, pretrained),
-        None if model in ("pretrained", BASELINE) else _ratio(study, values, equal),
+        None if model == "pretrained" else _ratio(study, values, equal),
     )
 
 
