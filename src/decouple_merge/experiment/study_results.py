@@ -90,8 +90,10 @@ def _values(study: Study, records: dict[Any, list[dict[str, Any]]], arm: str, mo
 
 
 def _equal_compute(study: Study, plans: Plans, arm: str, model: str) -> str:
-    """Name the arm whose baseline a model is compared with: its own or, of a baseline or an arm that has none, the first
-    that has one of as much compute; empty where there is none."""
+    """Name the arm whose baseline a model is compared with: its own; or, of a baseline or an arm without one, the first.
+
+    That has as much compute; the name is empty where there is none.
+    """
 
     def num_images(name: str) -> int:
         plan = plans[name, study.seeds[0]]
