@@ -90,7 +90,7 @@ def _values(study: Study, records: dict[Any, list[dict[str, Any]]], arm: str, mo
 
 
 def _equal_compute(study: Study, plans: Plans, arm: str, model: str) -> str:
-    """Name the arm whose baseline a model is compared with: its own; or, of a baseline or an arm without one, the first.
+    """Name the arm whose baseline a model is compared with: its own; of a baseline or an arm without one, the first.
 
     That has as much compute; the name is empty where there is none.
     """
