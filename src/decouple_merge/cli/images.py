@@ -17,7 +17,9 @@ def sample(
     num_images: Annotated[int | None, typer.Option(min=1, help="As many as prompts where not given")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first image, which has the first prompt")] = 0,
     num_steps: Annotated[int, typer.Option(min=1)] = 50,
-    sampler: Annotated[str, typer.Option(help="Any diffusers scheduler by name")] = "DDIM",
+    sampler: Annotated[
+        str | None, typer.Option(help="Any diffusers scheduler by name; DDIM, or of a flow its own, where not given")
+    ] = None,
     prompts: PromptFile = None,
     overrides: Annotated[
         list[str] | None,
@@ -38,5 +40,7 @@ def sample(
 
     given = {"sample": {"sampler": sampler, "num_steps": num_steps}, "text": {"prompts": prompts} if prompts else {}}
     settings = validate(Drawing, given, "deme sample", overrides)
-    drawn = sample_model(model, out, num_images, seed, settings.sample, settings.text, settings.num_processes)
+    drawn = sample_model(
+        model, out, num_images, seed, settings.sample, settings.text, settings.num_processes, console.print
+    )
     console.print(f"images: {out}, of which {len(drawn)} were drawn now")

@@ -14,14 +14,15 @@ class Sample(Section):
     """How images are drawn.
 
     Attributes:
-        sampler: a diffusers scheduler by name, with or without ``Scheduler``; built from the base's own config.
+        sampler: a diffusers scheduler by name, with or without ``Scheduler``; built from the base's own config. None is
+            DDIM, and for a flow, which DDIM can't sample, the kind that the base itself has.
         timestep_spacing: leading, trailing or linspace; None keeps what the base's config says.
         precision: of the network while sampling; noise and scheduler stay in float32.
         one_resident: hold one expert of an ensemble in memory at a time, the others in their files; a batch of images
             reads each of them once.
     """
 
-    sampler: str = "DDIM"
+    sampler: str | None = None
     num_steps: PositiveInt = 50
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
     batch_size: PositiveInt = 256

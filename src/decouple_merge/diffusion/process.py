@@ -79,6 +79,10 @@ class Process(Protocol):
         """Compute the share of the training's draws that fall into a range, without a global probability."""
         ...
 
+    def step_share(self, own: TimestepRange) -> float:
+        """Compute the share of a sampler's steps, spread evenly over the schedule, that fall into a range."""
+        ...
+
 
 def _as(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.reshape(-1, *[1] * (like.dim() - 1)).to(like)
@@ -169,6 +173,9 @@ class VP:
 
     def share(self, own: TimestepRange) -> float:
         return (own.high - own.low) / self.num_train_timesteps
+
+    def step_share(self, own: TimestepRange) -> float:
+        return self.share(own)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,24 @@ from .base import Base
 from .processes import dynamic_mu, flow_arguments
 
 
-def make_scheduler(base: Base, sampler: str, num_steps: int, timestep_spacing: str | None) -> Any:
+def sampler_of(base: Base, sampler: str | None) -> str:
+    """Name the sampler: the one that is asked for, or else DDIM, which can't sample a flow: of one the base's own."""
+    if sampler is not None or not isinstance(base.process, Flow):
+        return sampler or "DDIM"
+    return type(base.pipeline.scheduler).__name__.removesuffix("Scheduler")
+
+
+def make_scheduler(base: Base, sampler: str | None, num_steps: int, timestep_spacing: str | None) -> Any:
     """Build any diffusers scheduler from the base's own config, with its timesteps set as the stock pipeline sets them.
+
+    Args:
+        sampler: by name, as ``sampler_of`` takes it.
 
     Raises:
         UserError: diffusers has no such scheduler, it can't sample the base's process, or it refuses the number of
             steps.
     """
+    sampler = sampler_of(base, sampler)
     name = sampler if sampler.endswith("Scheduler") else sampler + "Scheduler"
     cls = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
@@ -31,6 +42,11 @@ def make_scheduler(base: Base, sampler: str, num_steps: int, timestep_spacing: s
         changes = flow_arguments(base.process, own, cls)
         if timestep_spacing is not None and "timestep_spacing" not in inspect.signature(cls).parameters:
             raise UserError(f"timestep_spacing is {timestep_spacing}, and a {name} has none: leave it out")
+    elif name.startswith("FlowMatch"):
+        raise UserError(
+            f"sampler {name} is for flow matching, and the base has a table of ᾱ_t; take {type(own).__name__}, which "
+            "is its own, or DDIM"
+        )
     if timestep_spacing is not None:
         changes["timestep_spacing"] = timestep_spacing
     try:

@@ -1,7 +1,7 @@
 """Images into a folder, as ``<seed>.png``."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def sample_model(
     settings: Sample | None = None,
     text: Text | None = None,
     num_processes: int = 1,
+    say: Callable[[str], object] = lambda line: None,
 ) -> list[int]:
     """Draw images from a pipeline, or from a run's ensemble, as ``<seed>.png``; returns the seeds that were drawn.
 
@@ -43,6 +44,7 @@ def sample_model(
         settings: how images are drawn; not a run's own, but the defaults where not given.
         text: prompts and guidance of such a model; what it doesn't set is a run's own.
         num_processes: share the batches, each with the model in its memory; the images are those of one process.
+        say: gets lines for the user, before anything is drawn.
 
     Raises:
         UserError: ``out`` holds anything else; as ``open_model``; the model and its prompts don't fit, or neither the
@@ -56,6 +58,8 @@ def sample_model(
         raise UserError(f"{model}: no prompts say how many images there are; give --num-images, or --prompts")
     seeds = range(seed, seed + num)
     opened.check(seeds)
+    for line in opened.notes():
+        say(line)
     records = _records(opened, seeds)
     missing = _missing(out, records)
     dealt = shares(len(seed_batches(missing, settings.batch_size)), num_processes)

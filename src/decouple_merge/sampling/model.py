@@ -33,6 +33,7 @@ from .sampler import (
     sampling_copy,
     sampling_fields,
 )
+from .shares import unlike_shares
 
 # Which of the settings of texts say what the prompts are.
 PROMPT_SETTINGS = {"prompts", "template", "prompt_seed"}
@@ -70,6 +71,11 @@ class OpenedModel:
         check_prompts(self.base, bool(self.prompts))
         if self.base.encoders is not None:
             texts_to_encode(self.base.encoders, self.prompts_of(seeds), self.text)
+
+    def notes(self) -> Iterator[str]:
+        """Say what is to be known before it draws: that an ensemble's sampler isn't what its ranges were cut for."""
+        if self.ensemble is not None:
+            yield from unlike_shares(self.base, self.ensemble.ranges, self.settings, self.ensemble.step_shares)
 
     @property
     def fields(self) -> dict[str, Any]:

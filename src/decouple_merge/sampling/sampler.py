@@ -20,7 +20,7 @@ from ..models.ensemble import TimestepEnsemble
 from ..models.family import Encoders
 from ..models.network import build_network, cast_inputs, predict
 from ..models.parts import load_vae, texts_to_encode
-from ..models.schedulers import make_scheduler
+from ..models.schedulers import make_scheduler, sampler_of
 
 # Maps noisy images, t and what the network takes besides to its prediction.
 Denoiser = Callable[..., Tensor]
@@ -188,17 +188,19 @@ def sample_images(
             prediction = guided(scale(x, t), t)
             x = scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
         images = (x if prompts is None else prompts.decode(x))[: len(batch)]
-        _check_finite(images, batch, settings, steps)
+        _check_finite(images, batch, settings, sampler_of(base, settings.sampler), steps)
         yield to_pixels(images).cpu()
 
 
-def _check_finite(images: Float[Tensor, "n c h w"], seeds: Sequence[int], settings: Sample, num_steps: int) -> None:
+def _check_finite(
+    images: Float[Tensor, "n c h w"], seeds: Sequence[int], settings: Sample, sampler: str, num_steps: int
+) -> None:
     # As pixels, NaN would be black.
     lost = (~images.isfinite()).flatten(1).any(1).tolist()
     if any(lost):
         raise NotFiniteError(
             f"{sum(lost)} of {len(seeds)} images are NaN or infinite, the first of seed {seeds[lost.index(True)]}, "
-            f"drawn in {settings.precision} by {settings.sampler} with {num_steps} steps; expected finite ones: try "
+            f"drawn in {settings.precision} by {sampler} with {num_steps} steps; expected finite ones: try "
             "another sampler, timestep_spacing or precision. A base that predicts ε can't start at a step of pure noise"
         )
 
@@ -211,7 +213,7 @@ def sampling_fields(base: Base, settings: Sample, prompts: str | None) -> dict[s
     """
     scheduler = make_scheduler(base, settings.sampler, settings.num_steps, settings.timestep_spacing)
     return {
-        "sampler": settings.sampler,
+        "sampler": sampler_of(base, settings.sampler),
         "num_steps": settings.num_steps,
         "timestep_spacing": scheduler.config.get("timestep_spacing"),
         "precision": settings.precision,

@@ -118,6 +118,8 @@ def _write_result(trainer: Trainer, folder: Path) -> None:
         "base_sha256": trainer.base.sha256,
         "seed": trainer.seed,
         **asdict(trainer.task),
+        # By the scheduler that the base has now.
+        "step_shares": [trainer.base.process.step_share(each) for each in trainer.task.ranges],
         "training": trainer.settings.model_dump(mode="json"),
     }
     write_json(folder / "expert.json", record)
