@@ -19,11 +19,10 @@ from decouple_merge.config.loader import _keys
 from decouple_merge.data.prompts import read_prompts
 from decouple_merge.errors import UserError
 from decouple_merge.evaluation.compare import compare
-from decouple_merge.merging.experts import open_expert
+from decouple_merge.merging.experts import open_expert, open_model
 from decouple_merge.merging.recipes import describe_model, repeat_merge
 from decouple_merge.models.base import load_base
 from decouple_merge.storage.files import read_records, read_tensors
-from decouple_merge.storage.layouts import model_files
 from decouple_merge.storage.reading import read_record
 from decouple_merge.storage.tensors import TensorFiles
 
@@ -237,7 +236,7 @@ def test_a_folder_with_any_index_is_read_or_refused(folder: Path, index: bytes, 
     shutil.rmtree(model, ignore_errors=True)
     model.mkdir()
     (model / name).write_bytes(index)
-    for read in (model_files, open_expert, lambda path: list(describe_model(path)), lambda path: load_base(str(path))):
+    for read in (open_model, open_expert, lambda path: list(describe_model(path)), lambda path: load_base(str(path))):
         with suppress(UserError):
             read(model)
 

@@ -25,7 +25,7 @@ from decouple_merge.cli import main as cli
 from decouple_merge.config import Merge
 from decouple_merge.errors import UserError
 from decouple_merge.merging.recipes import describe_model, merge_models, repeat_merge
-from decouple_merge.storage.layouts import network_folder, weight_files
+from decouple_merge.storage.layouts import denoisers, weight_files
 from decouple_merge.storage.tensors import TensorFiles
 
 Tensors = dict[str, Tensor]
@@ -394,6 +394,6 @@ def test_an_adapters_unknown_keys_are_dropped_where_asked(tmp_path: Path) -> Non
 
 def test_a_run_reads_a_network_at_the_root(tmp_path: Path) -> None:
     at_root(tmp_path)
-    assert network_folder(tmp_path) == tmp_path
+    assert denoisers(tmp_path) == {"unet": tmp_path}
     assert TensorFiles(weight_files(tmp_path)).entries.keys() == make_unet().state_dict().keys()
     assert issubclass(UNet2DModel, ModelMixin)

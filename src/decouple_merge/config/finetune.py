@@ -53,6 +53,8 @@ class Finetune(Training):
     """Training of the experts.
 
     Attributes:
+        experts: ``trained`` on the ranges; or ``denoisers``, the two of a Wan 2.2 base, each on its own timesteps:
+            nothing is trained, and the merge is one denoiser.
         num_ranges: N ranges, unless ``ranges`` lists them: equal ones of a table of timesteps, of a flow those with
             equal shares of the sampler's steps.
         ranges: [low, high) pairs in timesteps, a unit and edges, or what ``num_ranges`` clusters are made by.
@@ -62,6 +64,7 @@ class Finetune(Training):
         baseline: also finetune on all timesteps for the same total of updates, to compare with.
     """
 
+    experts: Literal["trained", "denoisers"] = "trained"
     num_ranges: PositiveInt = 4
     ranges: list[tuple[Integer | Number, Integer | Number]] | Ranges | Clusters | None = None
     global_prob: Number = Field(0.4, ge=0, le=1)
@@ -72,9 +75,19 @@ class Finetune(Training):
 
     @property
     def num_experts(self) -> int:
+        if self.experts == "denoisers":
+            return 2
         if self.ranges is None or isinstance(self.ranges, Clusters):
             return self.num_ranges
         return len(self.ranges) if isinstance(self.ranges, list) else len(self.ranges.edges) + 1
+
+    @model_validator(mode="after")
+    def _no_training(self) -> "Finetune":
+        if self.experts == "denoisers" and (self.ranges is not None or self.lora is not None):
+            raise UserError(
+                "experts is denoisers, which have their own timesteps and aren't trained: set neither ranges nor lora"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_projections_of_adapters(self) -> "Finetune":

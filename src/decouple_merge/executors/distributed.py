@@ -91,7 +91,8 @@ def averaging(network: nn.Module) -> nn.Module:
     """Wrap a network so that a backward pass leaves the mean of the processes' gradients; alone, leave it as it is."""
     if world_size() == 1:
         return network
-    return DistributedDataParallel(network, gradient_as_bucket_view=True)
+    has_unused = getattr(network, "has_unused_parameters", False)
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, find_unused_parameters=has_unused)
 
 
 def accumulating(network: nn.Module) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ from ..models.ensemble import load_expert
 from ..searching.checkpoints import load_checkpoints
 from ..storage.files import read_tensors
 from ..storage.run_folder import kept_weights
+from .given import given_experts
 from .plan import BASELINE, Plan, load_experts
 
 
@@ -21,6 +22,8 @@ def combined_names(plan: Plan) -> list[str]:
         return [str(kept_weights(baseline, update)) for update in plan.config.kept_updates]
     if search.checkpoints:
         return [str(Path(name).absolute()) if Path(name).exists() else name for name in search.checkpoints]
+    if plan.config.finetune.experts == "denoisers":
+        return given_experts(plan)
     return [f"../experts/{i}" for i in range(len(plan.ranges))]
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from ..config import Config
 from ..diffusion.process import Flow
-from ..diffusion.timesteps import range_index
 from ..models.network import num_parameters
-from ..models.schedulers import make_scheduler
+from ..models.schedulers import sampler_of
+from ..sampling.shares import steps_of, unlike_shares
 from ..searching.levels import levels
 from ..storage.run_folder import Run
+from .given import describe_given
 from .located import located
 from .manifest import check_owner
 from .memory import describe_memory
@@ -31,18 +32,20 @@ def describe(config: Config, out: Path) -> Iterator[str]:
     yield f"data {config.data.source}: {len(plan.images):,} images"
     if plan.prompts:
         yield f"prompts: {len(plan.prompts):,}, guidance {config.text.guidance_scale:g}"
-    if config.search.over == "experts":
+    if finetune.experts == "denoisers":
+        yield from describe_given(plan)
+    elif config.search.over == "experts":
         yield (
             f"experts: {num} x {finetune.num_updates} updates of {finetune.batch_size * finetune.accumulation} images "
             "on " + ", ".join(map(str, plan.ranges))
         )
-    if finetune.baseline:
+    if finetune.baseline and finetune.experts == "trained":
         yield f"baseline: {num * finetune.num_updates} updates"
     yield from describe_ranges(plan)
     yield describe_search(config)
     yield (
-        f"evaluation: {evaluate.num_seed_sets} x {evaluate.num_images} images a model, {config.sample.sampler} "
-        f"{config.sample.num_steps}, {', '.join(evaluate.metrics)}"
+        f"evaluation: {evaluate.num_seed_sets} x {evaluate.num_images} images a model, "
+        f"{sampler_of(base, config.sample.sampler)} {config.sample.num_steps}, {', '.join(evaluate.metrics)}"
     )
     yield f"run folder: {out}"
 
@@ -61,13 +64,12 @@ def describe_search(config: Config) -> str:
 
 def describe_ranges(plan: Plan) -> Iterator[str]:
     """Say of each range what of the training's draws and of the sampler's steps lies in it."""
-    sample, base, ranges = plan.config.sample, plan.base, list(plan.ranges)
-    scheduler = make_scheduler(base, sample.sampler, sample.num_steps, sample.timestep_spacing)
-    steps = [range_index(ranges, t) for t in base.process.visited(scheduler.timesteps).tolist()]
-    for index, own in enumerate(ranges):
+    base, steps = plan.base, steps_of(plan.base, plan.ranges, plan.config.sample)
+    for index, own in enumerate(plan.ranges):
         low, high = (edge / base.num_train_timesteps for edge in (own.low, own.high))
         level = f"σ (or boundary) [{low:.4g}, {high:.4g}), " if isinstance(base.process, Flow) else ""
         yield (
             f"  expert {index}: {level}timesteps {own}, {base.process.share(own):.1%} of the training's draws without "
-            f"global_prob, {steps.count(index)} of {len(steps)} sampling steps"
+            f"global_prob, {steps[index]} of {sum(steps)} sampling steps"
         )
+    yield from unlike_shares(base, plan.ranges, plan.config.sample)

@@ -16,6 +16,7 @@ from ..executors.distributed import check_shared, first_goes_first, is_first, wo
 from ..storage.locks import enter, hold
 from ..training.records import StepRecord
 from ..training.trainer import Task
+from .given import write_given
 from .plan import BASELINE, Plan
 from .watch import compared_of, global_batch, train_watched
 
@@ -66,6 +67,9 @@ def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) ->
         UserError: there is no range of that index, or another process works on the same.
     """
     settings, num = plan.config.finetune, len(plan.ranges)
+    if settings.experts == "denoisers":
+        yield from write_given(plan)
+        return
     if only is not None and not 0 <= only < num:
         raise UserError(f"range {only} doesn't exist, expected 0 to {num - 1}")
     if only is not None:

@@ -72,7 +72,7 @@ def check(config: Config, out: Path) -> Plan:
     config = located(config)
     check_owner(Run(out), config, [config.base, config.data.source])
     check_executor(config.executor)
-    base = with_density(load_base(config.base), config.finetune)
+    base = with_density(load_base(config.base, config.finetune.experts == "denoisers"), config.finetune)
     ranges = ranges_of(base, config.finetune)
     check_sample(base, config.sample)
     check_sample(base, config.sample, config.search.num_steps)
@@ -138,4 +138,4 @@ def load_experts(plan: Plan) -> list[Tensors]:
     Raises:
         ValueError: one is missing, damaged, or was finetuned from another base.
     """
-    return [load_expert(plan.run.expert(i), plan.base) for i in range(len(plan.ranges))]
+    return [load_expert(plan.run.expert(i), plan.base, own) for i, own in enumerate(plan.ranges)]

@@ -43,11 +43,11 @@ class Row:
 
 
 def report_models(plan: Plan) -> list[str]:
-    """List the models of the result table."""
-    over = plan.config.search.over
+    """List the models of the result table; the ensemble of a base's own denoisers is the pretrained model."""
+    over, is_trained = plan.config.search.over, plan.config.finetune.experts == "trained"
     models = {
-        "pretrained": True,
-        BASELINE: plan.config.finetune.baseline,
+        "pretrained": is_trained,
+        BASELINE: is_trained and plan.config.finetune.baseline,
         "ensemble": over == "experts",
         "merged": over != "nothing",
     }

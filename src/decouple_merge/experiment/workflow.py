@@ -8,6 +8,7 @@ from ..analysis.figures import sample_grid
 from ..config import Config
 from ..executors import distributed
 from ..merging.arithmetic import task_vector_norms
+from ..sampling.shares import unlike_shares
 from ..searching.trial import Trial
 from ..storage.locks import enter, hold
 from ..storage.run_folder import Run
@@ -33,6 +34,7 @@ def run(config: Config, out: Path, wait: bool = False) -> Iterator[Event]:
     lock = Run(out).lock("run")
     yield from enter(lock, wait)
     plan = prepare(config, out)
+    yield from unlike_shares(plan.base, plan.ranges, plan.config.sample)
     with hold(lock, "deme run", wait):
         yield from finetune_experts(plan, wait=wait)
         is_first = distributed.is_first()

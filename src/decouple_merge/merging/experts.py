@@ -83,6 +83,18 @@ def open_parts(parts: Mapping[str, Path]) -> TensorFiles:
     return TensorFiles.side_by_side({name: TensorFiles(weight_files(place)) for name, place in parts.items()})
 
 
+def open_model(path: Path) -> TensorFiles:
+    """Open a pipeline's denoisers with its projections, or the weights in any other folder or file.
+
+    Raises:
+        UserError: there are none, or they are damaged or a pickle.
+    """
+    parts, projections = denoisers(path), path / PROJECTIONS_FILE
+    if projections.is_file() and len(parts) == 1:
+        return TensorFiles([*weight_files(next(iter(parts.values()))), projections])
+    return open_parts(parts)
+
+
 def open_expert(path: Path, parts: Mapping[str, Path] | None = None) -> Expert:
     """Open an expert: a pipeline, one of its networks, an expert folder of a run, a weights file or a LoRA.
 
@@ -92,10 +104,6 @@ def open_expert(path: Path, parts: Mapping[str, Path] | None = None) -> Expert:
     Raises:
         UserError: there are no weights, they are damaged, a pickle, or quantised.
     """
-    parts = denoisers(path) if parts is None else parts
-    projections = path / PROJECTIONS_FILE
-    if projections.is_file() and [*parts.values()] == [*denoisers(path).values()] and len(parts) == 1:
-        opened = TensorFiles([*weight_files(next(iter(parts.values()))), projections])
-    else:
-        opened = open_parts(parts)
+    whole = denoisers(path)
+    opened = open_model(path) if parts is None or [*parts.values()] == [*whole.values()] else open_parts(parts)
     return Lora(opened, path) if is_adapter(opened.entries) else Checkpoint(opened)

@@ -26,6 +26,7 @@ from ..storage.tensors import (
     write_stream,
 )
 from .experts import open_expert
+from .joining import leave_out
 from .sources import Sources
 from .survival import NUM_WORST, check_survival, survival_line, survival_record
 
@@ -127,8 +128,13 @@ def _copy_folder(base: Path, out: Path, sources: Sources) -> dict[Path, tuple[st
     """Copy a folder but for the weights that are merged; returns what is to be written as ``_shard_files`` does."""
     folders = [*sources.parts.values()]
     # Weights in other formats and precisions would be stale copies of the base's.
-    stale = shutil.ignore_patterns(*STALE)
-    shutil.copytree(base, out, ignore=lambda at, names: stale(at, names) if Path(at) in folders else set())
+    stale, left_out = shutil.ignore_patterns(*STALE), [name for name in sources.joined if name not in sources.parts]
+
+    def ignored(at: str, names: list[str]) -> set[str]:
+        return (stale(at, names) if Path(at) in folders else set()) | ({*left_out} if Path(at) == base else set())
+
+    shutil.copytree(base, out, ignore=ignored)
+    leave_out(out, left_out)
     files: dict[Path, tuple[str, Layout]] = {}
     for name, folder in sources.parts.items():
         files |= _shard_files(out / folder.relative_to(base), name, sources)

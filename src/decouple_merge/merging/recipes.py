@@ -14,8 +14,9 @@ from ..storage.reading import parse_json, read_record, read_text
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
 from .differences import differences
-from .experts import open_expert
+from .experts import open_expert, open_model
 from .files import NUM_AHEAD, Progress, merge_files
+from .joining import describe_joined
 from .lora import Lora
 from .record import merge_record, name_from, read_recipe
 from .rules import check_method
@@ -84,6 +85,8 @@ def _merge(
     for expert, path in zip(sources.experts, experts, strict=True):
         yield from expert.notes
         yield from differences(folder, path, sources.parts)
+    if sources.joined:
+        yield from describe_joined(sources.joined, {name: open_model(at) for name, at in sources.joined.items()})
     yield from _merge_plan(sources, settings)
     inputs = zip([base, *experts], [sources.base, *(e.files for e in sources.experts)], strict=True)
     for (name, files), expected in zip(inputs, expected_sha256, strict=True):

@@ -13,6 +13,7 @@ from ..storage.layouts import chosen_part, denoisers, parts_like, weight_files
 from ..storage.reading import read_record
 from ..storage.tensors import DTYPES, NAMES, Layout, TensorFiles, hash_tensors
 from .experts import open_expert, open_parts
+from .joining import joined_denoisers
 from .keys import is_trunk_projection
 from .rules import RULES, Context, Rule, check_weights, merge_tensor
 from .survival import Change, change_of
@@ -23,6 +24,7 @@ class Sources:
 
     Attributes:
         parts: where what is merged lies in the base, by name.
+        joined: denoisers of the base, by name, that become one; the first of them is what is merged.
         output: key to dtype and shape of what will be written, without projections.
         projections: the same of the projections that experts of the trunk placement carry and the base doesn't.
         changes: of the tensors that were merged so far and written in a coarser dtype than they were computed in.
@@ -36,8 +38,11 @@ class Sources:
         self.parts = {component: chosen_part(base, component)} if chosen and component else denoisers(base)
         if component is not None and not chosen:
             self.parts = {component: base}
+        self.joined = joined_denoisers(base, experts) if component is None else {}
+        if self.joined:
+            self.parts = dict([next(iter(self.joined.items()))])
         self.base = open_parts(self.parts)
-        self.experts = [open_expert(path, parts_like(path, self.parts, component)) for path in experts]
+        self.experts = [open_expert(path, self._parts_of(path)) for path in experts]
         self.rule: Rule = RULES[settings.method]
         check_weights(settings.weights, len(experts))
         self._check_blocks()
@@ -64,6 +69,14 @@ class Sources:
                 f"{next(iter(self.projections))} is a trunk projection, and a file has no place for it; give the "
                 "pipeline as the base"
             )
+
+    def _parts_of(self, expert: Path) -> dict[str, Path]:
+        """Find in an expert the parts that are merged; a run writes those of several denoisers into one file."""
+        if len(self.parts) > 1 and [*denoisers(expert)] == [""]:
+            prefixes = tuple(f"{name}." for name in self.parts)
+            if any(key.startswith(prefixes) for key in TensorFiles(weight_files(expert)).entries):
+                return {"": expert}
+        return parts_like(expert, self.parts, self.settings.component)
 
     def _check_blocks(self) -> None:
         left, num = list(self.base.entries), len(self.experts)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..diffusion.process import Process
 from ..errors import UserError
+from ..merging.experts import open_model
 from ..storage.hub import pipeline_folder
-from ..storage.layouts import model_files
 from ..storage.reading import read_record
-from ..storage.tensors import DTYPES, TensorFiles, hash_tensors
+from ..storage.tensors import DTYPES, hash_tensors
 from .families import FAMILIES, stable_diffusion, unet
 from .family import Encoders, Family, read_index, square_side
 from .processes import process_of
@@ -22,6 +22,8 @@ from .processes import process_of
 SUPPORTED = "a diffusers pipeline of a " + "; of a ".join(
     f"{family.network.__name__}: {', '.join(family.pipelines)}" for family in dict.fromkeys(FAMILIES.values())
 )
+
+TWO = [name for name, family in FAMILIES.items() if family.second_component]
 
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
@@ -71,11 +73,15 @@ class Base:
         return self.encoders.channels if self.encoders else self.shape[0]
 
 
-def load_base(name: str) -> Base:
+def load_base(name: str, is_single: bool = False) -> Base:
     """Load a base model by folder or hub name; scheduler, prediction type and image size are its own.
 
+    Args:
+        is_single: of a base with two denoisers take the first alone, which the other is to be merged into.
+
     Raises:
-        UserError: there is no such model, a file is damaged, its parts don't fit, or it is not ``SUPPORTED``.
+        UserError: there is no such model, a file is damaged, its parts don't fit, it is not ``SUPPORTED``, or a single
+            denoiser is wanted of one that has no more.
     """
     try:
         folder = pipeline_folder(name)
@@ -93,9 +99,18 @@ def load_base(name: str) -> Base:
     if pipeline is None:
         raise UserError(f"base {name!r} is a {kind}; supported is {SUPPORTED}")
     family = FAMILIES[kind]
-    network: Any = getattr(pipeline, family.component)
-    _check(name, family, kind, network)
-    _check_whole(name, folder, network)
+    networks = {part: getattr(pipeline, part, None) for part in family.components}
+    for part, each in networks.items():
+        if part == family.component or each is not None:
+            _check(name, family, kind, each, part)
+    network: Any = family.joined(name, networks, read_index(folder))
+    if is_single:
+        if len(family.parted(network)) < 2:
+            raise UserError(
+                f"finetune.experts is denoisers, and base {name!r} has one; expected a {' or '.join(TWO)} with two"
+            )
+        network = networks[family.component]
+    _check_whole(name, folder, network, family)
     encoders = family.find_encoders(name, folder, network)
     process = process_of(name, family, network, pipeline.scheduler, family.shape(network, encoders))
     network.requires_grad_(False).eval()
@@ -113,7 +128,14 @@ def load_base(name: str) -> Base:
 def _load(family: Family, folder: Path) -> Any:
     """Load denoiser and scheduler, whose configs must be of the classes in the index: diffusers believes that alone."""
     index = read_index(folder)
-    for part, file in ((family.component, "config.json"), ("scheduler", "scheduler_config.json")):
+    there = [part for part in family.components if index.get(part) != [None, None]]
+    files = [*((part, "config.json") for part in there), ("scheduler", "scheduler_config.json")]
+    at_root = (folder / "config.json").is_file()
+    if missing := [part for part in there if part in index and not ((folder / part).is_dir() or at_root)]:
+        raise UserError(
+            f"there is no {folder / missing[0]}, which model_index.json lists: fetch or copy the model again"
+        )
+    for part, file in files:
         if (path := folder / part / file).is_file():
             declared = str((index.get(part) or [""])[-1])
             found = read_record(path, "fetch or copy it again").get("_class_name", declared)
@@ -122,11 +144,11 @@ def _load(family: Family, folder: Path) -> Any:
     return family.load(folder)
 
 
-def _check(name: str, family: Family, kind: str, network: Any) -> None:
+def _check(name: str, family: Family, kind: str, network: Any, part: str) -> None:
     """Require that a pipeline's denoiser is one that its family works with."""
     found_class: Any = type(network)
     if found_class is not family.network:
-        found = found_class.__name__ if network is not None else f"no {family.component}"
+        found = found_class.__name__ if network is not None else f"no {part}"
         raise UserError(f"base {name!r} is a {kind} with {found}; supported is {SUPPORTED}")
     channels = network.config.in_channels
     out_channels = network.config.get("out_channels") or channels
@@ -143,16 +165,18 @@ def _check(name: str, family: Family, kind: str, network: Any) -> None:
         raise UserError(f"base {name!r}: its {error}") from error
 
 
-def _check_whole(name: str, folder: Path, network: Any) -> None:
+def _check_whole(name: str, folder: Path, network: Any, family: Family) -> None:
     """Require that the files have every tensor of the network: diffusers makes random ones in their place.
 
     Pickles and folders of several weights are diffusers' to read.
     """
     try:
-        stored = TensorFiles(model_files(folder)).entries
+        stored = open_model(folder).entries
     except UserError:
         return
-    if missing := [key for key in network.state_dict() if key not in stored]:
+    # Of one of two denoisers, keys stand behind its name.
+    names = {key.removeprefix(f"{family.component}.") for key in stored} | stored.keys()
+    if missing := [key for key in network.state_dict() if key not in names]:
         raise UserError(
             f"base {name!r}: its weights file lacks {len(missing)} tensors, {missing[0]} among them; fetch or copy it "
             "again"
@@ -195,7 +219,7 @@ def create_base(
             raise UserError(f"pretrain.model or pretrain.scheduler: {error}") from error
     family = FAMILIES[type(pipeline).__name__]
     network: Any = getattr(pipeline, family.component)
-    _check("pretrain.model", family, type(pipeline).__name__, network)
+    _check("pretrain.model", family, type(pipeline).__name__, network, family.component)
     # Without a VAE there is nothing on disk.
     encoders = family.find_encoders("pretrain.model", Path("pretrain.model"), network) if parts is None else None
     return Base(

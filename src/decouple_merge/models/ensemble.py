@@ -1,5 +1,6 @@
 """The experts as one denoiser: a module that takes the place of a network in a stock diffusers pipeline."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config, load_config
+from ..diffusion.process import Flow
 from ..diffusion.ranges import listed_ranges
 from ..diffusion.timesteps import TimestepRange, check_ranges, range_index
 from ..errors import UserError
@@ -21,6 +23,8 @@ from ..storage.run_folder import Run
 from .base import Base, load_base
 from .network import load_network, new_network
 from .ranges import ranges_of
+
+REMOVE = "remove the folder to finetune again"
 
 
 class TimestepEnsemble(nn.Module):
@@ -106,7 +110,7 @@ class TimestepEnsemble(nn.Module):
     def add_embedding(self) -> Any:
         return self.networks[0].add_embedding
 
-    def cache_context(self, name: str) -> AbstractContextManager[None]:
+    def cache_context(self, name: str, **step: Any) -> AbstractContextManager[None]:
         """Cache nothing between steps: the next one may be another expert's."""
         return nullcontext()
 
@@ -120,12 +124,17 @@ class TimestepEnsemble(nn.Module):
 
 
 class RunEnsemble(NamedTuple):
-    """What a run's ensemble is made of: an expert for each range."""
+    """What a run's ensemble is made of: an expert for each range.
+
+    Attributes:
+        step_shares: of each range, by the scheduler that the base had in training, where the experts' record has them.
+    """
 
     config: Config
     base: Base
     ranges: list[TimestepRange]
     experts: list[Tensors]
+    step_shares: list[float] | None
 
 
 def load_ensemble(
@@ -152,7 +161,7 @@ def load_ensemble(
         found = [_load_model(str(e), base) for e in experts]
         parts = base.process.split(len(experts)) if ranges is None else listed_ranges(base.process, ranges)
     else:
-        _, base, parts, found = open_run(Path(model))
+        _, base, parts, found, _ = open_run(Path(model))
     with_trunk = [has_trunk(tensors) for tensors in found]
     if any(with_trunk) and not all(with_trunk):
         raise UserError(f"{sum(with_trunk)} of {len(found)} experts have trunk projections; expected all or none")
@@ -180,9 +189,12 @@ def open_run(folder: Path) -> RunEnsemble:
             f"{folder} is not a run folder (no config.yaml); give one, or the experts of a base and their ranges"
         )
     config = load_config(run.config)
-    base = load_base(config.base)
+    base = load_base(config.base, config.finetune.experts == "denoisers")
     ranges = ranges_of(base, config.finetune)
-    return RunEnsemble(config, base, ranges, [load_expert(run.expert(i), base) for i in range(len(ranges))])
+    experts = [load_expert(run.expert(i), base, own) for i, own in enumerate(ranges)]
+    found = read_record(run.expert(0) / "expert.json", REMOVE).get("step_shares")
+    shares = [share for share in found or () if isinstance(share, float)] if isinstance(found, list) else []
+    return RunEnsemble(config, base, ranges, experts, shares if len(shares) == len(ranges) else None)
 
 
 def _load_model(name: str, base: Base) -> Tensors:
@@ -191,20 +203,38 @@ def _load_model(name: str, base: Base) -> Tensors:
     return tensors
 
 
-def load_expert(folder: Path, base: Base) -> Tensors:
+def load_expert(folder: Path, base: Base, own: TimestepRange | None = None) -> Tensors:
     """Read an expert of a run, memory-mapped.
 
+    Args:
+        own: the range that is now said to be its own, of an expert that has one.
+
     Raises:
-        UserError: it is missing, damaged, or was finetuned from another base.
+        UserError: it is missing, damaged, or was finetuned from another base or on another range.
     """
     if not (folder / "model.safetensors").exists():
         raise UserError(f"{folder} has no finished expert; run deme finetune first")
-    record = read_record(folder / "expert.json", "remove the folder to finetune again", base_sha256=str)
+    record = read_record(folder / "expert.json", REMOVE, base_sha256=str)
     if record["base_sha256"] != base.sha256:
         raise UserError(
             f"{folder} was finetuned from another base: found {record['base_sha256'][:16]}, expected "
             f"{base.sha256[:16]}; finetune again from this one, into another --out"
         )
+    if own is not None:
+        _check_range(folder, record.get("own"), base, own)
     tensors, _ = read_tensors(folder / "model.safetensors")
     check_same_keys(base.network.state_dict(), tensors, str(folder))
     return tensors
+
+
+def _check_range(folder: Path, found: Any, base: Base, own: TimestepRange) -> None:
+    """Require that an expert was finetuned on its range: those of a flow follow the base's scheduler by default."""
+    ends = [found.get("low"), found.get("high")] if isinstance(found, dict) else []
+    numbers = [end for end in ends if isinstance(end, int | float)]
+    if len(numbers) < 2 or (math.isclose(numbers[0], own.low) and math.isclose(numbers[1], own.high)):
+        return
+    shift = f", whose scheduler has the shift {base.process.shift:g}" if isinstance(base.process, Flow) else ""
+    raise UserError(
+        f"{folder} was finetuned on the timesteps {TimestepRange(*numbers)}, and its range is {own} with this config "
+        f"and base{shift}: put back what was changed, or list finetune.ranges as they were trained"
+    )

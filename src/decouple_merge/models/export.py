@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..merging.joining import leave_out
 from ..storage.files import atomic_path
 from ..storage.layouts import PROJECTIONS_FILE
 from .base import Base
@@ -30,20 +32,23 @@ def export_pipeline(
     read.
     """
     stock = base.network.state_dict()
-    component = base.family.component
     extra = {k: v for k, v in weights.items() if k not in stock}
     # A copy: the caller's base stays what it was.
     network: Any = new_network(base)
     network.load_state_dict({k: weights[k] for k in stock})
     network.to(base.dtype)
-    # Where it was loaded from says nothing of what it is now.
-    network.register_to_config(_name_or_path="")
+    networks = base.family.parted(network)
+    for each in networks.values():
+        # Where it was loaded from says nothing of what it is now.
+        each.register_to_config(_name_or_path="")
     with atomic_path(folder) as temporary:
         if base.family.is_latent and base.encoders is not None:
-            _copy_encoders(base.encoders.folder, temporary, component)
-            network.save_pretrained(temporary / component)
+            _copy_encoders(base.encoders.folder, temporary, networks)
+            for name, each in networks.items():
+                each.save_pretrained(temporary / name)
         else:
-            type(base.pipeline)(**{**base.pipeline.components, component: network}).save_pretrained(temporary)
+            type(base.pipeline)(**{**base.pipeline.components, **networks}).save_pretrained(temporary)
+        leave_out(temporary, [name for name in base.family.components if name not in networks])
         if extra:
             save_file(extra, temporary / PROJECTIONS_FILE)
         if record is not None:
@@ -52,7 +57,7 @@ def export_pipeline(
             (temporary / "README.md").write_text(card)
 
 
-def _copy_encoders(pipeline: Path, folder: Path, component: str) -> None:
+def _copy_encoders(pipeline: Path, folder: Path, networks: Iterable[str]) -> None:
     # Loaded and saved again, parts in half precision would come out twice as large.
-    own = {component, PROJECTIONS_FILE}
+    own = {*networks, PROJECTIONS_FILE}
     shutil.copytree(pipeline, folder, ignore=lambda at, names: own & set(names) if Path(at) == pipeline else set())

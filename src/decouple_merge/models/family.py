@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..diffusion.timesteps import TimestepRange
 from ..errors import UserError
 from ..storage.reading import read_record
 
@@ -88,6 +89,8 @@ class Family:
             distilled; None where it knows nothing of the kind.
         has_variance: the network may write a variance behind its prediction, which is left out.
         flows: "" where its pipelines draw with VP schedules, "only" where with flow matching, "too" where with both.
+        second_component: what the pipelines call a second denoiser, which takes turns with the first; None where there
+            is none.
         has_even_levels: its pipeline asks its own scheduler for σ, before the shift, evenly from 1 to 1 / steps.
         sampler_config: what every sampler of it is told, whatever the base's scheduler says.
     """
@@ -95,6 +98,7 @@ class Family:
     pipelines: tuple[str, ...]
     network: type
     component: str
+    second_component: str | None = None
     is_latent: bool = False
     text_encoders: tuple[str, ...] = ()
     optional_text_encoders: tuple[str, ...] = ()
@@ -106,8 +110,38 @@ class Family:
     sampler_config: dict[str, Any] = {}  # noqa: RUF012 - no family changes it
 
     def load(self, folder: Path) -> Any:
-        """Load a pipeline's denoiser and scheduler; the other parts are None."""
-        return load_parts(folder, self.component, "scheduler")
+        """Load a pipeline's denoisers and scheduler; the other parts are None."""
+        return load_parts(folder, *self.components, "scheduler")
+
+    @property
+    def components(self) -> list[str]:
+        """List what the pipelines call their denoisers."""
+        return [name for name in (self.component, self.second_component) if name is not None]
+
+    def joined(self, name: str, networks: dict[str, Any], index: dict[str, Any]) -> Any:
+        """Make one denoiser of those that a pipeline has.
+
+        Args:
+            name: of the base, for messages.
+            networks: by the components' names; None where the pipeline has none.
+            index: the pipeline's model_index.json.
+
+        Raises:
+            UserError: they aren't used as the family uses them.
+        """
+        return networks[self.component]
+
+    def turns(self, pipeline: Any) -> dict[str, TimestepRange]:
+        """Say which timesteps are whose, of a pipeline with two denoisers; the cleanest first.
+
+        Args:
+            pipeline: with denoisers and scheduler.
+        """
+        return {}
+
+    def parted(self, network: Any) -> dict[str, Any]:
+        """List the denoisers that one was made of, by the components' names."""
+        return {self.component: network}
 
     def find_encoders(self, name: str, folder: Path, network: Any) -> Encoders | None:
         """Read the configs of a pipeline's other parts; None where the network is told nothing but x and t.

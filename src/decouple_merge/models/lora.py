@@ -84,8 +84,10 @@ def lora_factors(network: nn.Module, family: Family, parameters: dict[str, Tenso
     """
     factors = {}
     for name, down, up in _factors(network, parameters):
-        factors[f"{family.component}.{name}.lora_A.weight"] = down.clone()
-        factors[f"{family.component}.{name}.lora_B.weight"] = up
+        # Of two denoisers in one the name begins with whose layer it is.
+        key = name if len(family.parted(network)) > 1 else f"{family.component}.{name}"
+        factors[f"{key}.lora_A.weight"] = down.clone()
+        factors[f"{key}.lora_B.weight"] = up
     return factors
 
 

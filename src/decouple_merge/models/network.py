@@ -1,5 +1,6 @@
 """Networks of a base: new ones, with weights, and what they say of noisy images."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..merging.experts import open_model
 from ..merging.keys import has_trunk
-from ..storage.layouts import model_files, network_folder
-from ..storage.reading import read_record
-from ..storage.tensors import TensorFiles
+from ..storage.layouts import denoisers
 from .base import Base
+from .families import FAMILIES
+from .family import read_config, read_index
 from .projection import attach_projections
 
 
@@ -41,17 +43,18 @@ def num_parameters(network: nn.Module) -> int:
 
 
 def empty_network(folder: Path) -> nn.Module:
-    """Build the denoiser of a pipeline's folder from its config alone, on the meta device: shapes without memory."""
-    config = read_record(network_folder(folder) / "config.json", "fetch or copy it again")
-    with torch.device("meta"):
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+    """Build the denoiser of a pipeline's folder from its configs alone, on the meta device: shapes without memory."""
+    index, networks = read_index(folder), dict[str, Any]()
+    for name, part in denoisers(folder).items():
+        config = read_config(part)
+        with torch.device("meta"):
+            networks[name] = getattr(diffusers, config["_class_name"]).from_config(config)
+    return FAMILIES[index["_class_name"]].joined(str(folder), networks, index)
 
 
 def new_network(base: Base, projection: str = "none") -> nn.Module:
-    """Copy the base's network, on the CPU, with projections at the identity where asked."""
-    with torch.random.fork_rng(devices=[]):
-        network = type(base.network).from_config(base.network.config)
-    network.load_state_dict(base.network.state_dict())
+    """Copy the base's network, on the CPU, to be trained, with projections at the identity where asked."""
+    network: Any = copy.deepcopy(base.network).requires_grad_(True).train()
     base.family.prepare(network)
     attach_projections(network, base.family, projection)
     return network
@@ -70,5 +73,5 @@ def load_network(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: there are no safetensors weights at the path, or they are damaged.
     """
-    files = TensorFiles(model_files(path))
+    files = open_model(path)
     return {key: files[key] for key in files.entries}

@@ -25,6 +25,8 @@ def ranges_of(base: Base, settings: Finetune) -> list[TimestepRange]:
     Raises:
         UserError: they are no partition of the base's timesteps, or their unit isn't the base's.
     """
+    if settings.experts == "denoisers":
+        return list(base.family.turns(base.pipeline).values())
     if settings.ranges is None:
         return base.process.split(settings.num_ranges)
     if isinstance(settings.ranges, Clusters):

@@ -141,18 +141,6 @@ def chosen_part(path: Path, component: str) -> Path:
     return parts[component]
 
 
-def network_folder(path: Path) -> Path:
-    """Find the folder of a pipeline's one denoiser; any other path is its own answer.
-
-    Raises:
-        UserError: the pipeline has no denoiser we know, or more than one.
-    """
-    found = denoisers(path)
-    if len(found) > 1:
-        raise UserError(f"{path} denoises with {' and '.join(found)}, expected one; give the folder of one of them")
-    return next(iter(found.values()))
-
-
 def parts_like(path: Path, names: Collection[str], component: str | None) -> dict[str, Path]:
     """Find in a model the parts that are merged into a base.
 
@@ -174,9 +162,3 @@ def parts_like(path: Path, names: Collection[str], component: str | None) -> dic
     raise UserError(
         f"{path} is of {mine}, and the base of {theirs}; give a pipeline of the same, or choose a part with --component"
     )
-
-
-def model_files(path: Path) -> list[Path]:
-    """Find the files of a pipeline's denoiser with its projections, or of anything ``weight_files`` knows."""
-    files = weight_files(network_folder(path))
-    return [*files, path / PROJECTIONS_FILE] if (path / PROJECTIONS_FILE).is_file() else files

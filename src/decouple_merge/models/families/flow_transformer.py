@@ -10,7 +10,6 @@ from torch import nn
 
 from ...errors import UserError
 from ..family import Encoders, load_parts, read_config, square_side
-from ..parts import vae_downscale
 from .latent import Latent
 
 
@@ -26,7 +25,7 @@ class FlowTransformer(Latent):
     sampler_config = {}  # noqa: RUF012
     patch_size = 2
 
-    def num_tokens(self, network: Any, shape: tuple[int, ...]) -> int:
+    def num_tokens(self, network: Any, shape: tuple[int, ...]) -> int | None:
         return (shape[-2] // self.patch_size) * (shape[-1] // self.patch_size)
 
     def load_texts(self, folder: Path, parts: Sequence[str]) -> Any:
@@ -40,15 +39,20 @@ class FlowTransformer(Latent):
 
 
 class SizedByVae(FlowTransformer):
-    """One whose network takes any size: it is trained on the one that its VAE's config names."""
+    """One whose network takes any size: it is trained on the one that its VAE's config names.
+
+    Attributes:
+        default_size: height and width of images where the config names none; None where it has to.
+    """
 
     has_even_levels = True
+    default_size: int | None = None
 
     def latent_size(self, config: Any, vae: dict[str, Any]) -> int:
-        size, cell = square_side(vae.get("sample_size")), vae_downscale(vae) * self.patch_size
+        size, cell = square_side(vae.get("sample_size", self.default_size)), self.downscale(vae) * self.patch_size
         if size % cell:
             raise UserError(f"vae has the sample_size {size}, expected a multiple of {cell}, the side of a token")
-        return size // vae_downscale(vae)
+        return size // self.downscale(vae)
 
 
 def last_linear(layers: Any) -> nn.Linear:

@@ -79,9 +79,9 @@ class Latent(Family):
         except UserError as error:
             raise UserError(f"base {name!r}: its {error}") from error
         zeros, classes = bool(index.get("force_zeros_for_empty_prompt")), self.classes(config, index)
-        size = side * vae_downscale(vae)
+        size = side * self.downscale(vae)
         return Encoders(
-            self, folder, vae["out_channels"], size, zeros, classes, self.guidance_of(config), latent_size=side
+            self, folder, vae.get("out_channels", 3), size, zeros, classes, self.guidance_of(config), latent_size=side
         )
 
     def latent_size(self, config: Any, vae: dict[str, Any]) -> int:
@@ -92,20 +92,33 @@ class Latent(Family):
         """
         return square_side(config.sample_size)
 
+    def downscale(self, vae: dict[str, Any]) -> int:
+        """Compute from a VAE's config how many pixels along a side are one of its latents."""
+        return vae_downscale(vae)
+
     def guidance_of(self, config: Any) -> str | None:
         """Say which guidance a pipeline has."""
         return self.guidance
 
     @torch.no_grad()
     def encode_images(self, vae: Any, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2 z hz wz"]:
-        found = vae.encode(images).latent_dist
-        shift, scale = _scaling(vae, found.mean)
-        return torch.stack([(found.mean - shift) * scale, found.logvar + 2 * scale.log()], 1)
+        mean, logvar = self.posterior(vae, images)
+        shift, scale = _scaling(vae, mean)
+        return torch.stack([(mean - shift) * scale, logvar + 2 * scale.log()], 1)
 
     @torch.no_grad()
     def decode_latents(self, vae: Any, latents: Float[Tensor, "n z hz wz"]) -> Float[Tensor, "n c h w"]:
         shift, scale = _scaling(vae, latents)
-        return vae.decode(latents / scale + shift, return_dict=False)[0]
+        return self.reconstruct(vae, latents / scale + shift)
+
+    def posterior(self, vae: Any, images: Float[Tensor, "n c h w"]) -> tuple[Tensor, Tensor]:
+        """Encode images to mean and log-variance [n, z, hz, wz], in the VAE's own scale."""
+        found = vae.encode(images).latent_dist
+        return found.mean, found.logvar
+
+    def reconstruct(self, vae: Any, latents: Float[Tensor, "n z hz wz"]) -> Float[Tensor, "n c h w"]:
+        """Decode latents in the VAE's own scale."""
+        return vae.decode(latents, return_dict=False)[0]
 
 
 def _scaling(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,4 +127,4 @@ def _scaling(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     if mean is None or deviation is None:
         mean, deviation = [vae.config.get("shift_factor") or 0.0], [1.0]
     shift, spread = (like.new_tensor(value)[:, None, None] for value in (mean, deviation))
-    return shift, vae.config.scaling_factor / spread
+    return shift, vae.config.get("scaling_factor", 1.0) / spread

@@ -65,6 +65,15 @@ def tiny_t5_parts(width: int) -> tuple[Any, Any]:
     return tokenizer, config
 
 
+def tiny_umt5_parts(width: int) -> tuple[Any, Any]:
+    """Build T5's tokenizer with letters as vocabulary, and the config of an encoder of UMT5."""
+    from transformers import UMT5Config
+
+    tokenizer, config = tiny_t5_parts(width)
+    names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "is_encoder_decoder")
+    return tokenizer, UMT5Config(**{name: getattr(config, name) for name in names})
+
+
 def tiny_qwen_parts(width: int) -> tuple[Any, Any]:
     """Build Qwen's tokenizer with bytes as vocabulary and a template of chats, and the config of a Qwen3 model."""
     from transformers import Qwen2Tokenizer, Qwen3Config
