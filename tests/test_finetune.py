@@ -441,7 +441,8 @@ def test_expert_record_holds_the_bases_hash_and_the_task(tmp_path: Path, tiny_co
     assert record["own"] == {"low": 0, "high": 20}
     assert record["training"]["consistency_weight"] == 1.0
     assert record["training"]["num_updates"] == 6
-    assert sorted(record) == ["base_sha256", "name", "own", "ranges", "seed", "training"]
+    assert record["step_shares"] == [0.5, 0.5]
+    assert sorted(record) == ["base_sha256", "name", "own", "ranges", "seed", "step_shares", "training"]
 
 
 def test_finished_training_has_no_state_and_is_not_done_again(
