@@ -1,6 +1,7 @@
 """The command ``deme``: each verb is one function of the library. Heavy imports stay inside the handlers."""
 
 import errno
+import os
 import sys
 import time
 
@@ -48,8 +49,15 @@ def _check_processes(arguments: list[str]) -> None:
         )
 
 
+def _at_home(argument: str) -> str:
+    """Put the home folder in the place of ``~`` in ``--out=~/x``, where shells leave it."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return option + equals + os.path.expanduser(value)
+
+
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit status 2."""
+    sys.argv[1:] = map(_at_home, sys.argv[1:])
     try:
         _check_processes(sys.argv[1:])
         app(standalone_mode=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError
+from ..errors import UserError, is_ours
 from ..storage.reading import check_file, read_text
 
 # A config has some hundred values. More would take seconds to parse, and aliases that repeat each other gigabytes.
@@ -76,6 +76,8 @@ def parse(text: str, where: str) -> Any:
         raise
     # Its own constructors let Python's errors through, such as those of int() for too many digits.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        if is_ours(error):
+            raise
         raise UserError(f"{where} is not valid YAML: {error}") from error
     finally:
         loader.dispose()

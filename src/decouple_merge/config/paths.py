@@ -1,6 +1,7 @@
 """Places that a config names: ``~`` is the user's home folder."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,8 @@ from pydantic import AfterValidator
 
 def expand_home(name: str) -> str:
     """Put the home folder in the place of ``~`` at the start of a path, or behind a prefix such as ``webdataset:``."""
-    prefix, colon, path = name.rpartition(":")
-    return prefix + colon + os.path.expanduser(path)
+    start, path = re.fullmatch(r"((?:[a-z]+:(?:///)?)?)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    return start + os.path.expanduser(path)
 
 
 FilePath = Annotated[Path, AfterValidator(lambda path: Path(expand_home(str(path))))]

@@ -70,7 +70,7 @@ class Search(Section):
     num_finalists: NonNegativeInt = 3
     num_final_images: PositiveInt | None = None
     first_seed: NonNegativeInt = 1_000_000
-    storage: str | None = None
+    storage: Name | None = None
 
     @property
     def learns_start(self) -> bool:

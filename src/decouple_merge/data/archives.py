@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import Data
-from ..errors import UserError
+from ..errors import UserError, is_ours
 from .decoded import EncodedSource
 from .decoding import DamagedError
 from .images import file_stamp
@@ -52,6 +52,8 @@ class Archive(Sequence):
             if end > path.stat().st_size:
                 raise UserError(f"it ends before byte {end:,}, where its last file does")
         except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, ValueError) as error:
+            if is_ours(error):
+                raise
             raise UserError(
                 f"{path}: no whole .zip or plain .tar archive ({error}); fetch it again, and unpack a compressed tar"
             ) from error

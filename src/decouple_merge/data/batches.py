@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import Data
 from ..seeds import generator
+from ..storage.packed import pack, unpack
 from .images import to_model
 from .split import Labelled, split
 
@@ -156,6 +157,13 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
+def _loaded(images: Examples, order: _Batches, num_workers: int) -> Iterator[Batch]:
+    """Load batches, in processes of their own if asked for; these send bytes, since tensors need shared memory."""
+    collate = pack if num_workers else _identity
+    loader = DataLoader(_Indexed(images), batch_sampler=order, num_workers=num_workers, collate_fn=collate)
+    return map(unpack, loader) if num_workers else iter(loader)
+
+
 def training_batches(
     images: Examples,
     data: Data,
@@ -175,14 +183,13 @@ def training_batches(
         ValueError: nothing is left to train on.
     """
     order = _Batches(split(images, data).trained, batch_size, seed, rank, world, first, last)
-    loader = DataLoader(_Indexed(images), batch_sampler=order, num_workers=data.num_workers, collate_fn=_identity)
 
     def uniform(stream: str, step: int, num: int) -> Float[Tensor, " n"]:
         # The 0 was the rank, which no longer has a say.
         draws = generator(seed, stream, 0, step)
         return draw_share(lambda total: torch.rand(total, generator=draws), num, rank, world)
 
-    for step, batch in enumerate(loader, start=first):
+    for step, batch in enumerate(_loaded(images, order, data.num_workers), start=first):
         if data.flip:
             mirrored = uniform("flip", step, len(batch)) < 0.5
             batch = mirror_images(batch, mirrored) if isinstance(batch, Tensor) else batch.mirror(mirrored)

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, is_ours
 
 # Of what is done here to an image: other pixels from the same file are another version.
 VERSION = 2
@@ -129,6 +129,8 @@ def _reading(item: Any) -> Iterator[Image.Image]:
         with image:
             yield image
     except Exception as error:  # Pillow raises a dozen kinds, and what its plugins stumble on
+        if is_ours(error):
+            raise
         raise DamagedError(
             f"{_name(item)}: can't be decoded ({error}); mend or remove it, or set data.skip_damaged"
         ) from error

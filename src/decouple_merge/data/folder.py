@@ -1,6 +1,5 @@
 """Image files in a folder and below it, with their captions in metadata.jsonl or their classes as sub-folders."""
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 from ..config import Data
 from ..errors import UserError
 from ..models.parts import num_classes
+from ..storage.reading import parse_json
 from .decoded import EncodedSource
 from .names import IMAGE_SUFFIXES, PassedOver, has_suffix, is_hidden, no_images
 from .prompts import read_lines
@@ -63,17 +63,16 @@ class Folder(EncodedSource):
                 f'as {{"file_name": "{self.files[0].name}", "{field}": "…"}}'
             )
         captions = {}
+        advice = f"expected JSON with file_name and {field!r}; set data.caption_column where captions have another name"
         for number, line in enumerate(read_lines(path), start=1):
             if not line:
                 continue
-            try:
-                record = json.loads(line)
-                captions[self.path / record["file_name"]] = record[field]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(
-                    f"{path}, line {number}: expected JSON with file_name and {field!r} ({error!r}), found "
-                    f"{line[:80]!r}; set data.caption_column where captions have another name"
-                ) from error
+            place = f"{path}, line {number}"
+            record = parse_json(line, place, advice)
+            name = record.get("file_name") if isinstance(record, dict) else None
+            if not isinstance(name, str) or field not in record:
+                raise UserError(f"{place}: found {line[:80]!r}; {advice}")
+            captions[self.path / name] = record[field]
         if missing := [file for file in self.files if file not in captions]:
             raise UserError(
                 f"{path}: {len(missing)} of {len(self.files)} images have no caption, {missing[0]} among them"

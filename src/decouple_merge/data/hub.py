@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Data
-from ..errors import UserError
+from ..errors import UserError, is_ours
 from .archives import Member
 from .decoded import EncodedSource
 from .decoding import DamagedError, is_jpeg
@@ -68,6 +68,8 @@ def _open_rows(name: str, split: str) -> Any:
     try:
         return datasets.load_from_disk(name) if local else datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, from its own and from the hub's
+        if is_ours(error):
+            raise
         raise UserError(f"data set {name!r}, split {split!r}: {error}") from error
 
 

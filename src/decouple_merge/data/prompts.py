@@ -6,7 +6,7 @@ from typing import Any
 from ..config import Text
 from ..errors import UserError
 from ..seeds import stream_seed
-from ..storage.reading import parse_json, read_text
+from ..storage.reading import MAX_BYTES, MAX_LINES_BYTES, parse_json, read_text
 
 PROMPT_COLUMN = "Prompt"
 
@@ -88,15 +88,14 @@ def _coco_prompts(path: Path, annotations: list[Any], seed: int) -> list[str]:
     """
     captions: dict[int, list[tuple[int, str]]] = {}
     for number, annotation in enumerate(annotations, start=1):
-        try:
-            image, key, caption = (annotation[name] for name in ("image_id", "id", "caption"))
-            found = (int(key), " ".join(caption.split()))
-            captions.setdefault(int(image), []).append(found)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        record = annotation if isinstance(annotation, dict) else {}
+        image, key, caption = (record.get(name) for name in ("image_id", "id", "caption"))
+        if not isinstance(image, int) or not isinstance(key, int) or not isinstance(caption, str):
             raise UserError(
-                f"{path}: annotation {number} of {len(annotations)} is {str(annotation)[:80]}, expected image_id, id "
-                f"and caption ({error!r}); take a captions file, such as captions_val2014.json"
-            ) from error
+                f"{path}: annotation {number} of {len(annotations)} is {str(annotation)[:80]}, expected numbers "
+                "image_id and id, and a caption; take a captions file, such as captions_val2014.json"
+            )
+        captions.setdefault(image, []).append((key, " ".join(caption.split())))
     prompts = []
     for image in sorted(captions, key=lambda image: (stream_seed("caption order", seed, image), image)):
         texts = [caption for _, caption in sorted(captions[image]) if caption]
@@ -112,8 +111,8 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         UserError: there is no such file, or it is in another encoding.
     """
-    return [line.strip() for line in _read(path).split("\n")]
+    return [line.strip() for line in _read(path, MAX_LINES_BYTES).split("\n")]
 
 
-def _read(path: Path) -> str:
-    return read_text(path, "expected a UTF-8 text file, one text a line")
+def _read(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    return read_text(path, "expected a UTF-8 text file, one text a line", max_bytes)

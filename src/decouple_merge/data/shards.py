@@ -1,6 +1,5 @@
 """Images with captions in webdataset shards: tar files, in which the members of a sample share the start of a name."""
 
-import json
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..config import Data
 from ..errors import UserError
+from ..storage.reading import parse_json
 from .archives import Archive, Member
 from .decoded import EncodedSource
 from .images import file_stamp
@@ -92,13 +92,11 @@ def _caption(content: bytes, field: str, name: str, is_json: bool) -> Any:
         raise UserError(f"{name} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from error
     if not is_json:
         return text.strip()
-    try:
-        return json.loads(text)[field]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{name}: expected JSON with the caption in {field!r} ({error!r}), found {text[:80]!r}; set "
-            "data.caption_column where captions have another name"
-        ) from error
+    advice = f"expected JSON with the caption in {field!r}; set data.caption_column where captions have another name"
+    found = parse_json(text, name, advice)
+    if not isinstance(found, dict) or field not in found:
+        raise UserError(f"{name}: found {text[:80]!r}; {advice}")
+    return found[field]
 
 
 def _samples(path: Path) -> list[_Sample]:

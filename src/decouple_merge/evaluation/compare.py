@@ -72,14 +72,9 @@ def _select(source: str) -> list[Record]:
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{source}: there is no metrics file {file}; expected FILE or FILE:MODEL, or a run's folder")
-    try:
-        records = read_records(file)
-        models = list(dict.fromkeys(r["model"] for r in records))
-        records = [r for r in records if r["model"] == model] if model else records
-        if any(not isinstance(r["value"], int | float) or not isinstance(r["metric"], str) for r in records):
-            raise TypeError("a value that is no number")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: expected records as deme evaluate writes them, one a line ({error!r})") from error
+    records = read_records(file, model=str, metric=str, value=(int, float))
+    models = list(dict.fromkeys(r["model"] for r in records))
+    records = [r for r in records if r["model"] == model] if model else records
     if not records:
         known = f" of {model!r}, only of {', '.join(models)}" if model else ""
         raise UserError(f"{file} has no records{known}")

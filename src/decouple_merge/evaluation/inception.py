@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..errors import UserError
+from ..errors import UserError, is_ours
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 # The outputs that images are compared in, with their widths; the logits are for the Inception Score.
@@ -108,6 +108,8 @@ def _read_weights(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str,
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch.load raise almost anything
+        if is_ours(error):
+            raise
         raise UserError(
             f"Inception weights: {path} is damaged or holds pickled code ({type(error).__name__}); {advice}"
         ) from error

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import Evaluate, Stats
-from ..data.arrays import UNREADABLE, read_array
+from ..data.arrays import open_arrays, read_array
 from ..data.images import ArrayImages, Images
 from ..data.sources import open_images
 from ..errors import UserError
@@ -201,11 +201,8 @@ def holds_statistics(path: Path) -> bool:
     """
     if path.suffix != ".npz" or not path.is_file():
         return False
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return "mu" in file.files
-    except UNREADABLE as error:
-        raise UserError(f"{path}: can't be read as an npz file ({error})") from error
+    with open_arrays(path) as arrays:
+        return "mu" in arrays
 
 
 def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -> Reference:
@@ -218,15 +215,14 @@ def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -
         UserError: the file is damaged, lacks the two arrays, or is of another extractor's size.
     """
     arrays: dict[str, Tensor] = {}
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            has_images = "arr_0" in file.files
-            for output in extractor.outputs:
-                for array in NPZ_NAMES[output]:
-                    if output == "features" or array in file.files:
-                        arrays[array] = torch.from_numpy(file[array]).double()
-    except (*UNREADABLE, KeyError, TypeError) as error:
-        raise UserError(f"{path}: expected an npz file with arrays mu and sigma ({error})") from error
+    with open_arrays(path) as file:
+        has_images = "arr_0" in file
+        for output in extractor.outputs:
+            for array in NPZ_NAMES[output]:
+                if output == "features" and array not in file:
+                    raise UserError(f"{path}: there is no array {array}, expected an npz file with mu and sigma")
+                if array in file:
+                    arrays[array] = _as_numbers(file[array], f"{path}: {array}")
     with path.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     moments = {}
@@ -243,6 +239,12 @@ def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -
     if with_rows and has_images:
         rows = make_reference(path.name, ArrayImages(read_array(path)), extractor).rows
     return Reference(f"{path.name}:{digest[:16]}", 0, moments, rows)
+
+
+def _as_numbers(found: np.ndarray, name: str) -> Tensor:
+    if found.dtype.kind not in "fiu":
+        raise UserError(f"{name} is of {found.dtype}, expected numbers: mean or covariance of features")
+    return torch.from_numpy(found.astype(np.float64))
 
 
 def _cached_root(covariance: Float[Tensor, "d d"], key: str) -> Float[Tensor, "d d"]:

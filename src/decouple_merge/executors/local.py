@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..storage.files import remove_leftovers, workshop
+from ..storage.packed import pack, unpack
 
 Item = TypeVar("Item")
 
@@ -32,6 +33,7 @@ def run_all(function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...]]
     With one process the calls follow each other here. Otherwise each call has a process of its own, at most
     ``num_processes`` at once, which share the machine's threads and take its GPUs in turn; function and arguments are
     pickled, and tensors in them read from a temporary file that all map: shared memory may be small, as in a container.
+    What the calls yield comes back as bytes, its tensors on the CPU.
 
     Raises:
         Exception: what a call raised, with the worker's traceback as a note; the others are stopped.
@@ -100,7 +102,8 @@ def _ready(running: dict[Connection, Any]) -> list[Connection]:
 def _receive(receiver: Connection, process: Any) -> tuple[str, Any]:
     with suppress(EOFError, ConnectionResetError):
         if receiver.poll() or process.is_alive():
-            return receiver.recv()
+            found: tuple[str, Any] = unpack(receiver.recv_bytes())
+            return found
     _end(process)
     code = process.exitcode
     end = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"its exit status is {code}"
@@ -142,10 +145,10 @@ def _work(sender: Connection, packed: Path, number: int, num_threads: int, place
     try:
         function, calls = torch.load(packed, mmap=True, weights_only=False)
         for item in function(*calls[number]):
-            sender.send(("item", item))
-        sender.send(("done", None))
+            sender.send_bytes(pack(("item", item)))
+        sender.send_bytes(pack(("done", None)))
     except Exception as error:
-        sender.send(("error", _told(error)))
+        sender.send_bytes(pack(("error", _told(error))))
 
 
 def _told(error: Exception) -> Exception:

@@ -1,5 +1,7 @@
 """What an adapter's config says: peft's ``adapter_config.json``, or what diffusers writes into the header."""
 
+import hashlib
+import json
 import math
 import re
 from pathlib import Path
@@ -42,6 +44,12 @@ class AdapterConfig:
         if kind != "LORA" or refused:
             what = f"peft_type is {kind}" if kind != "LORA" else f"{refused[0]} is set"
             raise UserError(f"{self.place}: {what}; expected a plain LoRA: merge it with peft, and give the result")
+
+    def with_sha256(self, tensors: str) -> str:
+        """Hash the config with the hash of an adapter's tensors; where there is no config, it is that."""
+        if not self.values:
+            return tensors
+        return hashlib.sha256(f"{tensors} {json.dumps(self.values, sort_keys=True)}".encode()).hexdigest()
 
     def _get(self, prefix: str, name: str) -> Any:
         """Read a setting of the part of a pipeline that a prefix names, such as ``unet.``."""

@@ -12,23 +12,29 @@ from ..storage.tensors import Entry, TensorFiles
 from .adapter_keys import is_adapter
 from .keys import compare_keys, describe
 from .lora import Lora
-from .names import pair_keys, part_of
+from .originals import pair_keys
+from .part_names import Stored, store
 
 
 class Checkpoint:
     """An expert as a whole set of weights.
 
     Attributes:
-        names: the file's key of a tensor, by the base's key, where the two are in other layouts of Stable Diffusion.
+        pairs: what a tensor of the base is made of, and how the file has it, by the base's key, where the two are in
+            other layouts of Stable Diffusion; None where the keys are the same.
         kept: keys that the base doesn't have, and that are written as they are.
         notes: lines for the user: what of the expert isn't merged.
     """
 
     def __init__(self, files: TensorFiles) -> None:
         self.files = files
-        self.names: dict[str, str] = {}
+        self.pairs: dict[str, list[tuple[Stored, Stored | None]]] | None = None
         self.kept: list[str] = []
         self.notes: list[str] = []
+
+    def whole_sha256(self, tensors: str) -> str:
+        """Add to the hash of the tensors what else the expert is made of: nothing."""
+        return tensors
 
     def check_keys(self, base: Mapping[str, Entry], name: str, component: str, settings: Merge) -> None:
         """Require that the expert has the base's keys and shapes, but for what the settings allow.
@@ -40,7 +46,7 @@ class Checkpoint:
         hints = list[str]()
         for kind, option, choice, others in (
             ("missing", "--missing-keys", settings.missing_keys, "base"),
-            ("unknown", "--extra-keys", settings.extra_keys, "drop" if self.names else "drop or keep"),
+            ("unknown", "--extra-keys", settings.extra_keys, "drop or keep" if self.pairs is None else "drop"),
         ):
             if problems[kind] and choice in others:
                 self.notes.append(f"{name}: {option} {choice} of {describe({kind: problems[kind]})}")
@@ -55,24 +61,27 @@ class Checkpoint:
 
     def _compare(self, base: Mapping[str, Entry], name: str, component: str) -> dict[str, list[str]]:
         """List the keys that don't fit, after a translation where one is needed."""
-        pairs = pair_keys(base, self.files.entries, part_of(component))
+        pairs = pair_keys(base, self.files.entries, component)
         if pairs is None:
             return compare_keys(base, self.files.entries)
-        self.names = {key: pairs.expert.get(said, key) for said, key in pairs.base.items()}
-        # Under the base's name where it has one, so that what is missing or unknown is said in the file's own words.
-        found = {pairs.base.get(said, key): self.files.entries[key] for said, key in pairs.expert.items()}
-        for count, whose in (
-            (len(pairs.rest), "of it, for other parts, are not merged"),
-            (len(base) - len(pairs.base), "of the base, for other parts, stay as they are"),
+        problems, self.pairs = pairs.compare(base, self.files.entries), pairs.by_key()
+        for keys, stored, whose in (
+            (self.files.entries, pairs.expert, "of it, for other parts, are not merged"),
+            (base, pairs.base, "of the base, for other parts, stay as they are"),
         ):
-            if count:
-                self.notes.append(f"{name}: in another layout than the base; {count} tensors {whose}")
-        return compare_keys({key: base[key] for key in pairs.base.values()}, found)
+            if count := len(keys) - len({s.key for s in stored.values()}):
+                self.notes.append(f"{name}: {count} tensors {whose}")
+        return problems
 
     def tensor(self, key: str, base: Tensor) -> Tensor:
         """Read the expert's version of a tensor; of one that it doesn't have it is the base's."""
-        name = self.names.get(key, key)
-        return self.files[name] if name in self.files.entries else base
+        if self.pairs is None:
+            return self.files[key] if key in self.files.entries else base
+        if key not in self.pairs:
+            return base
+        pairs = self.pairs[key]
+        tensors = [theirs.read(self.files[theirs.key]) if theirs else mine.read(base) for mine, theirs in pairs]
+        return store([mine for mine, _ in pairs], tensors, base.shape)
 
 
 Expert = Checkpoint | Lora

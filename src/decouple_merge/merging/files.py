@@ -72,7 +72,9 @@ def merge_files(
             for num_bytes in write_stream(path, layout, _ahead(sources, prefix, layout), metadata):
                 done += num_bytes
                 yield Progress(done, total)
-        record = _with_hashes(record, [found.result() for found in hashes])
+        first, *tensors = [found.result() for found in hashes]
+        whole = [expert.whole_sha256(found) for expert, found in zip(sources.experts, tensors, strict=True)]
+        record = _with_hashes(record, [first, *whole])
         if sources.changes:
             record["delta"] = survival_record(sources.changes)
             dtypes = {NAMES[sources.output[k][0]] for k in sources.changes if k in sources.output}

@@ -1,6 +1,7 @@
 """An expert as an adapter: low-rank factors, with their magnitudes, biases and whole tensors."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from ..storage.tensors import Entry, TensorFiles
 from .adapter_config import AdapterConfig
 from .adapter_keys import AdapterKey, other_kind, parse_key, spellings
 from .keys import describe
-from .names import module_places, part_of
+from .originals import module_places, part_of, split_tensors
+from .part_names import Stored, store
 
 # A part's key in the file, and what it says of its module.
 Parts = dict[str, tuple[str, AdapterKey]]
@@ -28,6 +30,7 @@ class Lora:
     Attributes:
         parts: what changes a module of the base, by the module's path in the base.
         whole: the file's key of a tensor that is stored whole, by its key in the base.
+        split: keys of the base whose tensors are OpenCLIP's, and what is in them under names that adapters have.
         notes: lines for the user: what the file has for other parts of a pipeline.
     """
 
@@ -35,8 +38,13 @@ class Lora:
         self.files, self.path = files, path
         self.parts: dict[str, Parts] = {}
         self.whole: dict[str, str] = {}
+        self.split: dict[str, list[tuple[str, Stored]]] = {}
         self.kept: list[str] = []
         self.notes: list[str] = []
+
+    def whole_sha256(self, tensors: str) -> str:
+        """Add to the hash of the tensors what else the expert is made of: its config, in a file or in the header."""
+        return self.config.with_sha256(tensors)
 
     def check_keys(self, base: Mapping[str, Entry], name: str, component: str, settings: Merge) -> None:
         """Find for every key what it changes in the base.
@@ -53,6 +61,9 @@ class Lora:
                 "give the result"
             )
         self.config = AdapterConfig(self.files, self.path)
+        self.split = split_tensors(base)
+        within = {n: replace(base[k], shape=s.shape(base[k].shape)) for k, held in self.split.items() for n, s in held}
+        base = {k: entry for k, entry in base.items() if k not in self.split} | within
         unknown = self._place_keys(base, component)
         found = describe({"unknown": [f"{target} (of {key})" for key, target in unknown.items()]})
         if unknown and settings.extra_keys != "drop":
@@ -76,7 +87,7 @@ class Lora:
         # A file for Wan 2.2's second transformer may say no more than transformer, as one for the only network does.
         asked, plain = component, not any(key.component == component for key in keys.values())
         component = part_of(component) if plain else component
-        places = module_places(base.keys(), component)
+        places = {k: v for k, v in module_places(base.keys(), component).items() if not asked or k[0] == component}
         components, elsewhere, unknown = {c for c, _ in places}, dict[str, list[str]](), dict[str, str]()
         for name, key in keys.items():
             owner = key.component or component
@@ -145,6 +156,12 @@ class Lora:
 
     def tensor(self, key: str, base: Tensor) -> Tensor:
         """Compute the expert's version of a tensor, in float32 or wider where it has factors for it."""
+        if key not in self.split:
+            return self._changed(key, base)
+        held = self.split[key]
+        return store([s for _, s in held], [self._changed(name, s.read(base)) for name, s in held], base.shape)
+
+    def _changed(self, key: str, base: Tensor) -> Tensor:
         start = self.files[self.whole[key]] if key in self.whole else base
         module, _, kind = key.rpartition(".")
         parts = self.parts.get(module, {})

@@ -2,16 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
-from ..storage.layouts import DENOISER
-
-# What holds the parts of a pipeline in a file of the original layout.
-PREFIXES = {
-    "model.diffusion_model.": "denoiser",
-    "cond_stage_model.transformer.": "text_encoder",
-    "conditioner.embedders.0.transformer.": "text_encoder",
-}
 OUTER = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -98,87 +89,3 @@ def _translated(keys: Iterable[str], names: dict[str, str]) -> dict[str, str]:
                 found[key] = ".".join([names[module], *parts[n:]])
                 break
     return found
-
-
-def part_of(component: str) -> str:
-    """Say which part of a pipeline a component is: denoiser, whatever a pipeline calls it, or its own name."""
-    return "denoiser" if not component or DENOISER.fullmatch(component) else component
-
-
-def _parts(keys: Iterable[str], component: str) -> dict[tuple[str, str], list[str]]:
-    """Sort keys by their prefix and the part of a pipeline that it tells; without one they are of ``component``.
-
-    Returns:
-        The keys without their prefixes. What a file of the original layout has besides is of the part ``rest``.
-    """
-    parts: dict[tuple[str, str], list[str]] = {}
-    for key in keys:
-        prefix = next((p for p in PREFIXES if key.startswith(p)), "")
-        parts.setdefault((prefix, PREFIXES.get(prefix, component)), []).append(key.removeprefix(prefix))
-    if len(parts) > 1 and ("", component) in parts:
-        parts["", "rest"] = parts.pop(("", component))
-    return parts
-
-
-def module_places(keys: Collection[str], component: str) -> dict[tuple[str, str], set[str]]:
-    """List under which names an adapter may mean a module of the base.
-
-    Args:
-        keys: the base's.
-        component: what the base is of a pipeline; parts of a file in the original layout are told by their names.
-
-    Returns:
-        (component, name with ``_`` in place of dots) to the modules, of which there should be one.
-    """
-    places: dict[tuple[str, str], set[str]] = {}
-    for (prefix, part), names in _parts(keys, component).items():
-        others = original_keys(names) | diffusers_keys(names)
-        for name in names:
-            for alias in {name, others.get(name, name)}:
-                module = alias.rpartition(".")[0].replace(".", "_")
-                places.setdefault((part, module), set()).add(prefix + name.rpartition(".")[0])
-    return places
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The keys of a base and an expert in two layouts.
-
-    Attributes:
-        base: by diffusers' names, the keys of the part that both have.
-        expert: the same of the expert.
-        rest: what the expert has for other parts.
-    """
-
-    base: dict[str, str]
-    expert: dict[str, str]
-    rest: list[str]
-
-
-def pair_keys(base: Collection[str], expert: Collection[str], component: str) -> Pairs | None:
-    """Pair the keys of Stable Diffusion in the original layout with those in diffusers', and CLIP's of any age.
-
-    Args:
-        component: what the base is of a pipeline: denoiser, text_encoder, …
-
-    Returns:
-        None where both are in one layout.
-    """
-    if _layout(base) == _layout(expert):
-        return None
-
-    def names(keys: Collection[str]) -> dict[str, str]:
-        for (prefix, part), found in _parts(keys, component).items():
-            if part == component:
-                others = diffusers_keys(found)
-                return {others.get(name, name).removeprefix("text_model."): prefix + name for name in found}
-        return {}
-
-    theirs = names(expert)
-    return Pairs(names(base), theirs, [k for k in expert if k not in set(theirs.values())])
-
-
-def _layout(keys: Collection[str]) -> str | None:
-    """Say what all that tells a layout begins with; None for that of diffusers, and of transformers since version 5."""
-    starts = ("model.diffusion_model.", "input_blocks.0.0.", "text_model.")
-    return next((start for start in starts if any(key.startswith(start) for key in keys)), None)

@@ -14,7 +14,7 @@ from ..storage.reading import parse_json, read_record, read_text
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
 from .differences import differences
-from .experts import open_expert, open_model
+from .experts import Checkpoint, open_expert, open_model
 from .files import NUM_AHEAD, Progress, merge_files
 from .joining import describe_joined
 from .lora import Lora
@@ -88,11 +88,14 @@ def _merge(
     if sources.joined:
         yield from describe_joined(sources.joined, {name: open_model(at) for name, at in sources.joined.items()})
     yield from _merge_plan(sources, settings)
-    inputs = zip([base, *experts], [sources.base, *(e.files for e in sources.experts)], strict=True)
-    for (name, files), expected in zip(inputs, expected_sha256, strict=True):
-        if expected and (sha256 := files.sha256()) != expected and widened_sha256(files) != expected:
+    inputs = zip([base, *experts], [Checkpoint(sources.base), *sources.experts], strict=True)
+    for (name, model), expected in zip(inputs, expected_sha256, strict=True):
+        if expected is None or (found := model.whole_sha256(model.files.sha256())) == expected:
+            continue
+        # Runs hash the weights as they train.
+        if model.whole_sha256(widened_sha256(model.files)) != expected:
             raise UserError(
-                f"{name} is not what the recipe was made with: found {sha256[:16]}, expected {expected[:16]}"
+                f"{name} is not what the recipe was made with: found {found[:16]}, expected {expected[:16]}"
             )
     if dry_run:
         return

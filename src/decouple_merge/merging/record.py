@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..config import Merge, parse_recipe
+from ..config.paths import expand_home
 from ..config.recipe import ADVICE
 from ..errors import UserError
 from ..storage.reading import read_text
@@ -61,6 +62,7 @@ def is_path(name: str) -> bool:
 
 def found_from(place: Path, name: str) -> str:
     """Find what a name means in a record that lies in a folder; the hub's names stay as they are."""
+    name = expand_home(name)
     at = place / name
     return str(at) if at.exists() or is_path(name) else name
 

@@ -52,7 +52,9 @@ class Sources:
         self.fishers = [TensorFiles(weight_files(path)) for path in settings.fishers]
         self._check_fishers()
         # Masks go with an expert's content, not with its place in the list.
-        self.identities = [e.files.sha256() for e in self.experts] if settings.method.startswith("dare") else []
+        self.identities = (
+            [e.whole_sha256(e.files.sha256()) for e in self.experts] if settings.method.startswith("dare") else []
+        )
         asked = None if settings.dtype is None else DTYPES[settings.dtype]
         self.output: Layout = {
             key: (asked if asked and e.dtype.is_floating_point else e.dtype, e.shape)

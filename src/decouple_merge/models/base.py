@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..diffusion.process import Process
-from ..errors import UserError
+from ..errors import UserError, is_ours
 from ..merging.experts import open_model
 from ..storage.hub import pipeline_folder
 from ..storage.reading import read_record
@@ -92,6 +92,8 @@ def load_base(name: str, is_single: bool = False) -> Base:
     except (SafetensorError, EOFError) as error:
         raise UserError(f"base {name!r}: its weights file is damaged ({error}); fetch or copy it again") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+        if is_ours(error):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"base {name!r} can't be loaded ({reason}); expected {SUPPORTED}, by folder or hub name"
@@ -216,6 +218,8 @@ def create_base(
             else:
                 pipeline = stable_diffusion.create_pipeline(model, scheduler, parts)
         except (TypeError, ValueError) as error:
+            if is_ours(error):
+                raise
             raise UserError(f"pretrain.model or pretrain.scheduler: {error}") from error
     family = FAMILIES[type(pipeline).__name__]
     network: Any = getattr(pipeline, family.component)

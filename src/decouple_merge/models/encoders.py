@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..errors import UserError, is_ours
 from ..storage.tensors import hash_tensors
 
 
@@ -151,6 +151,8 @@ def load_text_encoder(path: str) -> TextEncoder:
     try:
         tokenizer = import_transformers("dinov2 and clip need").AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if is_ours(error):
+            raise
         raise UserError(f"clip {path}: its tokenizer can't be loaded ({_first_line(error)}); expected one") from error
     # Where there are no files, transformers makes a tokenizer that knows no words.
     if len(tokenizer) != network.config.vocab_size:
@@ -190,6 +192,8 @@ def _load(kind: Kind, path: str, cls: str) -> Any:
         if missing := sorted(info["missing_keys"]):
             raise UserError(f"its files lack {len(missing)} weights, first {missing[0]}")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if is_ours(error):
+            raise
         raise UserError(
             f"{'clip' if kind.part else 'dinov2'} {path}: can't be loaded ({_first_line(error)}); expected a "
             f"{' or '.join(kind.model_types)} model of transformers with safetensors weights, such as {kind.example}"

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..config import Text
-from ..errors import UserError
+from ..errors import UserError, is_ours
 from .family import Encoders, load_parts, tokenizer_of
 
 
@@ -83,6 +83,8 @@ def create_vae(arguments: dict[str, Any], seed: int) -> Any:
         try:
             return AutoencoderKL(**arguments)
         except (TypeError, ValueError) as error:
+            if is_ours(error):
+                raise
             raise UserError(f"pretrain.vae.model: {error}") from error
 
 

@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 
 from ..diffusion.process import Flow
-from ..errors import UserError
+from ..errors import UserError, is_ours
 from .base import Base
 from .processes import dynamic_mu, flow_arguments
 
@@ -53,6 +53,8 @@ def make_scheduler(base: Base, sampler: str | None, num_steps: int, timestep_spa
         scheduler: Any = cls.from_config(own.config, **base.family.sampler_config, **changes)
         scheduler.set_timesteps(num_steps, **_timestep_arguments(base, scheduler, num_steps))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        if is_ours(error):
+            raise
         raise UserError(f"sampler {name} with {num_steps} steps: {error}") from error
     return scheduler
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, is_ours
 from .encoders import import_transformers
 
 
@@ -92,6 +92,8 @@ def create_text_encoder(tokenizer: Any, arguments: dict[str, Any], seed: int) ->
             text_encoder = transformers.CLIPTextModel(config)
         # transformers wraps its ValueError in an error of another kind.
         except (TypeError, ValueError, StrictDataclassError) as error:
+            if is_ours(error):
+                raise
             raise UserError(f"pretrain.text_encoder.model: {error}") from error
     tokenizer.model_max_length = config.max_position_embeddings
     return text_encoder

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
-from .reading import as_record, check_file, parse_json, read_text
+from .reading import MAX_LINES_BYTES, as_record, check_file, parse_json, read_text
 
 # Folders in which something is being written, or was when its writer died.
 LEFTOVERS = ".deme-*.tmp"
@@ -27,7 +27,7 @@ LEFTOVERS = ".deme-*.tmp"
 
 def cache_folder() -> Path:
     """Say where downloads and reference statistics are kept: $DEME_CACHE, or the system's cache folder."""
-    return Path(os.environ.get("DEME_CACHE") or pooch.os_cache("deme"))
+    return Path(os.environ.get("DEME_CACHE") or pooch.os_cache("deme")).expanduser()
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -160,7 +160,7 @@ def read_records(path: Path, **fields: type | tuple[type, ...]) -> list[dict[str
         return []
     advice = "mend or remove the line"
     records = []
-    for number, line in enumerate(read_text(path, advice).splitlines(), start=1):
+    for number, line in enumerate(read_text(path, advice, MAX_LINES_BYTES).splitlines(), start=1):
         where = f"{path}, line {number}"
         records.append(as_record(parse_json(line, where, advice), where, advice, **fields))
     return records

@@ -9,6 +9,8 @@ from ..errors import UserError
 
 # What to do about a file of ours that holds something else.
 AGAIN = "remove it to have it made again"
+# Of a record, and of a file with a line for each image, prompt or number. Others of that size are something else.
+MAX_BYTES, MAX_LINES_BYTES = 200_000_000, 2_000_000_000
 # By what a path is where a file was expected.
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
@@ -29,13 +31,15 @@ def check_file(path: Path, advice: str) -> int:
     return found.st_size
 
 
-def read_text(path: Path, advice: str) -> str:
+def read_text(path: Path, advice: str, max_bytes: int = MAX_BYTES) -> str:
     """Read a UTF-8 file; a byte order mark is left out.
 
     Raises:
-        UserError: there is no such file, it can't be read, or it is in another encoding; the line is named.
+        UserError: there is no such file, it is too long, it can't be read, or it is in another encoding; the line is
+            named.
     """
-    check_file(path, advice)
+    if (size := check_file(path, advice)) > max_bytes:
+        raise UserError(f"{path} has {size:,} bytes, expected a text of at most {max_bytes:,}; {advice}")
     try:
         raw = path.read_bytes()
         return raw.decode("utf-8-sig")

@@ -1,0 +1,153 @@
+"""Files that say or hold more than memory does are refused before anything is allocated for them."""
+
+import json
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# In a process of its own, whose memory is what it has after its imports and a little.
+READ = """
+import json, resource, sys
+from pathlib import Path
+import numpy, torch, PIL.Image
+from decouple_merge.config import Data, load_config
+from decouple_merge.data.prompts import read_prompts
+from decouple_merge.data.sources import open_images
+from decouple_merge.errors import UserError
+from decouple_merge.evaluation.references import holds_statistics
+from decouple_merge.merging.recipes import describe_model, repeat_merge
+from decouple_merge.storage.files import read_records
+from decouple_merge.storage.reading import read_record
+import decouple_merge.data.folder
+
+READERS = {
+    "images": lambda path: open_images(str(path)),
+    "statistics": lambda path: holds_statistics(path),
+    "weights": lambda path: list(describe_model(path)),
+    "prompts": read_prompts,
+    "records": read_records,
+    "record": lambda path: read_record(path, "mend it"),
+    "recipe": lambda path: list(repeat_merge(path, Path("out"))),
+    "config": load_config,
+}
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 300_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for line in sys.stdin:
+    kind, path = json.loads(line)
+    try:
+        READERS[kind](Path(path))
+        found = "read"
+    except UserError as error:
+        found = f"refused: {error}"
+    except BaseException as error:
+        found = f"{type(error).__name__}: {error}"
+    print(json.dumps([kind, path, found]), flush=True)
+"""
+
+
+def npy(shape: tuple[int, ...], content: bytes = b"", dtype: str = "|u1") -> bytes:
+    header = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + content
+
+
+def zipped(path: Path, name: str, content: bytes, says: int | None = None) -> Path:
+    """Write a zip file of one member, whose size may be said to be another."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(name, content)
+        if says is not None:
+            file.infolist()[0].file_size = says
+    return path
+
+
+def png(width: int, height: int) -> bytes:
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+
+
+def sparse(path: Path, num_bytes: int, start: bytes = b"") -> Path:
+    with path.open("wb") as file:
+        file.write(start)
+        file.truncate(num_bytes)
+    return path
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def safetensors(header: dict[str, object], size: int | None = None) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text
+
+
+@pytest.fixture
+def lies(tmp_path: Path) -> list[tuple[str, Path]]:
+    terabytes, tensor = 2**46, {"dtype": "F32", "shape": [2**44], "data_offsets": [0, 2**46]}
+    (tmp_path / "bomb").mkdir()
+    written(tmp_path / "bomb/a.png", png(60_000, 60_000))
+    arrays = {
+        "64tb.npz": npy((terabytes,)),
+        "2gb.npz": npy((2_000_000_000,), b"x" * 50),
+        "negative.npz": npy((-5, 8, 8)),
+        "overflow.npz": npy((2**40, 2**40)),
+    }
+    found = [
+        ("images", tmp_path / "bomb"),
+        ("images", written(tmp_path / "1gb.npy", npy((1_000_000_000, 8, 8), b"x" * 100))),
+        ("images", sparse(tmp_path / "8gb.npy", 30_000_000_000, npy((30_000_000_000 - 128,)))),
+        ("images", zipped(tmp_path / "says.zip", "a.png", png(8, 8), says=terabytes)),
+        ("weights", written(tmp_path / "a.safetensors", safetensors({"a": tensor}))),
+        ("weights", written(tmp_path / "b.safetensors", safetensors({}, 2**62))),
+        ("weights", sparse(tmp_path / "c.safetensors", 2_000_000_000, struct.pack("<Q", 1_999_999_000))),
+        ("prompts", sparse(tmp_path / "p.txt", 3_000_000_000)),
+        ("prompts", sparse(tmp_path / "p.tsv", 3_000_000_000)),
+        ("prompts", sparse(tmp_path / "p.json", 3_000_000_000)),
+        ("records", sparse(tmp_path / "r.jsonl", 3_000_000_000)),
+        ("record", sparse(tmp_path / "r.json", 3_000_000_000)),
+        ("recipe", sparse(tmp_path / "recipe.yaml", 3_000_000_000)),
+        ("config", sparse(tmp_path / "config.yaml", 3_000_000_000)),
+    ]
+    for name, content in arrays.items():
+        found += [
+            (kind, zipped(tmp_path / name, "mu.npy", content, says=terabytes)) for kind in ("images", "statistics")
+        ]
+    return found
+
+
+def test_a_file_that_says_more_than_memory_holds_is_refused_before_it_is_read(
+    tmp_path: Path, lies: list[tuple[str, Path]]
+) -> None:
+    asked = "".join(json.dumps([kind, str(path)]) + "\n" for kind, path in lies)
+    done = subprocess.run(
+        [sys.executable, "-c", READ],
+        input=asked,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(kind, path) for kind, path, _ in found] == [(kind, str(path)) for kind, path in lies]
+    wrong = [f"{kind} {Path(path).name}: {what}" for kind, path, what in found if not what.startswith("refused: ")]
+    assert wrong == []
+    assert all("\n" not in what for _, _, what in found)
+
+
+def test_an_honest_array_that_is_small_when_packed_is_read(tmp_path: Path) -> None:
+    from decouple_merge.data.arrays import read_array
+
+    np.savez_compressed(tmp_path / "a.npz", np.zeros((500, 32, 32, 3), dtype=np.uint8))
+    assert read_array(tmp_path / "a.npz").shape == (500, 3, 32, 32)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as file:
+        file.writestr("notes.txt", "not an array")
+    assert read_array(tmp_path / "a.npz").shape == (500, 3, 32, 32)
