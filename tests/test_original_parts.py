@@ -190,7 +190,7 @@ def test_the_last_layer_that_stable_diffusion_2_never_reads_stays_as_it_is(tmp_p
     # Two layers fewer are another network.
     short = make_text_encoder(layers=1)
     with pytest.raises(
-        UserError, match=r"missing: cond_stage_model\.model\.transformer\.resblocks\.1\.attn\.in_proj_weight"
+        UserError, match=r"missing: cond_stage_model\.model\.transformer\.resblocks\.1\.attn\.in_proj_bias"
     ):
         merge_into(base, saved(tmp_path / "s.safetensors", short.state_dict()), out, component="text_encoder")
 
@@ -233,7 +233,7 @@ def test_shapes_are_compared_as_both_layouts_have_them(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"of another shape: cond_stage_model\.model\.\S+0\.attn\.in_proj_weight; expected"
     ):
-        merge_into(base, saved(tmp_path / "e.safetensors", state), tmp_path / "o", component="text_encoder")
+        merge_into(base, saved(tmp_path / "e.safetensors", state), tmp_path / "o.safetensors", component="text_encoder")
 
 
 def test_numbers_of_places_that_older_text_encoders_hold_are_no_weights(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ class Sources:
         if self.joined:
             self.parts = dict([next(iter(self.joined.items()))])
         self.base = open_parts(self.parts)
+        if not self.base.entries:
+            raise UserError(f"{base} holds no tensors, expected the weights of a model; fetch or copy it again")
         self.experts = [open_expert(path, self._parts_of(path)) for path in experts]
         self.rule: Rule = RULES[settings.method]
         check_weights(settings.weights, len(experts))
