@@ -1,15 +1,25 @@
 """Files that say or hold more than memory does are refused before anything is allocated for them."""
 
 import json
+import resource
 import struct
 import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from decouple_merge.data.arrays import read_array
+from decouple_merge.errors import UserError
+from decouple_merge.evaluation.references import holds_statistics
 
 # In a process of its own, whose memory is what it has after its imports and a little.
 READ = """
@@ -106,7 +116,7 @@ def lies(tmp_path: Path) -> list[tuple[str, Path]]:
         ("images", zipped(tmp_path / "says.zip", "a.png", png(8, 8), says=terabytes)),
         ("weights", written(tmp_path / "a.safetensors", safetensors({"a": tensor}))),
         ("weights", written(tmp_path / "b.safetensors", safetensors({}, 2**62))),
-        ("weights", sparse(tmp_path / "c.safetensors", 2_000_000_000, struct.pack("<Q", 1_999_999_000))),
+        ("weights", sparse(tmp_path / "c.safetensors", 200_000_000, struct.pack("<Q", 199_999_000))),
         ("prompts", sparse(tmp_path / "p.txt", 3_000_000_000)),
         ("prompts", sparse(tmp_path / "p.tsv", 3_000_000_000)),
         ("prompts", sparse(tmp_path / "p.json", 3_000_000_000)),
@@ -139,15 +149,70 @@ def test_a_file_that_says_more_than_memory_holds_is_refused_before_it_is_read(
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(kind, path) for kind, path, _ in found] == [(kind, str(path)) for kind, path in lies]
     wrong = [f"{kind} {Path(path).name}: {what}" for kind, path, what in found if not what.startswith("refused: ")]
-    assert wrong == []
+    assert wrong == [], wrong
     assert all("\n" not in what for _, _, what in found)
 
 
 def test_an_honest_array_that_is_small_when_packed_is_read(tmp_path: Path) -> None:
-    from decouple_merge.data.arrays import read_array
-
     np.savez_compressed(tmp_path / "a.npz", np.zeros((500, 32, 32, 3), dtype=np.uint8))
     assert read_array(tmp_path / "a.npz").shape == (500, 3, 32, 32)
     with zipfile.ZipFile(tmp_path / "a.npz", "a") as file:
         file.writestr("notes.txt", "not an array")
     assert read_array(tmp_path / "a.npz").shape == (500, 3, 32, 32)
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Let this process take no more than 300 MB more."""
+    old, most = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 300_000_000, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (old, most))
+
+
+HEADERS = st.fixed_dictionaries(
+    {
+        "descr": st.sampled_from(
+            ["|u1", "<f8", "|O", "<U999999999", "|S0", "|V9", "<M8[s]", "x", "", [("a", "<f4")], None, 3]
+        ),
+        "fortran_order": st.sampled_from([True, False, None, "x"]),
+        "shape": st.one_of(
+            st.tuples(*[st.sampled_from([0, 1, 2, 8, -1, 2**31, 2**40, 2**63, True, 1.5])] * 3),
+            st.sampled_from([(), None, [8, 8], "88", (10**30,)]),
+        ),
+    }
+)
+
+
+@settings(
+    max_examples=500,
+    deadline=20_000,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    header=st.one_of(HEADERS.map(repr), st.text(max_size=20), HEADERS.map(lambda h: repr({**h, "more": 1}))),
+    version=st.sampled_from([b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x00"]),
+    content=st.binary(max_size=64),
+    cut=st.integers(0, 40),
+    says=st.sampled_from([None, 0, 2**32, 2**46]),
+)
+def test_arrays_of_any_header_are_read_or_refused_in_little_memory(
+    tmp_path: Path, header: str, version: bytes, content: bytes, cut: int, says: Any
+) -> None:
+    raw = header.encode(errors="replace") + b"\n"
+    size = struct.pack("<H" if version == b"\x01\x00" else "<I", len(raw))
+    array = b"\x93NUMPY" + version + size + raw + content
+    array = array[: len(array) - cut] if cut > 20 else array
+    (tmp_path / "a.npy").write_bytes(array)
+    packed = zipped(tmp_path / "a.npz", "mu.npy", array, says)
+    with little_memory():
+        for path in (tmp_path / "a.npy", packed):
+            with suppress(UserError):
+                read_array(path)
+        with suppress(UserError):
+            holds_statistics(packed)

@@ -24,7 +24,7 @@ from ..models.ensemble import load_expert
 from ..models.parts import check_caption_dropout, texts_to_encode
 from ..models.ranges import ranges_of, with_density
 from ..sampling.checks import check_sample
-from ..sampling.sampler import Denoiser, Prompts, ensemble_denoiser, open_prompts
+from ..sampling.sampler import Denoiser, Prompts, check_prompts, ensemble_denoiser, open_prompts
 from ..searching.checks import check_search
 from ..storage.files import write_json
 from ..storage.run_folder import Run
@@ -89,6 +89,7 @@ def check(config: Config, out: Path) -> Plan:
 def image_plan(config: Config, out: Path, base: Base, ranges: tuple[TimestepRange, ...], images: Images) -> Plan:
     """Make a plan from what was opened, with the images' captions where the base is told something."""
     if base.encoders is None:
+        check_prompts(base, config.text.prompts is not None)
         return Plan(config, Run(out), base, images, ranges, images, [])
     captions = load_captions(images, config.data, base.encoders.classes)
     return captioned_plan(config, out, base, ranges, images, captions)

@@ -23,7 +23,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
+from sqlalchemy import create_engine, event
+from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import UserError
 from ..seeds import stream_seed
@@ -66,6 +67,24 @@ def open_storage(place: str | Path) -> RDBStorage:
     if is_file:
         _lock_before_reading(storage)
     return storage
+
+
+def check_storage(url: str) -> None:
+    """Require of a storage's URL what can be known before a search: that it is one, its driver, an SQLite file's folder.
+
+    Raises:
+        UserError: as said.
+    """
+    try:
+        engine = create_engine(url)
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"search.storage is {url!r}, which can't be opened ({reason}); expected a URL such as sqlite:///study.db or "
+            "postgresql://user@host/database, with its driver (psycopg2-binary) installed"
+        ) from error
+    if engine.dialect.name == "sqlite" and not Path(engine.url.database or "").parent.is_dir():
+        raise UserError(f"search.storage is {url!r}, whose folder doesn't exist; make it, or give another")
 
 
 def _connect(path: Path) -> sqlite3.Connection:
