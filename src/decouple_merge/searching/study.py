@@ -70,7 +70,7 @@ def open_storage(place: str | Path) -> RDBStorage:
 
 
 def check_storage(url: str) -> None:
-    """Require of a storage's URL what can be known before a search: that it is one, its driver, an SQLite file's folder.
+    """Require that a URL is a storage's, of an installed driver; an SQLite file needs its folder.
 
     Raises:
         UserError: as said.
@@ -80,8 +80,8 @@ def check_storage(url: str) -> None:
     except (SQLAlchemyError, ImportError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"search.storage is {url!r}, which can't be opened ({reason}); expected a URL such as sqlite:///study.db or "
-            "postgresql://user@host/database, with its driver (psycopg2-binary) installed"
+            f"search.storage is {url!r}, which can't be opened ({reason}); expected a URL such as "
+            "sqlite:///study.db or postgresql://user@host/database, with its driver (psycopg2-binary) installed"
         ) from error
     if engine.dialect.name == "sqlite" and not Path(engine.url.database or "").parent.is_dir():
         raise UserError(f"search.storage is {url!r}, whose folder doesn't exist; make it, or give another")
