@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from decouple_merge.config import Config, Merge
+from decouple_merge.config import Config, Merge, Text
 from decouple_merge.errors import UserError
 from decouple_merge.experiment.plan import check
 from decouple_merge.merging.recipes import merge_models
@@ -36,7 +36,7 @@ def test_prompts_for_a_base_that_reads_none_are_not_passed_over(
 ) -> None:
     (tmp_path / "p.txt").write_text("a cat\n")
     with pytest.raises(UserError, match="found prompts for a DDPMPipeline, which takes no text: leave them out"):
-        check(tiny_config(text={"prompts": str(tmp_path / "p.txt")}), tmp_path / "run")
+        check(tiny_config(text=Text(prompts=tmp_path / "p.txt")), tmp_path / "run")
 
 
 def test_a_name_that_neither_a_path_nor_the_hub_has_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

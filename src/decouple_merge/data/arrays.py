@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ def open_arrays(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
         raise UserError(f"{path}: can't be read as plain arrays ({error}); make or fetch it again") from error
 
 
-def _check_size(path: Path, file: IO[bytes], num_bytes: int) -> None:
+def _check_size(path: Path, file: Any, num_bytes: int) -> None:
     """Require of an array's header that no more is allocated than the file holds, in bytes, and the memory."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
