@@ -276,13 +276,13 @@ def test_a_damaged_array_file_is_named(tmp_path: Path, kind: str, damage: str) -
         cut(path)
     else:
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"images\.{kind}: can't be read as a plain array"):
+    with pytest.raises(ValueError, match=rf"images\.{kind}: (can't be read as plain arrays|an array says)"):
         load_images(Data(source=str(path)), 1, 8)
 
 
 def test_an_array_of_objects_is_not_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"images\.npy: can't be read as a plain array"):
+    with pytest.raises(ValueError, match=r"images\.npy: can't be read as plain arrays"):
         load_images(Data(source=str(tmp_path / "images.npy")), 1, 8)
 
 
@@ -320,7 +320,7 @@ def test_a_damaged_image_in_a_data_set_is_refused_and_skipped_only_if_asked(tmp_
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"PK"])
 def test_damaged_reference_statistics_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "reference.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"reference\.npz: expected an npz file with arrays mu and sigma"):
+    with pytest.raises(ValueError, match=r"reference\.npz: can't be read as plain arrays"):
         read_statistics(tmp_path / "reference.npz", Extractor("pixels", "0" * 64, {"features": 4}, dict))
 
 

@@ -87,7 +87,7 @@ def raised(function: Callable[[], Any]) -> Exception:
 
 
 def test_an_error_is_ours_where_a_line_of_ours_raised_it(tmp_path: Path) -> None:
-    assert is_ours(raised(lambda: document.parse(3, "here")))  # type: ignore[arg-type]
+    assert is_ours(raised(lambda: document._check(None, "here", {}, ())))
     # By a library, by the operating system, or meant for the user.
     assert not is_ours(raised(lambda: json.loads("[")))
     assert not is_ours(raised(lambda: decoding.has_colour(tmp_path / "none.png")))

@@ -21,6 +21,7 @@ from decouple_merge.config import Config, Data, Merge, load_config, validate
 from decouple_merge.config.paths import expand_home
 from decouple_merge.data.batches import LabelledBatch, LatentBatch, training_batches
 from decouple_merge.data.images import ArrayImages
+from decouple_merge.data.sources import load_images
 from decouple_merge.errors import UserError
 from decouple_merge.executors import run_all
 from decouple_merge.experiment.finetuning import finetune_experts
@@ -100,6 +101,7 @@ def test_a_run_is_sampled_and_evaluated_without_its_data(tiny_config: Callable[.
     (record,) = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
     assert record["num_images"] == 12
     # What trains says what is gone.
+    load_images.cache_clear()
     with pytest.raises(UserError, match=r"data\.source is '.*images\.npz', expected"):
         prepare(load_config(run / "config.yaml"), run)
 

@@ -85,7 +85,7 @@ def load_base(name: str, is_single: bool = False) -> Base:
     """
     try:
         folder = pipeline_folder(name)
-        if (kind := read_index(folder).get("_class_name")) is None:
+        if not isinstance(kind := read_index(folder).get("_class_name"), str):
             raise UserError(f"{folder} has no model_index.json that names a pipeline's class")
         # Others are refused below, before gigabytes are loaded.
         pipeline = _load(FAMILIES[kind], folder) if kind in FAMILIES else None
