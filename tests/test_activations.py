@@ -69,7 +69,8 @@ def subject_of(family: str, folder: Path, **settings: object) -> Subject:
         ranges,
         [state, state],
         state,
-        settings=Analyze.model_validate({"batch_size": 4, "activations": own}),
+        settings=Analyze.model_validate({"activations": own}),
+        batch_size=4,
         images=lambda num: pixels[:num],
     )
 
@@ -121,8 +122,8 @@ def test_every_family_has_activations_and_gradients(family: Family, tmp_path: Pa
     steps = {k: torch.randn(v.shape, generator=draws) for k, v in state.items()}
     moved = {k: v + 0.05 * steps[k] if v.is_floating_point() else v for k, v in state.items()}
     batch, ranges = batch_of(base, 4), tuple(base.process.split(2))
-    settings = Analyze.model_validate({"batch_size": 3, "activations": {"num_images": 4}})
-    subject = Subject(base, ranges, [moved, moved], state, settings=settings, images=lambda num: batch)
+    settings = Analyze.model_validate({"activations": {"num_images": 4}})
+    subject = Subject(base, ranges, [moved, moved], state, settings=settings, batch_size=3, images=lambda num: batch)
     finding = result(subject)
     assert {row["block"] for row in finding.rows} == set(family.output_layers(base.network))
     changes = {m: [r["channel_change"] for r in finding.rows if r["model"] == m] for m in activations.MODELS}

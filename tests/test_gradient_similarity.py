@@ -1,26 +1,31 @@
 """The map of gradients, against a model whose gradients are known, plain autograd, and a run that was killed."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from decouple_merge.analysis import gradient_similarity, gradients
 from decouple_merge.analysis.fixed import fixed_images
 from decouple_merge.analysis.gradients import GradientRows, Grams, Sketch, grams_of, next_prime
 from decouple_merge.analysis.subject import Finding, Progress, Subject
-from decouple_merge.config import Analyze, Config
+from decouple_merge.cli import main as cli
+from decouple_merge.config import Analyze, Config, dump_config
 from decouple_merge.data.images import to_model
 from decouple_merge.diffusion.losses import per_sample_mse
 from decouple_merge.diffusion.process import VP, Flow, Process
 from decouple_merge.experiment.analyses import analyze
 from decouple_merge.experiment.plan import Plan, prepare
-from decouple_merge.models.base import Base
+from decouple_merge.models.base import Base, load_base
 from decouple_merge.models.families.unet import UNet
 from decouple_merge.seeds import generator
+from decouple_merge.storage.files import write_tensors
 
 CPU = torch.device("cpu")
 
@@ -243,3 +248,36 @@ def _subject(plan: Plan, changes: dict[str, object]) -> Subject:
 
 def _map(plan: Plan, changes: dict[str, object]) -> Finding:
     return finding_of(_subject(plan, changes))
+
+
+def test_the_training_of_a_base_has_a_map_for_every_checkpoint(
+    tiny_config: Callable[..., Config], tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "training-of-a-base"
+    shutil.copytree(tiny_base, folder / "pipeline")
+    config = tiny_config(pretrain={"num_ranges": 2}, analyze=_settings({}).model_dump())
+    (folder / "config.yaml").write_text(dump_config(config))
+    state = load_base(str(tiny_base)).network.state_dict()
+    for update, step in ((20, 0.1), (100, 0.0)):
+        weights = {key: value + step for key, value in state.items()}
+        write_tensors(folder / "training" / "checkpoints" / f"{update}.safetensors", weights)
+    found = CliRunner().invoke(cli.app, ["analyze", str(folder), "--only", "gradient-similarity"])
+    assert found.exit_code == 0, found.output
+    record = json.loads((folder / "analysis" / "gradient-similarity.json").read_text())
+    assert [figure["file"] for figure in record["figures"]] == [
+        "gradient-similarity.png",
+        "gradient-similarity-training.png",
+    ]
+    with np.load(folder / "analysis" / "gradient-similarity.npz") as arrays:
+        assert {name for name in arrays if name.startswith("usual")} == {"usual-20", "usual-100", "usual-base"}
+        np.testing.assert_array_equal(arrays["usual-100"], arrays["usual-base"])
+        assert abs(arrays["usual-20"] - arrays["usual-base"]).max() > 0.01
+    found = CliRunner().invoke(cli.app, ["analyze", str(folder), "--dry-run"])
+    assert "task-vectors needs experts, which" in found.output
+    assert "gradient-similarity: done" in found.output
+
+
+@pytest.mark.parametrize("arguments", [["a", "b"], ["a", "--over", "seed"]])
+def test_several_runs_are_compared_over_a_setting_and_one_is_not(arguments: list[str]) -> None:
+    found = CliRunner().invoke(cli.app, ["analyze", *arguments])
+    assert "several runs are compared over a setting" in str(found.exception)

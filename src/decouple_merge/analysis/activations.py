@@ -106,7 +106,7 @@ def _activations(subject: Subject, weights: Tensors, images: FixedImages, t: flo
     times = torch.full((len(images),), t).to(subject.base.process.spread(subject.ranges[0], 1).dtype)
     network.to(device)
     with recorded(_layers(subject, network)) as found:
-        for batch in images.batches(times, subject.settings.batch_size):
+        for batch in images.batches(times, subject.batch_size):
             condition = {name: value.to(device) for name, value in batch.condition.items()}
             predict(subject.base, network, batch.x_t.to(device), batch.t.to(device), **condition)
     return {name: torch.cat(parts) for name, parts in found.items()}

@@ -11,6 +11,9 @@ from ..seeds import generator
 from ..training.gradient import frozen_copy, loss_and_gradients, noisy_batch, with_leaves
 from .subject import Cost, Subject
 
+# What nobody minds to wait for an estimate.
+MOMENT_SECONDS = 3.0
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -25,9 +28,15 @@ class Speed:
 
 
 def measure_speed(subject: Subject) -> Speed:
-    """Time one batch with gradients and one without, after a small one to warm up."""
+    """Time one image with gradients and one without; a whole batch, too, where that takes no more than a moment."""
+    first = _measure(subject, 1)
+    if (first.forward_seconds + first.backward_seconds) * subject.batch_size > MOMENT_SECONDS:
+        return first
+    return _measure(subject, subject.batch_size)
+
+
+def _measure(subject: Subject, size: int) -> Speed:
     base, device = subject.base, subject.device
-    size = subject.settings.batch_size
     everything = TimestepRange(0, base.num_train_timesteps)
     batch = noisy_batch(base, subject.images(size), everything, generator("speed"))
     network = frozen_copy(base, [], device)

@@ -130,7 +130,7 @@ def _maps(
     def make(block: Tensor) -> Tensors:
         nonlocal computer
         if computer is None:
-            computer = GradientRows(subject.base, weights, sketch, subject.device, subject.settings.batch_size)
+            computer = GradientRows(subject.base, weights, sketch, subject.device, subject.batch_size)
         found = [computer.halves(images, one) for one in block]
         return {"rows": torch.stack([f[0] for f in found]), "norms": torch.stack([f[1] for f in found])}
 

@@ -8,6 +8,7 @@ import torch
 
 from ..config.analyze import LandscapeRanges
 from ..merging.arithmetic import Tensors
+from ..models.network import num_parameters
 from ..seeds import generator
 from .fixed import fixed_images
 from .gradients import GradientRows, Sketch, grams_of, sketch_of
@@ -36,6 +37,8 @@ def cost(subject: Subject) -> Cost:
     return Cost(
         num_forward=settings.num_points**2 * settings.num_images * num,
         num_backward=settings.num_gradient_images // 2 * 2 * num,
+        # A plane's network, origin and two directions.
+        num_bytes=4 * 4 * num_parameters(subject.base.network),
     )
 
 
@@ -87,7 +90,7 @@ def _gradients(subject: Subject, weights: Tensors, shares: np.ndarray, losses: n
     sketch: Sketch = sketch_of(weights, len(shares), subject.settings.seed)
 
     def make() -> Tensors:
-        computer = GradientRows(subject.base, weights, sketch, subject.device, subject.settings.batch_size)
+        computer = GradientRows(subject.base, weights, sketch, subject.device, subject.batch_size)
         spread = [subject.base.process.spread(own, len(images) // 2) for own in subject.ranges]
         return {"rows": torch.stack([computer.halves(images, t)[0] for t in spread])}
 

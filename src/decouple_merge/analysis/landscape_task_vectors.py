@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config.analyze import LandscapeTaskVectors
 from ..errors import UserError
 from ..merging.arithmetic import Tensors
+from ..models.network import num_parameters
 from .fixed import fixed_images
 from .plane import Plane, draw_shares
 from .style import HALO, SIGNED, plt, range_label
@@ -44,10 +45,12 @@ def _pairs(subject: Subject) -> list[tuple[int, int]]:
 
 
 def cost(subject: Subject) -> Cost:
-    """Count the images at all points of all planes."""
+    """Count the images at all points of all planes, and the tensors that are held."""
     settings = _settings(subject)
     num_points = len(_pairs(subject)) * settings.num_points**2
-    return Cost(num_forward=num_points * settings.num_images * len(subject.ranges))
+    # The base, the experts' and the merge's changes; and a plane's network, origin and two directions.
+    num_bytes = 4 * num_parameters(subject.base.network) * (2 + len(subject.ranges) + 4)
+    return Cost(num_forward=num_points * settings.num_images * len(subject.ranges), num_bytes=num_bytes)
 
 
 def compute(subject: Subject) -> Generator[str | Progress, None, Finding]:

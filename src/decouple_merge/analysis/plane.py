@@ -46,7 +46,7 @@ class Plane:
 
     def _loss(self, t: Tensor) -> float:
         total, device = 0.0, self.subject.device
-        for batch in self.images.batches(t, self.subject.settings.batch_size):
+        for batch in self.images.batches(t, self.subject.batch_size):
             condition = {name: value.to(device) for name, value in batch.condition.items()}
             output = predict(self.subject.base, self.network, batch.x_t.to(device), batch.t.to(device), **condition)
             total += float(per_sample_mse(output, batch.target.to(device)).double().sum())

@@ -109,6 +109,7 @@ class Subject:
         prompts_of: gives the prompts of some seeds; none of a model that reads none.
         first_seed: of the report.
         calls_per_image: of the network, to draw one.
+        batch_size: images that go through the network at once.
         images: gives so many of the training images; the first are always the same.
         kept: parts of the result that were computed before.
     """
@@ -130,6 +131,7 @@ class Subject:
     first_seed: int = 0
     calls_per_image: int = 0
     settings: Analyze = field(default_factory=Analyze)
+    batch_size: int = 64
     images: Callable[[int], Batch] = _no_images
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     kept: Kept = field(default_factory=Kept)

@@ -111,11 +111,11 @@ class Analyze(Section):
 
     Attributes:
         seed: of images, noise and directions.
-        batch_size: images at once; a number may differ by rounding with another.
+        batch_size: images at once; None takes as many as the training did. With another, numbers differ by rounding.
     """
 
     seed: NonNegativeInt = 0
-    batch_size: PositiveInt = 128
+    batch_size: PositiveInt | None = None
     activations: Activations = Activations()
     gradient_similarity: GradientSimilarity = GradientSimilarity()
     landscape_ranges: LandscapeRanges = LandscapeRanges()

@@ -92,7 +92,7 @@ def analyze(
 def _depends_on(plan: Plan, subject: Subject, name: str, needs: Sequence[str]) -> dict[str, Any]:
     """Say all that a finding depends on: settings, and hashes of what it was made from."""
     settings, own = subject.settings, subject.settings.of(name)
-    values = {"seed": settings.seed, "batch_size": settings.batch_size}
+    values = {"seed": settings.seed, "batch_size": subject.batch_size}
     record: dict[str, Any] = {
         "base_sha256": plan.base.sha256,
         "data_sha256": plan.images.sha256,

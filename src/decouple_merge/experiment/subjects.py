@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.subject import RunResults, Subject
-from ..config import Analyze, load_config
+from ..config import Analyze, Training, load_config
 from ..data.batches import Batch, training_batches
 from ..data.split import split
 from ..diffusion.weightings import weight_of
@@ -132,9 +132,16 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
         first_seed=plan.config.evaluate.first_seed,
         calls_per_image=drawing.calls_per_image,
         settings=settings,
+        batch_size=settings.batch_size or _training(plan).batch_size,
         images=images,
         device=default_device(),
     )
+
+
+def _training(plan: Plan) -> Training:
+    """Find the settings of the training that a folder is of: the base's, or the experts'."""
+    config = plan.config
+    return config.pretrain if config.pretrain and (plan.run.folder / "pipeline").is_dir() else config.finetune
 
 
 def _others(plan: Plan, folder: Path | None) -> dict[str, Tensors]:
