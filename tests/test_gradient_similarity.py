@@ -255,7 +255,8 @@ def test_the_training_of_a_base_has_a_map_for_every_checkpoint(
 ) -> None:
     folder = tmp_path / "training-of-a-base"
     shutil.copytree(tiny_base, folder / "pipeline")
-    config = tiny_config(pretrain={"num_ranges": 2}, analyze=_settings({}).model_dump())
+    sections = {"pretrain": {"num_ranges": 2}, "analyze": _settings({}).model_dump()}
+    config = Config.model_validate(tiny_config().model_dump() | sections)
     (folder / "config.yaml").write_text(dump_config(config))
     state = load_base(str(tiny_base)).network.state_dict()
     for update, step in ((20, 0.1), (100, 0.0)):

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from decouple_merge.diffusion.process import VP, Flow, Process
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.experiment.analyses import analyze
 from decouple_merge.experiment.plan import Plan, prepare
+from decouple_merge.experiment.subjects import subject_of as held
 from decouple_merge.merging.arithmetic import merge
 from decouple_merge.models.export import export_pipeline
 from decouple_merge.storage.files import write_json, write_records, write_tensors
@@ -100,7 +100,7 @@ def moved_plan(tiny_config: Callable[..., Config], tmp_path: Path) -> Plan:
 
 
 def test_a_killed_landscape_goes_on_to_the_same_bytes(moved_plan: Plan) -> None:
-    own = {"num_images": 8, "num_points": 4}
+    own = {"num_images": 8, "num_points": 3}
     settings = Analyze.model_validate({"batch_size": 8, "landscape_task_vectors": own})
     name, run = "landscape-task-vectors", moved_plan.run
     list(analyze(moved_plan, [name], settings))
@@ -119,7 +119,7 @@ def test_a_killed_landscape_goes_on_to_the_same_bytes(moved_plan: Plan) -> None:
         file.unlink()
     events = analyze(moved_plan, [name], settings)
     for event in events:
-        if isinstance(event, Progress) and event.num_done == 8:
+        if isinstance(event, Progress) and event.num_done == 6:
             break
     events.close()
     assert len(list(run.analysis(f"{name}.parts").rglob("*.safetensors"))) == 2
@@ -142,13 +142,15 @@ def test_a_pair_that_is_none_is_refused(moved_plan: Plan) -> None:
 def test_numbers_of_a_grid_are_those_of_the_axis(moved_plan: Plan) -> None:
     own = {"num_images": 8, "num_points": 3, "low": 0.0, "high": 1.0}
     settings = Analyze.model_validate({"batch_size": 8, "landscape_task_vectors": own})
-    list(analyze(moved_plan, ["landscape-task-vectors"], settings))
-    lines = moved_plan.run.analysis("landscape-task-vectors.csv").read_text().splitlines()
-    head, *rows = [line.split(",") for line in lines]
-    assert head[-3:] == ["loss_0", "loss_1", "loss"]
-    assert {float(row[head.index("w_first")]) for row in rows} == {0.0, 0.5, 1.0}
-    losses = np.array([[float(cell) for cell in row[-3:]] for row in rows])
-    assert losses[:, 2] == pytest.approx(losses[:, :2].mean(1))
+    needs = {"landscape-task-vectors": landscape_task_vectors.NEEDS}
+    finding = _result(landscape_task_vectors.compute(held(moved_plan, settings, needs)))
+    assert [(row["w_first"], row["w_second"]) for row in finding.rows] == [
+        (a / 2, b / 2) for a in range(3) for b in range(3)
+    ]
+    for row in finding.rows:
+        assert row["loss"] == pytest.approx((row["loss_0"] + row["loss_1"]) / 2)
+    (plane,) = finding.summary["planes"]
+    assert plane["base_losses"]["loss"] == pytest.approx(finding.rows[0]["loss"])
 
 
 def test_a_direction_is_as_long_as_the_weights_in_every_filter() -> None:

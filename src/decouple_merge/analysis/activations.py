@@ -130,7 +130,7 @@ def compute(subject: Subject) -> Generator[str | Progress, None, Finding]:
         yield Progress(NAME, index, len(timesteps))
         own = next(i for i, r in enumerate(subject.ranges) if t in r)
         models = {"expert": subject.experts[own], "merged": subject.merged}
-        part = subject.kept.get(f"{index}", lambda t=t, models=models: _compare(subject, models, images, t))  # type: ignore[misc]
+        part = subject.kept.get(f"{index}", _compare, subject, models, images, t)
         for key, value in part.items():
             kind, model, block = key.split("|")
             if kind == "numbers":

@@ -137,7 +137,7 @@ def _maps(
     label = "gradient-similarity" if name == BASE else f"gradient-similarity at update {name}"
     for index, block in enumerate(t.split(BLOCK)):
         yield Progress(label, index * BLOCK, len(t))
-        part = subject.kept.get(f"{name}-{index:04}", lambda block=block: make(block))  # type: ignore[misc]
+        part = subject.kept.get(f"{name}-{index:04}", make, block)
         rows.append(part["rows"])
         norms.append(part["norms"])
     yield Progress(label, len(t), len(t))

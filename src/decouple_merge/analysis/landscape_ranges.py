@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config.analyze import LandscapeRanges
 from ..merging.arithmetic import Tensors
@@ -72,7 +73,7 @@ def compute(subject: Subject) -> Generator[str | Progress, None, Finding]:
     axis = np.linspace(-settings.span, settings.span, settings.num_points)
     losses = (yield from plane.grid(NAME, "plane", axis, 0, len(axis) ** 2)).numpy()
     yield Progress(NAME, len(axis) ** 2, len(axis) ** 2)
-    centre = subject.kept.get("centre", lambda: {"losses": plane.losses(0.0, 0.0)})["losses"].numpy()
+    centre = subject.kept.tensor("centre", plane.losses, 0.0, 0.0).numpy()
     rows = []
     for (a, b), values in zip(np.ndindex(*losses.shape[:2]), losses.reshape(-1, len(shares)), strict=True):
         each = {f"loss_{k}": float(v) for k, v in enumerate(values)}
@@ -89,12 +90,12 @@ def _gradients(subject: Subject, weights: Tensors, shares: np.ndarray, losses: n
     images = fixed_images(subject, _settings(subject).num_gradient_images // 2 * 2)
     sketch: Sketch = sketch_of(weights, len(shares), subject.settings.seed)
 
-    def make() -> Tensors:
+    def make() -> Tensor:
         computer = GradientRows(subject.base, weights, sketch, subject.device, subject.batch_size)
         spread = [subject.base.process.spread(own, len(images) // 2) for own in subject.ranges]
-        return {"rows": torch.stack([computer.halves(images, t)[0] for t in spread])}
+        return torch.stack([computer.halves(images, t)[0] for t in spread])
 
-    (grams,) = grams_of(subject.kept.get("gradients", make)["rows"], sketch.widths(weights))
+    (grams,) = grams_of(subject.kept.tensor("gradients", make), sketch.widths(weights))
     whole = ((grams.aa + grams.bb + grams.ab + grams.ab.T) / 4).numpy()
     shared = ((grams.ab + grams.ab.T) / 2).numpy()
     size = float(sum(v.double().square().sum() for v in weights.values() if v.is_floating_point())) ** 0.5

@@ -72,7 +72,7 @@ def compute(subject: Subject) -> Generator[str | Progress, None, Finding]:
         plane = Plane(subject, origin, [vectors[i], vectors[j]], images)
         at = number * len(axis) ** 2, len(pairs) * len(axis) ** 2
         losses = yield from plane.grid(NAME, f"{i}-{j}", axis, *at)
-        start = subject.kept.get(f"{i}-{j}-base", lambda plane=plane: {"losses": plane.losses(0.0, 0.0)})["losses"]  # type: ignore[misc]
+        start = subject.kept.tensor(f"{i}-{j}-base", plane.losses, 0.0, 0.0)
         corner = gram[[[i, i], [j, j]], [[i, j], [i, j]]]
         found = _points(axis, losses.numpy(), shares, corner)
         rows += [{"first": i, "second": j, **row} for row in found]

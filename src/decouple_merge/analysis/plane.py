@@ -65,12 +65,11 @@ class Plane:
         rows = []
         for index, a in enumerate(axis):
             yield Progress(name, done + index * len(axis), total)
-            part = self.subject.kept.get(
-                f"{key}-{index:03}",
-                lambda a=a: {"losses": torch.stack([self.losses(float(a), float(b)) for b in axis])},  # type: ignore[misc]
-            )
-            rows.append(part["losses"])
+            rows.append(self.subject.kept.tensor(f"{key}-{index:03}", self._row, float(a), axis))
         return torch.stack(rows)
+
+    def _row(self, a: float, axis: np.ndarray) -> Tensor:
+        return torch.stack([self.losses(a, float(b)) for b in axis])
 
 
 def draw_shares(subject: Subject) -> np.ndarray:

@@ -52,11 +52,7 @@ def compute(subject: Subject) -> Generator[str | Progress, None, Finding]:
         for first in range(0, len(seeds), BLOCK):
             yield Progress(NAME, number * len(seeds) + first, total)
             own = seeds[first : first + BLOCK]
-            part = subject.kept.get(
-                f"{model}-{first:05}",
-                lambda model=model, own=own: {"images": subject.draw(model, own)},  # type: ignore[misc]
-            )
-            blocks.append(part["images"])
+            blocks.append(subject.kept.tensor(f"{model}-{first:05}", subject.draw, model, own))
         images[model] = torch.cat(blocks)
     yield Progress(NAME, total, total)
     changes = {model: root_mean_square(drawn, images[PRETRAINED]) for model, drawn in images.items()}

@@ -65,15 +65,19 @@ class Kept:
 
     folder: Path | None = None
 
-    def get(self, key: str, make: Callable[[], Tensors]) -> Tensors:
+    def get(self, key: str, make: Callable[..., Tensors], *arguments: Any) -> Tensors:
         """Read a part, or compute and write it."""
         if self.folder is None:
-            return make()
+            return make(*arguments)
         path = self.folder / f"{key}.safetensors"
         if not path.exists():
-            write_tensors(path, make())
+            write_tensors(path, make(*arguments))
         # Read also where it was just written, so that an interrupted analysis sees the same bytes.
         return read_tensors(path)[0]
+
+    def tensor(self, key: str, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Read a part that is one tensor, or compute and write it."""
+        return self.get(key, lambda: {"tensor": make(*arguments)})["tensor"]
 
 
 @dataclass(frozen=True)
