@@ -159,6 +159,7 @@ def draw(finding: Finding) -> dict[str, Any]:
     axis.set_xticks(sorted(names) if is_number else range(len(names)))
     if not is_number:
         axis.set_xticklabels([str(name) for name in names], rotation=20, ha="right")
+    axis.spines[["top", "right"]].set_visible(False)
     figure.draw_without_rendering()
     label_ends(axis, ends)
     return {"": figure}
