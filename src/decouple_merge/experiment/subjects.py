@@ -36,7 +36,7 @@ HELD: dict[str, Callable[[Plan, Sequence[Path]], bool]] = {
     "two experts": lambda plan, others: len(plan.ranges) > 1,
     "merged": lambda plan, others: plan.run.merged.is_dir(),
     "models": lambda plan, others: (
-        not plan.config.finetune.baseline or (plan.run.baseline(BASELINE) / "model.safetensors").exists()
+        BASELINE not in report_models(plan) or (plan.run.baseline(BASELINE) / "model.safetensors").exists()
     ),
 }
 
@@ -103,11 +103,14 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
     models = _others(plan, settings.loss_weights.run) if "loss-weights" in needs else {}
     runs = [_results(folder) for folder in (plan.run.folder, *others)] if others else []
     trials = read_records(plan.run.trials, level=str, weights=list, metric=str)
+    is_of_experts = plan.config.search.over == "experts" and not plan.config.search.checkpoints
     screened = [
         (r["weights"], r["value"])
         for r in trials
-        if r["level"] == trials[0]["level"] and r["value"] is not None and len(r["weights"]) == len(plan.ranges)
+        if is_of_experts and r["level"] == trials[0]["level"] and r["value"] is not None
     ]
+    # With blocks there are several weights of each expert.
+    screened = [(weights, value) for weights, value in screened if len(weights) == len(plan.ranges)]
     return Subject(
         base=plan.base,
         ranges=plan.ranges,
