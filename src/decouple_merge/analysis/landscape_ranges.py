@@ -14,7 +14,7 @@ from ..seeds import generator
 from .fixed import fixed_images
 from .gradients import GradientRows, Sketch, grams_of, sketch_of
 from .plane import Plane, draw_shares
-from .style import SIGNED, plt, range_colours, range_label
+from .style import SIGNED, plt, range_colours, range_label, ticks_within
 from .subject import Cost, Finding, Progress, Subject
 
 TITLE = "Loss around the pretrained model"
@@ -150,7 +150,7 @@ def draw(finding: Finding) -> dict[str, Any]:
         axis.plot(0, 0, "o", color="black", markersize=4)
         axis.set(title=name, aspect="equal", xlabel="first direction")
     axes[0, 0].set_ylabel("second direction")
-    figure.colorbar(image, ax=axes[0], shrink=0.8, ticks=plt.MaxNLocator(9)).set_label("loss against the centre, %")
+    figure.colorbar(image, ax=axes[0], shrink=0.8, ticks=ticks_within(limit)).set_label("loss against the centre, %")
     _draw_norms(figure, axes[1], finding, names)
     return {"": figure}
 

@@ -14,7 +14,7 @@ from ..merging.arithmetic import Tensors
 from ..models.network import num_parameters
 from .fixed import fixed_images
 from .plane import Plane, draw_shares
-from .style import HALO, SIGNED, plt, range_label
+from .style import HALO, SIGNED, plt, range_label, ticks_within
 from .subject import Cost, Finding, Progress, Subject
 from .task_vectors import task_vectors
 
@@ -196,11 +196,11 @@ def _draw_losses(finding: Finding, shown: list[tuple[dict[str, Any], tuple[str, 
         start = plane["base_losses"][column]
         change = 100 * (losses / start - 1)
         # The walls around the valley would hide it.
-        limit = max(3 * -change.min(), float(np.quantile(change, 0.75)), 1e-6)
+        limit = max(3 * -float(change.min()), float(np.quantile(change, 0.75)), 1e-6)
         levels = np.linspace(-limit, limit, 21)
         image = axis.contourf(x, y, change.clip(-limit, None), levels=levels, cmap=SIGNED, extend="max")
         axis.contour(x, y, change, levels=levels, colors="black", linewidths=0.3)
-        bar = figure.colorbar(image, ax=axis, shrink=0.8, ticks=plt.MaxNLocator(7))
+        bar = figure.colorbar(image, ax=axis, shrink=0.8, ticks=ticks_within(limit))
         bar.set_label("loss against θ, %")
         lowest = np.unravel_index(losses.argmin(), losses.shape)
         _mark(axis, plane, (float(x[lowest]), float(y[lowest])))

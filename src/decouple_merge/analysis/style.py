@@ -26,6 +26,11 @@ def range_label(low: int | float, high: int | float) -> str:
     return f"[{low:g}, {high:g})"
 
 
+def ticks_within(limit: float) -> list[float]:
+    """Choose round numbers between -limit and limit."""
+    return [float(tick) for tick in plt.MaxNLocator(7).tick_values(-limit, limit) if abs(tick) <= limit]
+
+
 def text_colour(value: Any, limit: float) -> str:
     """Pick the colour of a number on a cell of a signed map."""
     return "white" if abs(value) > 0.6 * limit else "black"
