@@ -20,9 +20,11 @@ from decouple_merge.cli import main as cli
 from decouple_merge.config import Config, Data, dump_config
 from decouple_merge.data.decoding import decode
 from decouple_merge.data.sources import load_images, open_images
+from decouple_merge.errors import UserError
 from decouple_merge.evaluation.extractors import Extractor
 from decouple_merge.evaluation.references import read_statistics
 from decouple_merge.experiment.plan import check, prepare
+from decouple_merge.experiment.provenance import made_from
 from decouple_merge.models import base as models
 from decouple_merge.models.base import load_base
 from decouple_merge.models.export import export_pipeline
@@ -328,10 +330,11 @@ def test_damaged_reference_statistics_are_named(tmp_path: Path, content: bytes) 
 
 
 def test_a_run_folder_of_another_config_names_the_keys_that_differ(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    prepare(tiny_config(), tmp_path / "run")
+    plan = prepare(tiny_config(), tmp_path / "run")
+    write_json(plan.run.expert(0) / "expert.json", made_from("experts/0", plan))
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     prepare(tiny_config(), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"another config, which differs in finetune\.learning_rate, seed; give"):
+    with pytest.raises(UserError, match=r"seed was 0 and is 3; training\.learning_rate was 0\.0002 and is 0\.5; put "):
         prepare(tiny_config(seed=3, finetune={"learning_rate": 0.5}), tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 

@@ -23,7 +23,8 @@ from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.experiment import finetuning, workflow
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.memory import estimate
-from decouple_merge.experiment.plan import Plan, check, prepare
+from decouple_merge.experiment.plan import check, prepare
+from decouple_merge.experiment.planned import Plan
 from decouple_merge.experiment.results import Row
 from decouple_merge.models.base import Base, load_base
 from decouple_merge.models.families.dit import DiT

@@ -25,6 +25,7 @@ from decouple_merge import load_ensemble
 from decouple_merge.config import Config, Sample, Text
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.experiment.plan import prepare
+from decouple_merge.experiment.provenance import made_from
 from decouple_merge.models.base import Base, load_base
 from decouple_merge.models.ensemble import TimestepEnsemble
 from decouple_merge.models.network import load_network, num_parameters
@@ -196,7 +197,7 @@ def finished_run(config: Config, folder: Path, weights: list[dict[str, Tensor]])
     plan = prepare(config, folder)
     for i, tensors in enumerate(weights):
         write_tensors(plan.run.expert(i) / "model.safetensors", tensors)
-        write_json(plan.run.expert(i) / "expert.json", {"base_sha256": plan.base.sha256})
+        write_json(plan.run.expert(i) / "expert.json", made_from(f"experts/{i}", plan))
     return plan
 
 

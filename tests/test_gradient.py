@@ -24,7 +24,9 @@ from decouple_merge.diffusion.process import VP
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.executors.devices import default_device
 from decouple_merge.experiment.fisher import write_fishers
-from decouple_merge.experiment.plan import Plan, prepare
+from decouple_merge.experiment.plan import prepare
+from decouple_merge.experiment.planned import Plan
+from decouple_merge.experiment.provenance import made_from
 from decouple_merge.merging.arithmetic import Tensors, merge
 from decouple_merge.merging.keys import group_keys
 from decouple_merge.merging.stacked import Stacked
@@ -417,7 +419,7 @@ def plan(tiny_config: Callable[..., Config], tmp_path: Path) -> Plan:
         folder = made.run.expert(index)
         folder.mkdir(parents=True)
         save_file(expert, folder / "model.safetensors")
-        (folder / "expert.json").write_text(json.dumps({"base_sha256": made.base.sha256}))
+        (folder / "expert.json").write_text(json.dumps(made_from(f"experts/{index}", made)))
     return made
 
 

@@ -21,7 +21,8 @@ from decouple_merge.data.images import to_model
 from decouple_merge.diffusion.losses import per_sample_mse
 from decouple_merge.diffusion.process import VP, Flow, Process
 from decouple_merge.experiment.analyses import analyze
-from decouple_merge.experiment.plan import Plan, prepare
+from decouple_merge.experiment.plan import prepare
+from decouple_merge.experiment.planned import Plan
 from decouple_merge.models.base import Base, load_base
 from decouple_merge.models.families.unet import UNet
 from decouple_merge.seeds import generator

@@ -20,7 +20,8 @@ from decouple_merge.config import Analyze, Config
 from decouple_merge.diffusion.process import VP, Flow, Process
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.experiment.analyses import analyze
-from decouple_merge.experiment.plan import Plan, prepare
+from decouple_merge.experiment.plan import prepare
+from decouple_merge.experiment.planned import Plan
 from decouple_merge.experiment.subjects import subject_of as held
 from decouple_merge.merging.arithmetic import merge
 from decouple_merge.models.export import export_pipeline

@@ -25,6 +25,7 @@ from decouple_merge.data.latents import CachedRows
 from decouple_merge.errors import UserError
 from decouple_merge.evaluation.extractors import Extractor
 from decouple_merge.evaluation.references import make_reference
+from decouple_merge.experiment.finetuning import finetune_experts
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.searching import leader
 from decouple_merge.searching.leader import LeaderWatch, leading
@@ -144,12 +145,18 @@ def test_a_process_may_hold_what_it_holds(tmp_path: Path) -> None:
 
 
 def test_two_first_starts_of_different_configs_do_not_share_a_folder(
-    claimed: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    claimed: Path,
 ) -> None:
-    # The other one is faster: it claims the folder after this one has looked.
-    monkeypatch.setattr("decouple_merge.experiment.plan.check_owner", lambda *_: None)
-    with pytest.raises(UserError, match="belongs to another config, which differs in seed"):
-        prepare(load_config(claimed / "config.yaml").model_copy(update={"seed": 5}), claimed)
+    config = load_config(claimed / "config.yaml")
+    with another_process(lambda: hold(Run(claimed).lock("run"), "deme run")):
+        with pytest.raises(UserError, match="deme run holds it"):
+            prepare(config.model_copy(update={"seed": 5}), claimed)
+        assert load_config(claimed / "config.yaml") == config
+    # The other one is faster: it claims the folder after this one has, and before this one holds it.
+    plan = prepare(config, claimed)
+    prepare(config.model_copy(update={"seed": 5}), claimed)
+    with pytest.raises(UserError, match="another start has changed seed meanwhile; start again"):
+        list(finetune_experts(plan))
 
 
 def test_of_two_deme_runs_one_does_the_work(tiny_config: Callable[..., Config], tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from decouple_merge.errors import NotFiniteError
 from decouple_merge.evaluation.extractors import Extractor
 from decouple_merge.evaluation.score import extract, score_features
 from decouple_merge.experiment.finetuning import finetune_experts
-from decouple_merge.experiment.plan import Plan, prepare
+from decouple_merge.experiment.plan import prepare
+from decouple_merge.experiment.planned import Plan
 from decouple_merge.experiment.selection import search_weights
 from decouple_merge.models.base import load_base
 from decouple_merge.sampling.sampler import Denoiser, sample_images

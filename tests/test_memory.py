@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from conftest import save_stable_diffusion
 from decouple_merge.config import Config, Distance
 from decouple_merge.data.batches import training_batches
-from decouple_merge.experiment import finetuning
 from decouple_merge.experiment import plan as plan_module
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.memory import estimate
@@ -58,7 +57,7 @@ def test_a_training_takes_what_is_said(
         pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
     config = {"pixels": tiny_config, "text": text_config}[kind](finetune=settings)
     opened = prepare(config, tmp_path / "run")
-    trainer = Trainer(opened.base, finetuning.expert_task(opened, 0), config.finetune, 0)
+    trainer = Trainer(opened.base, trainings.expert_task(opened, 0), config.finetune, 0)
     batch = next(training_batches(opened.images, config.data, 4, 0, 0, 1))
     loss = trainer.losses(batch, generator("memory")).total.mean()
     loss.backward()

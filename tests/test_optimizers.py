@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from decouple_merge.config import Config
-from decouple_merge.experiment import finetuning
+from decouple_merge.experiment import finetuning, trainings
 from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.training import checks
 from decouple_merge.training.trainer import Trainer
@@ -141,7 +141,7 @@ def test_the_settings_reach_the_8_bit_optimiser(tiny_config: MakeConfig, tmp_pat
 
 def test_the_default_is_torchs_fused_adamw(tiny_config: MakeConfig, tmp_path: Path) -> None:
     opened = prepare(tiny_config(), tmp_path / "run")
-    task = finetuning.expert_task(opened, 0)
+    task = trainings.expert_task(opened, 0)
     trainer = Trainer(opened.base, task, opened.config.finetune, 0)
     inner = trainer.optimizer
     assert type(inner) is torch.optim.AdamW

@@ -442,7 +442,7 @@ def test_an_expert_of_another_base_is_refused_in_a_run(done: Finished, tmp_path:
     path = tmp_path / "run/experts/1/expert.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "base_sha256": "0" * 64}))
-    with pytest.raises(ValueError, match="was finetuned from another base: found 0000"):
+    with pytest.raises(ValueError, match=r"experts/1 was made from .*: base_sha256 was 000000000000 and is "):
         list(workflow.run(done.config, tmp_path / "run"))
 
 

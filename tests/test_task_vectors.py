@@ -12,7 +12,9 @@ from decouple_merge.analysis import analyses, open_analysis
 from decouple_merge.analysis.task_vectors import cosines, effective_rank, gram_matrix, sign_agreement
 from decouple_merge.config import Config
 from decouple_merge.experiment.analyses import analyze
-from decouple_merge.experiment.plan import Plan, prepare
+from decouple_merge.experiment.plan import prepare
+from decouple_merge.experiment.planned import Plan
+from decouple_merge.experiment.provenance import made_from
 from decouple_merge.storage.files import write_json, write_tensors
 
 
@@ -84,7 +86,7 @@ def plan(tiny_config: Callable[..., Config], tmp_path: Path) -> Plan:
         draws, folder = torch.Generator().manual_seed(index), plan.run.expert(index)
         moved = {k: v + 0.01 * (index + 1) * torch.randn(v.shape, generator=draws) for k, v in state.items()}
         write_tensors(folder / "model.safetensors", moved)
-        write_json(folder / "expert.json", {"base_sha256": plan.base.sha256})
+        write_json(folder / "expert.json", made_from(f"experts/{index}", plan))
     return plan
 
 

@@ -20,7 +20,8 @@ from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.evaluation.evaluate import evaluate_model
 from decouple_merge.experiment import finetuning, workflow
 from decouple_merge.experiment.dry_run import describe
-from decouple_merge.experiment.plan import Plan, check, prepare
+from decouple_merge.experiment.plan import check, prepare
+from decouple_merge.experiment.planned import Plan
 from decouple_merge.experiment.results import Row, denoiser_of
 from decouple_merge.models.base import load_base
 from decouple_merge.models.network import new_network

@@ -15,8 +15,9 @@ from conftest import make_unet
 from decouple_merge.cli import progress
 from decouple_merge.config import Config, Evaluate, Finetune, Search
 from decouple_merge.evaluation.score import score
-from decouple_merge.experiment import finetuning, pretraining
-from decouple_merge.experiment.plan import Plan, prepare
+from decouple_merge.experiment import pretraining
+from decouple_merge.experiment.plan import prepare
+from decouple_merge.experiment.planned import Plan
 from decouple_merge.experiment.watch import compared_of, train_watched, training_distance
 from decouple_merge.models.ensemble import TimestepEnsemble
 from decouple_merge.sampling.sampler import denoiser, sample_images
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("every_record")
 
 def expert(plan: Plan) -> Iterator[StepRecord]:
     """Train the first expert as a run does."""
-    yield from train_watched(plan, finetuning.expert_task(plan, 0), plan.config.finetune, plan.run.expert(0))
+    yield from train_watched(plan, trainings.expert_task(plan, 0), plan.config.finetune, plan.run.expert(0))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def finetune(
     """
     from ..experiment import finetuning, plan
 
-    show(finetuning.finetune_experts(plan.prepare(*_load(config, out, overrides)), only, wait))
+    show(finetuning.finetune_experts(plan.prepare(*_load(config, out, overrides), wait), only, wait))
 
 
 def search(

@@ -31,6 +31,7 @@ class Evaluate(Section):
         num_images: in each of num_seed_sets sets of consecutive seeds from first_seed on.
         reference: what the report compares with; None is the data, with which the search compares in any case.
         num_reference_images: of either, from the start; None takes all.
+        sampler, num_steps: how the images are drawn; None is as ``sample`` says, as the search draws.
         num_sample_images: written as PNG for each model.
         inception_weights: the file ``pt_inception-2015-12-05-6726825d.pth``.
         dinov2, clip: folder or hub name of such a model; for ``clip_score`` and ``r_precision`` clip may also be the
@@ -43,6 +44,8 @@ class Evaluate(Section):
     first_seed: NonNegativeInt = 0
     reference: Reference | None = None
     num_reference_images: PositiveInt | None = None
+    sampler: str | None = None
+    num_steps: PositiveInt | None = None
     num_sample_images: PositiveInt = 64
     inception_weights: FilePath | None = None
     dinov2: Name | None = None

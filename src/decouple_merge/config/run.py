@@ -80,6 +80,12 @@ class Config(Section):
         return range(self.all_search_seeds.stop, self.all_search_seeds.stop + num)
 
     @property
+    def report_sample(self) -> Sample:
+        """How the images of the report are drawn."""
+        own = {"sampler": self.evaluate.sampler, "num_steps": self.evaluate.num_steps}
+        return self.sample.model_copy(update={key: value for key, value in own.items() if value is not None})
+
+    @property
     def report_seeds(self) -> range:
         return range(
             self.evaluate.first_seed,

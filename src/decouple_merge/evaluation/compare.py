@@ -1,6 +1,5 @@
 """Compare the records of two models, and refuse where they differ in more than the model."""
 
-import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..storage.files import read_records
-from .records import COMPARED_FIELDS
+from .records import COMPARED_FIELDS, content_of
 
 Record = dict[str, Any]
 
@@ -46,8 +45,8 @@ def compare(a: str, b: str) -> Iterator[Difference]:
     Where both were scored on the same seeds, these are compared set by set, which cancels the noise they share.
 
     Args:
-        a, b: a metrics file or a run folder; where it holds several models, followed by ``:MODEL``. Of records on
-            the same seeds the last counts.
+        a, b: a metrics file or a run folder; where it holds several models, followed by ``:MODEL``. The model that was
+            scored last under a name counts, and of its records on the same seeds the last.
 
     Raises:
         UserError: there are no records, or some are not comparable: the field that differs is named.
@@ -80,12 +79,13 @@ def _select(source: str) -> list[Record]:
         raise UserError(f"{file} has no records{known}")
     if not model and len(models) > 1:
         raise UserError(f"{file} has records of {', '.join(models)}; expected one model: append :MODEL to the name")
-    return records
+    # An older model of that name is another model.
+    return [r for r in records if r.get("model_sha256") == records[-1].get("model_sha256")]
 
 
 def _check_comparable(metric: str, records: list[Record], where: str) -> None:
     for field in COMPARED_FIELDS:
-        values = list({_identity(field, r.get(field)): r.get(field) for r in records}.values())
+        values = list({_content(field, r): r.get(field) for r in records}.values())
         if len(values) > 1:
             raise UserError(
                 f"{where}: records of {metric} differ in {field} ({', '.join(map(str, values))}), expected the same: "
@@ -93,9 +93,8 @@ def _check_comparable(metric: str, records: list[Record], where: str) -> None:
             )
 
 
-def _identity(field: str, value: Any) -> Any:
-    """Reduce a reference, NAME:HASH or NAME:HASH:COUNT, to what doesn't depend on where its files lie."""
-    return re.sub(r"^.*:(?=[0-9a-f]{16}(:\d+)?$)", "", value) if field == "reference" and value else value
+def _content(field: str, record: Record) -> Any:
+    return content_of(record.get(field)) if field == "reference" else record.get(field)
 
 
 def _by_seeds(records: list[Record]) -> dict[tuple[int, ...] | None, float]:

@@ -67,14 +67,15 @@ def evaluate_model(
             f"warning: {name} holds JPEG files, whose compression moves every metric; compare only with images that "
             "were compressed alike, or store PNG"
         )
-    compared = _open_compared(reference, scored, settings)
+    compared, sha256 = _open_compared(reference, scored, settings), scored.sha256()
     features = _features(model, scored, settings, [extractor for extractor, _ in compared.values()])
     values, num_images = score_features(features, settings.metrics, list(compared.values()))
     for metric, value in values.items():
         extractor, _ = used = compared[METRICS[metric].extractor]
         if warning := rank_warning(metric, num_images, extractor):
             yield warning
-        record = make_record(name, metric, value, num_images, scored.seeds, names_of(metric, used) | scored.sampling)
+        depends_on = names_of(metric, used) | scored.sampling
+        record = make_record(name, metric, value, num_images, scored.seeds, depends_on, sha256)
         if out is not None:
             append_record(out, record)
         yield record
@@ -158,7 +159,7 @@ def _features(
     if len(dealt) == 1:
         return extract(scored.batches(slice(None)), extractors)
     # What was opened here to look at it need not stay in memory.
-    scored.batches = lambda share: iter(())
+    scored.batches, scored.sha256 = lambda share: iter(()), lambda: None
     names = [extractor.name for extractor in extractors]
     arrays = in_order(
         run_all(_extract_share, [(model, settings, names, share) for share in dealt], settings.num_processes)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,6 +161,22 @@ def check_weights(metric: str, name: str, settings: Evaluate | Stats) -> None:
             f"metric {metric!r} needs {needed}: set evaluate.{kind.setting} of a config, or deme evaluate --set "
             f"{kind.setting}=…, to {example}"
         )
+
+
+def label_of(name: str, weights: Weights | None = None) -> str:
+    """Say a feature network's name and the hash of its weights, as records carry them.
+
+    Raises:
+        UserError: as ``load_extractor``.
+    """
+    path = Path(str(weights))
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] * path.is_file()
+    return _label(name, EXTRACTORS[name], weights, tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+@cache
+def _label(name: str, kind: Kind, weights: Weights | None, stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    return load_extractor(name, torch.device("cpu"), weights).label
 
 
 def load_extractor(name: str, device: torch.device, weights: Weights | None = None) -> Extractor:

@@ -1,5 +1,7 @@
 """A record of metrics.jsonl: a number with all that it depends on."""
 
+import json
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,24 +15,58 @@ COMPARED_FIELDS = [*DEPENDS_ON, "decoding", "num_images"]
 
 
 def make_record(
-    model: str, metric: str, value: float, num_images: int, seeds: range | None, depends_on: dict[str, str | int | None]
+    model: str,
+    metric: str,
+    value: float,
+    num_images: int,
+    seeds: range | None,
+    depends_on: dict[str, str | int | None],
+    model_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Make a record of metrics.jsonl, with the version of decoding, the commit and the time of now.
 
     Args:
         seeds: of the images, where a model drew them.
         depends_on: values of ``DEPENDS_ON``, where they are known.
+        model_sha256: of what was scored: a model's, as ``models.identity`` counts it, or of images; None of batches.
     """
+    return with_value(wanted_record(model, metric, num_images, seeds, depends_on, model_sha256), value)
+
+
+def wanted_record(
+    model: str,
+    metric: str,
+    num_images: int,
+    seeds: range | None,
+    depends_on: dict[str, str | int | None],
+    model_sha256: str | None,
+) -> dict[str, Any]:
+    """Say all that a number depends on before it is known; arguments as of ``make_record``."""
     assert depends_on.keys() <= set(DEPENDS_ON)
     return {
         "model": model,
+        "model_sha256": model_sha256,
         "metric": metric,
-        "value": value,
         "num_images": num_images,
         "seeds": None if seeds is None else [seeds.start, seeds.stop - 1],
         **dict.fromkeys(DEPENDS_ON),
         **depends_on,
         "decoding": VERSION,
-        "git": git_commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def with_value(wanted: dict[str, Any], value: float) -> dict[str, Any]:
+    """Complete a record by the number, the commit, and the time of now."""
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**wanted, "value": value, "git": git_commit(), "time": time}
+
+
+def identity_of(record: dict[str, Any]) -> str:
+    """Give all of a record but its value and what says when it was made: equal ones are the same number."""
+    kept = {key: value for key, value in record.items() if key not in ("value", "git", "time")}
+    return json.dumps(kept | {"reference": content_of(record.get("reference"))}, sort_keys=True)
+
+
+def content_of(reference: str | None) -> str | None:
+    """Reduce a reference, NAME:HASH or NAME:HASH:COUNT, to what doesn't depend on where its files lie."""
+    return reference and re.sub(r"^.*:(?=[0-9a-f]{16}(:\d+)?$)", "", reference)

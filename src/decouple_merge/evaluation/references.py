@@ -116,7 +116,12 @@ def make_reference(name: str, images: Images, extractor: Extractor, num_images: 
         o: Moments(*(tensors[f"{o}.{part}"] for part in ("mean", "covariance", "root"))) for o in extractor.outputs
     }
     kept_rows = {kind: tensors[f"rows.{kind}"] for kind in NUM_ROWS}
-    return Reference(f"{name}:{images.sha256[:16]}:{num}", num, moments, kept_rows)
+    return Reference(reference_name(name, images, num_images), num, moments, kept_rows)
+
+
+def reference_name(name: str, images: Images, num_images: int | None = None) -> str:
+    """Name the first images of a data set as records do, with their hash and number."""
+    return f"{name}:{images.sha256[:16]}:{min(num_images or len(images), len(images))}"
 
 
 def _statistics(images: Images, num: int, extractor: Extractor) -> dict[str, Tensor]:
@@ -150,8 +155,13 @@ def text_reference(prompts: list[str], texts: list[str], extractor: Extractor) -
     assert extractor.embed is not None
     index = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     rows = extractor.embed(list(index))[[index[text] for text in texts]]
+    return Reference(texts_name(prompts), 0, {}, {"texts": rows})
+
+
+def texts_name(prompts: list[str]) -> str:
+    """Name prompts as records do, with their hash and number."""
     digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
-    return Reference(f"prompts:{digest[:16]}:{len(prompts)}", 0, {}, {"texts": rows})
+    return f"prompts:{digest[:16]}:{len(prompts)}"
 
 
 def write_statistics(reference: Reference, path: Path) -> None:

@@ -30,6 +30,7 @@ class Scored:
         sampling: what the images depend on besides model and seed, as records carry it.
         prompts: all that images may be drawn from.
         texts: those of these images, in their order.
+        sha256: hashes the model, or says the hash of the images; None where they are only given.
     """
 
     batches: Callable[[slice], Iterable[Tensor]]
@@ -42,6 +43,7 @@ class Scored:
     num_batches: int = 1
     prompts: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    sha256: Callable[[], str | None] = lambda: None
 
 
 def is_model(name: str) -> bool:
@@ -94,6 +96,7 @@ def _open_drawn(name: str, settings: Protocol) -> Scored:
         num_batches=len(seed_batches(seeds, settings.sample.batch_size)),
         prompts=model.prompts,
         texts=model.prompts_of(seeds),
+        sha256=lambda: model.sha256,
     )
 
 
@@ -110,6 +113,7 @@ def _open_files(name: str, settings: Protocol, with_texts: bool) -> Scored:
         num,
         has_jpeg=images.source.holds_jpeg,
         num_batches=len(numbers),
+        sha256=lambda: images.sha256,
     )
     if with_texts:
         given = load_prompts(settings.text)

@@ -22,7 +22,8 @@ from ..storage.files import atomic_path, write_json, write_text
 from ..storage.locks import enter, hold
 from ..storage.reading import AGAIN, read_record
 from ..storage.run_folder import Run
-from .plan import Plan, prepare
+from .plan import prepare
+from .planned import Plan
 from .pretraining import open_pretrained
 from .subjects import HELD, subject_of
 

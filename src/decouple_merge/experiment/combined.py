@@ -10,7 +10,8 @@ from ..searching.checkpoints import load_checkpoints
 from ..storage.files import read_tensors
 from ..storage.run_folder import kept_weights
 from .given import given_experts
-from .plan import BASELINE, Plan, load_experts
+from .plan import load_experts
+from .planned import BASELINE, Plan
 
 
 def combined_names(plan: Plan) -> list[str]:

@@ -14,7 +14,9 @@ from .given import describe_given
 from .located import located
 from .manifest import check_owner
 from .memory import describe_memory
-from .plan import Plan, check
+from .plan import check
+from .planned import Plan
+from .provenance import check_stages
 
 
 def describe(config: Config, out: Path) -> Iterator[str]:
@@ -26,6 +28,7 @@ def describe(config: Config, out: Path) -> Iterator[str]:
     check_owner(Run(out), config, [config.base, config.data.source])
     yield from describe_memory(config)
     plan = check(config, out)
+    check_stages(plan)
     finetune, evaluate, num = config.finetune, config.evaluate, len(plan.ranges)
     base, size = plan.base, plan.base.image_size
     yield f"base {config.base}: {num_parameters(base.network):,} parameters, {size} x {size}"
@@ -45,7 +48,8 @@ def describe(config: Config, out: Path) -> Iterator[str]:
     yield describe_search(config)
     yield (
         f"evaluation: {evaluate.num_seed_sets} x {evaluate.num_images} images a model, "
-        f"{sampler_of(base, config.sample.sampler)} {config.sample.num_steps}, {', '.join(evaluate.metrics)}"
+        f"{sampler_of(base, config.report_sample.sampler)} {config.report_sample.num_steps}, "
+        f"{', '.join(evaluate.metrics)}"
     )
     yield f"run folder: {out}"
 

@@ -13,9 +13,11 @@ from ..models.lora import FILE, merge_factors
 from ..searching.trial import Level, Trial
 from ..storage.files import read_tensors, write_tensors
 from ..storage.hub import pipeline_folder
+from ..storage.made_from import digest_of
 from ..storage.reading import AGAIN, read_record
 from .combined import combined_names
-from .plan import Plan
+from .planned import Plan
+from .provenance import search_record
 
 
 def export_merge(plan: Plan, merger: Merger, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
             "value": winner.value,
             "num_images": len(level.seeds),
             "seeds": [level.seeds.start, level.seeds.stop - 1],
+            "made_from": digest_of(search_record(plan, experts_sha256)),
         },
         **({"text": plan.config.text.model_dump(mode="json")} if plan.prompts else {}),
         pipeline=type(plan.base.pipeline).__name__,

@@ -6,52 +6,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..config import Finetune, Projection
+from ..config import Finetune
 from ..data.latents import Latents
-from ..diffusion.timesteps import TimestepRange
 from ..errors import UserError
 from ..evaluation.metrics import METRICS
 from ..executors import run_all
 from ..executors.distributed import check_shared, first_goes_first, is_first, world_size
 from ..storage.locks import enter, hold
+from ..training.made_from import is_finished
 from ..training.records import StepRecord
 from ..training.trainer import Task
 from .given import write_given
-from .plan import BASELINE, Plan
+from .manifest import check_claimed
+from .planned import Plan
+from .trainings import expert_training, trainings
 from .watch import compared_of, global_batch, train_watched
-
-# A task with its settings and the folder of its result.
-Training = tuple[Task, Finetune, Path]
-
-
-def expert_task(plan: Plan, index: int) -> Task:
-    """Say what an expert is trained on."""
-    return Task(f"expert-{index}", plan.ranges[index], plan.ranges)
-
-
-def _baseline_task(plan: Plan) -> Task:
-    return Task(BASELINE, TimestepRange(0, plan.base.num_train_timesteps), plan.ranges)
-
-
-def _baseline_settings(plan: Plan) -> Finetune:
-    """Give the baseline equal compute, as many updates as all experts together, and none of what makes an expert."""
-    changes = {"global_prob": 0.0, "consistency_weight": 0.0, "projection": Projection(placement="none")}
-    num_updates = plan.config.finetune.num_updates * len(plan.ranges)
-    return plan.config.finetune.model_copy(update={"num_updates": num_updates, **changes})
-
-
-def _expert_training(plan: Plan, index: int) -> Training:
-    return expert_task(plan, index), plan.config.finetune, plan.run.expert(index)
-
-
-def trainings(plan: Plan) -> list[Training]:
-    """List what a run trains, each with its settings and its folder: experts if it has some, last a baseline if any."""
-    settings = plan.config.finetune
-    num = len(plan.ranges) if plan.config.search.over == "experts" else 0
-    found = [_expert_training(plan, i) for i in range(num)]
-    return found + (
-        [(_baseline_task(plan), _baseline_settings(plan), plan.run.baseline(BASELINE))] if settings.baseline else []
-    )
 
 
 def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) -> Iterator[str | StepRecord]:
@@ -73,7 +42,7 @@ def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) ->
     if only is not None and not 0 <= only < num:
         raise UserError(f"range {only} doesn't exist, expected 0 to {num - 1}")
     if only is not None:
-        calls = [(plan, *_expert_training(plan, only))]
+        calls = [(plan, *expert_training(plan, only))]
     else:
         calls = [(plan, *training) for training in trainings(plan)]
     if settings.baseline and only is None:
@@ -85,12 +54,8 @@ def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) ->
         for lock in locks:
             yield from enter(lock, wait)
             held.enter_context(hold(lock, "deme finetune", wait))
+        check_claimed(plan.run, plan.config)
         yield from _finetune(plan, calls)
-
-
-def is_finished(folder: Path) -> bool:
-    """Say whether a folder holds the result of a training."""
-    return (folder / "model.safetensors").exists()
 
 
 def _finetune(plan: Plan, calls: list[tuple[Plan, Task, Finetune, Path]]) -> Iterator[str | StepRecord]:

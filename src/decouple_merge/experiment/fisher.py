@@ -11,7 +11,8 @@ from ..seeds import stream_seed
 from ..storage.files import read_tensors, write_tensors
 from ..storage.locks import enter, hold
 from ..training.fisher import fisher_information
-from .plan import Plan, load_experts
+from .plan import load_experts
+from .planned import Plan
 
 
 def write_fishers(plan: Plan, num_batches: int = 10, wait: bool = False) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """The two denoisers of a base as a run's experts, which nothing trains."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from ..merging.experts import open_model
@@ -10,7 +9,8 @@ from ..models.network import load_network
 from ..storage.files import write_json, write_tensors
 from ..storage.hub import pipeline_folder
 from ..storage.layouts import denoisers
-from .plan import Plan
+from .planned import Plan
+from .provenance import made_from
 
 
 def describe_given(plan: Plan) -> Iterator[str]:
@@ -25,11 +25,10 @@ def write_given(plan: Plan) -> Iterator[str]:
     """Write the denoisers into the run folder as its experts, the cleanest range's first."""
     yield from describe_given(plan)
     places = _places(plan)
-    for index, (name, own) in enumerate(plan.base.family.turns(plan.base.pipeline).items()):
+    for index, name in enumerate(plan.base.family.turns(plan.base.pipeline)):
         folder = plan.run.expert(index)
         if not (folder / "model.safetensors").exists():
-            record = {"base_sha256": plan.base.sha256, "name": name, "own": asdict(own)}
-            write_json(folder / "expert.json", record)
+            write_json(folder / "expert.json", made_from(f"experts/{index}", plan))
             write_tensors(folder / "model.safetensors", {k: v.float() for k, v in load_network(places[name]).items()})
 
 

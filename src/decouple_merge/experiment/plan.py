@@ -1,9 +1,6 @@
 """A run with everything its config names opened and checked, before any compute is spent."""
 
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from ..config import Config, Training
 from ..data.batches import Examples
@@ -24,50 +21,25 @@ from ..models.ensemble import load_expert
 from ..models.parts import check_caption_dropout, texts_to_encode
 from ..models.ranges import ranges_of, with_density
 from ..sampling.checks import check_sample
-from ..sampling.sampler import Denoiser, Prompts, check_prompts, ensemble_denoiser, open_prompts
+from ..sampling.sampler import check_prompts
 from ..searching.checks import check_search
 from ..storage.files import write_json
 from ..storage.run_folder import Run
 from ..training.checks import check_finetune
+from ..training.made_from import check_unchanged
 from .located import located
 from .manifest import check_owner, claim, manifest
+from .planned import BASELINE as BASELINE
+from .planned import Plan
+from .provenance import check_stages, made_from
 from .reported import report_references
-
-BASELINE = "baseline-finetuned"
-
-
-@dataclass
-class Plan:
-    """A config with everything it names opened and checked.
-
-    Attributes:
-        images: what is trained on; for a text-to-image base the images' latents, with their captions.
-        references: what the images of a model are compared with.
-        prompts: what a text-to-image model is asked for; empty for others.
-    """
-
-    config: Config
-    run: Run
-    base: Base
-    images: Examples
-    ranges: tuple[TimestepRange, ...]
-    references: Images
-    prompts: list[str]
-
-    def open_prompts(self, device: torch.device) -> Prompts | None:
-        """Load what a text-to-image model needs to draw a run's images; None for other models."""
-        return open_prompts(self.base, self.prompts, self.config.text, device, self.config.data.cache_precision)
-
-    def ensemble(self, experts: list[Tensors], device: torch.device) -> Denoiser:
-        """Combine the experts as a run samples from them."""
-        return ensemble_denoiser(self.base, self.ranges, experts, self.config.sample, device)
 
 
 def check(config: Config, out: Path) -> Plan:
     """Open and check everything a run needs; computes and writes nothing.
 
     Raises:
-        ValueError: base, data, ranges, sampler, metrics or seeds are wrong, or ``out`` belongs to another config.
+        UserError: base, data, ranges, sampler, metrics or seeds are wrong, or ``out`` is no place for a run.
     """
     config = located(config)
     check_owner(Run(out), config, [config.base, config.data.source])
@@ -76,6 +48,7 @@ def check(config: Config, out: Path) -> Plan:
     ranges = ranges_of(base, config.finetune)
     check_sample(base, config.sample)
     check_sample(base, config.sample, config.search.num_steps)
+    check_sample(base, config.report_sample)
     check_evaluate(config, base)
     check_distance(config, config.finetune, base)
     check_finetune(config.finetune, base, default_device())
@@ -111,16 +84,22 @@ def captioned_plan(
     return Plan(config, Run(out), base, examples, ranges, images, prompts)
 
 
-def prepare(config: Config, out: Path) -> Plan:
+def prepare(config: Config, out: Path, wait: bool = False) -> Plan:
     """Check everything, then make the run folder with its config and manifest; joins what torchrun started.
 
+    A folder that has them already gets those of now: what it holds was made from the same.
+
+    Args:
+        wait: where the config changes, until no other process works on the folder, instead of refusing.
+
     Raises:
-        ValueError: as ``check``.
+        UserError: as ``check``, or a stage that the folder holds was made from something else.
     """
     plan = check(config, out)
     distributed.join()
+    check_stages(plan)
     with distributed.first_goes_first():
-        claim(plan.run, plan.config, manifest(plan.config, plan.base, plan.images))
+        claim(plan.run, plan.config, manifest(plan.config, plan.base, plan.images), wait)
         if plan.prompts:
             write_json(plan.run.prompts, {"prompts": plan.prompts})
     return plan
@@ -137,6 +116,10 @@ def load_experts(plan: Plan) -> list[Tensors]:
     """Read a run's experts.
 
     Raises:
-        ValueError: one is missing, damaged, or was finetuned from another base.
+        UserError: one is missing, damaged, or was made from something else.
     """
-    return [load_expert(plan.run.expert(i), plan.base, own) for i, own in enumerate(plan.ranges)]
+    folders = [plan.run.expert(i) for i in range(len(plan.ranges))]
+    experts = [load_expert(folder, plan.base, own) for folder, own in zip(folders, plan.ranges, strict=True)]
+    for folder in folders:
+        check_unchanged(folder, made_from(f"experts/{folder.name}", plan))
+    return experts

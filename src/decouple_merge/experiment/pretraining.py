@@ -36,8 +36,9 @@ from ..training.parts import train_image_text, train_vae
 from ..training.records import StepRecord
 from ..training.trainer import Task
 from .located import located
-from .manifest import check_owner, claim, manifest
-from .plan import Plan, captioned_plan, check_distance, image_plan
+from .manifest import check_owner, check_same_config, check_same_origin, claim, manifest
+from .plan import captioned_plan, check_distance, image_plan
+from .planned import Plan
 from .watch import global_batch, train_watched
 
 
@@ -107,7 +108,7 @@ def _train_parts(config: Config, settings: Pretrain, made: _TextParts, out: Path
     assert settings.vae is not None
     base, parts, images, captions = made.base, made.parts, made.images, made.captions
     with distributed.first_goes_first():
-        claim(Run(out), config, manifest(config, base, images))
+        _claim(Run(out), config, manifest(config, base, images))
         yield from train_vae(
             parts["vae"], images, config.data, settings.vae, config.seed, out / "parts", default_device()
         )
@@ -185,6 +186,7 @@ def pretrain(config: Config, out: Path, wait: bool = False) -> Iterator[str | St
     distributed.join()
     config = located(config)
     check_owner(Run(out), config, [config.data.source])
+    check_same_config(Run(out), config)
     yield from enter(Run(out).lock("run"), wait)
     # What can't be built leaves no folder behind.
     made = _build(config, settings, out) if settings.vae is None else _build_text(config, settings)
@@ -196,7 +198,7 @@ def _pretrain(config: Config, settings: Pretrain, made: Plan | _TextParts, out: 
     if isinstance(made, Plan):
         plan = made
         with distributed.first_goes_first():
-            claim(plan.run, config, manifest(config, plan.base, plan.images))
+            _claim(plan.run, config, manifest(config, plan.base, plan.images))
     else:
         plan = yield from _train_parts(config, settings, made, out)
     task = Task("pretrain", TimestepRange(0, plan.base.num_train_timesteps), plan.ranges)
@@ -204,6 +206,11 @@ def _pretrain(config: Config, settings: Pretrain, made: Plan | _TextParts, out: 
     yield from train_watched(plan, task, settings, out / "training")
     if distributed.is_first():
         yield from _export(plan, out)
+
+
+def _claim(run: Run, config: Config, record: dict[str, Any]) -> None:
+    check_same_origin(run, record)
+    claim(run, config, record)
 
 
 def _export(plan: Plan, out: Path) -> Iterator[str]:

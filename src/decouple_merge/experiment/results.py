@@ -3,24 +3,38 @@
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 
 from ..config import Config
-from ..evaluation.extractors import EXTRACTORS, load_extractor, weights_of
+from ..evaluation.extractors import EXTRACTORS, label_of, load_extractor, weights_of
 from ..evaluation.metrics import METRICS, extractors_of
-from ..evaluation.records import make_record
-from ..evaluation.references import Compared, names_of, text_reference
+from ..evaluation.records import identity_of, wanted_record, with_value
+from ..evaluation.references import Compared, reference_name, text_reference, texts_name
 from ..evaluation.score import score
 from ..executors import run_all
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
+from ..models.identity import model_sha256
 from ..models.network import build_network, load_network, num_parameters
-from ..sampling.folder import write_images
-from ..sampling.sampler import Denoiser, denoiser, sample_images, sampling_copy, sampling_fields
+from ..sampling.folder import drawn_from, write_images
+from ..sampling.model import drawn_with
+from ..sampling.sampler import (
+    Denoiser,
+    choose_prompts,
+    denoiser,
+    ensemble_denoiser,
+    prompts_label,
+    sample_images,
+    sampling_copy,
+    sampling_fields,
+)
 from ..storage.files import append_record, read_records, read_tensors
-from .plan import BASELINE, Plan, load_experts
+from .plan import load_experts
+from .planned import BASELINE, Plan
+from .reported import report_references
 from .watch import reported_with
 
 
@@ -64,9 +78,16 @@ def _weights_of(plan: Plan, model: str) -> Tensors:
 
 def denoiser_of(plan: Plan, model: str, device: torch.device) -> Denoiser:
     if model == "ensemble":
-        return plan.ensemble(load_experts(plan), device)
+        return ensemble_denoiser(plan.base, plan.ranges, load_experts(plan), plan.config.report_sample, device)
     network = build_network(plan.base, _weights_of(plan, model))
-    return denoiser(plan.base, sampling_copy(network, plan.config.sample, device))
+    return denoiser(plan.base, sampling_copy(network, plan.config.report_sample, device))
+
+
+def sha256_of(plan: Plan, model: str) -> str:
+    """Hash a model of the table, as it is now."""
+    if model == "ensemble":
+        return model_sha256(plan.base, load_experts(plan), plan.ranges)
+    return model_sha256(plan.base, None if model == "pretrained" else [_weights_of(plan, model)])
 
 
 def _seed_set(config: Config, index: int) -> range:
@@ -74,80 +95,119 @@ def _seed_set(config: Config, index: int) -> range:
     return range(first, first + config.evaluate.num_images)
 
 
-def _evaluate_model(plan: Plan, model: str, seeds: range, metrics: list[str]) -> Iterator[dict[str, Any]]:
-    """Score one model on one set of seeds; the images are drawn once for all metrics."""
-    config, device = plan.config, default_device()
+def wanted_records(plan: Plan, models: list[str]) -> list[dict[str, Any]]:
+    """List the records that the table has of some models of a run, as they will be but for their values.
+
+    They have the hashes of the models, of the feature networks and of what images are compared with, as all of these
+    are now; ``records.identity_of`` tells which of a metrics file they are.
+    """
+    evaluate = plan.config.evaluate
+    label = prompts_label(plan.prompts, plan.config.text) if plan.prompts else None
+    drawn, found = sampling_fields(plan.base, plan.config.report_sample, label), []
+    compared = {metric: drawn | names for metric, names in _names(plan).items()}
+    for model in models:
+        sha256 = sha256_of(plan, model)
+        for metric, index in product(evaluate.metrics, range(evaluate.num_seed_sets)):
+            seeds = _seed_set(plan.config, index)
+            found.append(wanted_record(model, metric, len(seeds), seeds, compared[metric], sha256))
+    return found
+
+
+def _names(plan: Plan) -> dict[str, dict[str, str | int | None]]:
+    """Say what each metric is measured with and against, as ``names_of`` of what will be opened for it."""
+    evaluate = plan.config.evaluate
+    source, images = report_references(plan.config, plan.base, plan.references)
+    references: dict[str | None, str | None] = {None: None, "texts": texts_name(plan.prompts)}
+    found: dict[str, dict[str, str | int | None]] = {}
+    for metric in evaluate.metrics:
+        name, images_name = METRICS[metric].extractor, reference_name(source, images, evaluate.num_reference_images)
+        reference = references.get(METRICS[metric].needs, images_name)
+        found[metric] = {"extractor": label_of(name, weights_of(name, evaluate)), "reference": reference}
+    return found
+
+
+def _evaluate_model(plan: Plan, wanted: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Score one model on one set of seeds, for all metrics that are wanted; the images are drawn once."""
+    config, device, first = plan.config, default_device(), wanted[0]
+    seeds, metrics = range(first["seeds"][0], first["seeds"][1] + 1), [r["metric"] for r in wanted]
     prompts = plan.open_prompts(device)
-    compared: dict[str, Compared] = {}
+    compared: list[Compared] = []
     for name in extractors_of(metrics):
         if EXTRACTORS[name].reads_texts:
             assert prompts is not None
             extractor = load_extractor(name, device, weights_of(name, config.evaluate))
-            compared[name] = extractor, text_reference(prompts.prompts, prompts.choose(seeds), extractor)
+            compared.append((extractor, text_reference(prompts.prompts, prompts.choose(seeds), extractor)))
         else:
-            compared[name] = reported_with(plan, name)
-    batches = sample_images(denoiser_of(plan, model, device), plan.base, seeds, config.sample, device, prompts=prompts)
-    drawn = sampling_fields(plan.base, config.sample, prompts.label if prompts else None)
-    for metric, value in score(batches, metrics, list(compared.values())).items():
-        used = names_of(metric, compared[METRICS[metric].extractor])
-        yield make_record(model, metric, value, len(seeds), seeds, used | drawn)
+            compared.append(reported_with(plan, name))
+    model = denoiser_of(plan, first["model"], device)
+    batches = sample_images(model, plan.base, seeds, config.report_sample, device, prompts=prompts)
+    values = score(batches, metrics, compared)
+    for record in wanted:
+        yield with_value(record, values[record["metric"]])
 
 
-def evaluate_models(plan: Plan, models: list[str]) -> Iterator[dict[str, Any]]:
-    """Score models on every set of report seeds; yields the records that were missing, which are then in the run's."""
-    config = plan.config
-    done = {
-        (r["model"], r["metric"], r["seeds"][0])
-        for r in read_records(plan.run.metrics, model=str, metric=str, seeds=list)
-    }
-    calls: list[tuple[Any, ...]] = []
-    for index in range(config.evaluate.num_seed_sets):
-        seeds = _seed_set(config, index)
-        for model in models:
-            missing = [m for m in config.evaluate.metrics if (model, m, seeds.start) not in done]
-            if missing:
-                calls.append((plan, model, seeds, missing))
+def evaluate_models(plan: Plan, wanted: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Score models on sets of report seeds; yields the records that the run's metrics lack, which then has them.
+
+    Args:
+        wanted: records of ``wanted_records``.
+    """
+    done = {identity_of(r) for r in read_records(plan.run.metrics, model=str, metric=str, seeds=list)}
+    missing = [record for record in wanted if identity_of(record) not in done]
+    together: dict[Any, list[dict[str, Any]]] = {}
+    for record in sorted(missing, key=lambda r: r["seeds"]):
+        together.setdefault((record["seeds"][0], record["model"]), []).append(record)
     # Cached before several processes ask for it at once.
-    for name in extractors_of([m for *_, missing in calls for m in missing]):
+    for name in extractors_of([record["metric"] for record in missing]):
         if not EXTRACTORS[name].reads_texts:
             reported_with(plan, name)
-    for record in run_all(_evaluate_model, calls, config.num_processes, config.executor):
+    calls = [(plan, records) for records in together.values()]
+    for record in run_all(_evaluate_model, calls, plan.config.num_processes, plan.config.executor):
         append_record(plan.run.metrics, record)
         yield record
 
 
 def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
     """Score every model of the result table on every set of report seeds; yields the table's rows."""
-    yield from evaluate_models(plan, report_models(plan))
-    for model in report_models(plan):
-        _write_samples(plan, model, default_device())
-    yield from result_table(plan)
+    wanted = wanted_records(plan, report_models(plan))
+    yield from evaluate_models(plan, wanted)
+    _write_samples(plan, {record["model"]: record["model_sha256"] for record in wanted})
+    yield from result_table(plan, wanted)
 
 
-def _write_samples(plan: Plan, model: str, device: torch.device) -> None:
-    first = plan.config.evaluate.first_seed
-    seeds = [
-        s
-        for s in range(first, first + plan.config.evaluate.num_sample_images)
-        if not (plan.run.samples(model) / f"{s}.png").exists()
-    ]
-    if seeds:
-        network, prompts = denoiser_of(plan, model, device), plan.open_prompts(device)
-        drawn = sample_images(network, plan.base, seeds, plan.config.sample, device, prompts=prompts)
-        write_images(drawn, seeds, plan.run.samples(model))
+def _write_samples(plan: Plan, models: dict[str, str]) -> None:
+    """Draw images of each model, by its hash, where they aren't there, or were drawn from something else."""
+    config, device = plan.config, default_device()
+    seeds = range(config.evaluate.first_seed, config.evaluate.first_seed + config.evaluate.num_sample_images)
+    asked = choose_prompts(plan.prompts, seeds, 0) if plan.prompts else [None] * len(seeds)
+    for model, sha256 in models.items():
+        common = {"model_sha256": sha256, **drawn_with(plan.base, config.report_sample, config.text)}
+        records = {seed: {**common, "prompt": prompt} for seed, prompt in zip(seeds, asked, strict=True)}
+        folder = plan.run.samples(model)
+        missing = [seed for seed, record in records.items() if drawn_from(folder / f"{seed}.png") != record]
+        if missing:
+            network, prompts = denoiser_of(plan, model, device), plan.open_prompts(device)
+            drawn = sample_images(network, plan.base, missing, config.report_sample, device, prompts=prompts)
+            write_images(drawn, missing, folder, records)
 
 
-def result_table(plan: Plan) -> Iterator[Row]:
-    """Yield a row for each metric and model, from the run's records."""
-    records = read_records(plan.run.metrics)
+def result_table(plan: Plan, wanted: list[dict[str, Any]] | None = None) -> Iterator[Row]:
+    """Yield a row for each metric and model, from those of the run's records that are of its models as they are now.
+
+    Args:
+        wanted: ``wanted_records``, where they are known.
+    """
+    values = {identity_of(record): record["value"] for record in read_records(plan.run.metrics, value=(int, float))}
     size = num_parameters(plan.base.network)
     if plan.config.finetune.projection.placement == "trunk" and plan.run.merged.exists():
         merged_size = sum(v.numel() for v in load_network(plan.run.merged).values())
     else:
         merged_size = size
     sizes = {"ensemble": merged_size * len(plan.ranges), "merged": merged_size}
-    for metric in plan.config.evaluate.metrics:
-        for model in report_models(plan):
-            values = [r["value"] for r in records if (r["model"], r["metric"]) == (model, metric)]
-            if values:
-                yield Row(model, sizes.get(model, size), metric, values)
+    found: dict[tuple[str, str], list[float]] = {}
+    for record in wanted or wanted_records(plan, report_models(plan)):
+        if (identity := identity_of(record)) in values:
+            found.setdefault((record["metric"], record["model"]), []).append(values[identity])
+    for metric, model in product(plan.config.evaluate.metrics, report_models(plan)):
+        if (metric, model) in found:
+            yield Row(model, sizes.get(model, size), metric, found[metric, model])

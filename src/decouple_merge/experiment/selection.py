@@ -1,7 +1,6 @@
 """The choice of a run's merge: its search, led by one process and helped by others."""
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 
 from ..evaluation.metrics import METRICS
@@ -17,9 +16,12 @@ from ..searching.scorer import Scorer
 from ..searching.study import Study, open_storage, open_study, trials
 from ..searching.trial import Level, Trial
 from ..storage.locks import enter, hold
+from ..storage.made_from import digest_of
 from .combined import load_combined
 from .export import export_merge
-from .plan import Plan
+from .manifest import check_claimed
+from .planned import Plan
+from .provenance import begin_search, search_record
 from .start import learn_start
 from .trials import draw_search, report_candidates, write_trials
 from .watch import compared_of
@@ -60,11 +62,14 @@ def search_weights(plan: Plan, wait: bool = False) -> Iterator[Event]:
 
     Raises:
         UserError: an expert or checkpoint is missing or doesn't fit, a start point or frozen weight belongs to no
-            expert, the storage doesn't open, or another process works on the folder.
+            expert, the storage doesn't open, another process works on the folder, or it holds a search or a merged
+            model that was made from something else.
     """
     yield from enter(plan.run.lock("run"), wait)
     with hold(plan.run.lock("run"), "deme search", wait):
+        check_claimed(plan.run, plan.config)
         hashes = _hashes(load_combined(plan))
+        begin_search(plan, hashes)
         first = level_opener(plan, hashes)("screen")
         # Whoever helps waits for candidates; nobody need wait for a search that is finished.
         num = 1 if first.user_attrs.get("finished") else plan.config.num_processes
@@ -96,17 +101,13 @@ def _scorer_when_asked(plan: Plan, merger: Merger) -> Callable[[], Scorer]:
 def level_opener(plan: Plan, hashes: list[str]) -> OpenLevel:
     """Connect to a run's study storage; the function that it returns opens the study of a level.
 
-    A study's name has the hash of all that a candidate's value depends on, so that several runs may share a server.
+    A study's name has the digest of all that the search is made from, so that several runs may share a server.
     """
     settings = plan.config.search
     if settings.storage is None:
         plan.run.study.parent.mkdir(parents=True, exist_ok=True)
     storage = open_storage(settings.storage or plan.run.study)
-    parts = [settings.model_dump_json(exclude={"storage"}), plan.config.sample.model_dump_json(), plan.base.sha256]
-    parts += [str(plan.config.seed), plan.images.sha256, *hashes]
-    if plan.prompts:
-        parts += [plan.config.text.model_dump_json(), *plan.prompts]
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    digest = digest_of(search_record(plan, hashes))
     return lambda level: open_study(storage, f"{digest}-{level}")
 
 

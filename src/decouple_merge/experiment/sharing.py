@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Finetune
+from ..evaluation.records import identity_of
 from ..storage.files import atomic_path, read_records, write_records
 from ..storage.locks import hold
 from ..storage.study_folder import StudyFolder
+from ..training.made_from import is_finished
 from ..training.records import StepRecord
 from ..training.trainer import Task
-from .finetuning import Training, is_finished, trainings
-from .plan import BASELINE, Plan
+from .planned import BASELINE, Plan
 from .reported import report_references
-from .results import evaluate_models, report_models
+from .results import evaluate_models, report_models, wanted_records
+from .trainings import Training, trainings
 from .watch import train_watched
 
 Record = dict[str, Any]
@@ -110,17 +112,13 @@ def evaluate_shared(plan: Plan, study: StudyFolder) -> Iterator[Record]:
         with hold(study.lock(key), "deme study", wait=True):
             own = read_records(plan.run.metrics)
             write_records(plan.run.metrics, _joined(own, read_records(shared)))
-            yield from evaluate_models(plan, [model])
+            yield from evaluate_models(plan, wanted_records(plan, [model]))
             write_records(shared, _joined(read_records(shared), _of(model, read_records(plan.run.metrics))))
 
 
 def _joined(own: list[Record], others: list[Record]) -> list[Record]:
-    known = {_identity(r) for r in own}
-    return own + [r for r in others if _identity(r) not in known]
-
-
-def _identity(record: Record) -> tuple[Any, ...]:
-    return record["model"], record["metric"], tuple(record["seeds"])
+    known = {identity_of(r) for r in own}
+    return own + [r for r in others if identity_of(r) not in known]
 
 
 def _of(model: str, records: list[Record]) -> list[Record]:

@@ -16,7 +16,7 @@ from ..seeds import stream_seed
 from ..storage.files import write_json
 from ..storage.reading import AGAIN, read_record
 from ..training.validation import validation_losses
-from .plan import Plan
+from .planned import Plan
 
 
 def learn_start(plan: Plan, merger: Merger, experts_sha256: list[str]) -> Weights:

@@ -15,16 +15,19 @@ from ..storage.locks import hold
 from ..storage.outputs import RUN, check_output
 from ..storage.run_folder import LOCKS
 from ..storage.study_folder import StudyFolder
+from ..training.made_from import is_finished
 from ..training.records import StepRecord
 from . import workflow
-from .finetuning import is_finished, trainings
 from .located import located
 from .manifest import check_owner
-from .plan import BASELINE, Plan, check, prepare
+from .plan import check, prepare
+from .planned import BASELINE, Plan
+from .provenance import check_stages
 from .results import report_models
 from .selection import search_weights
 from .sharing import evaluate_shared, train_shared, training_key
 from .study_results import write_results
+from .trainings import trainings
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def open_plans(study: Study, folder: StudyFolder) -> Plans:
                 config = located(config)
                 check_owner(run, config, [config.base, config.data.source])
                 plans[arm, seed] = dataclasses.replace(plans[arm, study.seeds[0]], config=config, run=run)
+            check_stages(plans[arm, seed])
         except UserError as error:
             raise UserError(f"arm {arm}: {error}") from error
     return plans

@@ -17,12 +17,13 @@ from ..models.network import num_parameters
 from ..sampling.sampler import denoiser, sampling_copy
 from ..searching.levels import levels
 from ..storage.study_folder import StudyFolder
+from ..training.made_from import is_finished
 from ..training.trainer import Trainer
-from .finetuning import Training, is_finished, trainings
-from .plan import Plan
+from .planned import Plan
 from .results import report_models
 from .sharing import drawing_key, training_key
 from .study import is_complete, open_plans
+from .trainings import Training, trainings
 
 # What a piece is timed on, after one to warm up.
 NUM_TIMED_UPDATES, NUM_TIMED_IMAGES = 4, 64

@@ -15,7 +15,7 @@ from ..evaluation.intervals import Ratio, paired_ratio
 from ..evaluation.metrics import METRICS
 from ..storage.files import read_records, write_json, write_text
 from ..storage.study_folder import StudyFolder
-from .plan import BASELINE, Plan
+from .planned import BASELINE, Plan
 from .results import report_models
 from .sharing import drawing_key
 

@@ -24,7 +24,8 @@ from ..seeds import stream_seed
 from ..storage.files import read_records, read_tensors
 from ..storage.reading import read_record
 from ..storage.run_folder import Run, kept_checkpoints
-from .plan import BASELINE, Plan, load_experts
+from .plan import load_experts
+from .planned import BASELINE, Plan
 from .results import denoiser_of, report_models
 
 # What an analysis may need besides the base, and whether a run holds it; "experts" and "merged" are loaded.

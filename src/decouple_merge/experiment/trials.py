@@ -10,7 +10,7 @@ from ..searching.levels import fixed_candidates, ranked
 from ..searching.trial import Level, Trial
 from ..storage.files import write_json, write_records
 from ..storage.reading import AGAIN, read_record
-from .plan import Plan
+from .planned import Plan
 
 
 def write_trials(plan: Plan, found: list[tuple[Level, list[Trial]]]) -> None:

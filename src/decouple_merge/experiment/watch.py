@@ -19,7 +19,7 @@ from ..sampling.sampler import denoiser, sample_images, sampling_copy
 from ..training.loop import train
 from ..training.records import StepRecord
 from ..training.trainer import Task
-from .plan import Plan
+from .planned import Plan
 from .reported import report_references
 
 

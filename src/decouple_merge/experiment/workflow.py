@@ -15,7 +15,9 @@ from ..storage.run_folder import Run
 from ..training.records import StepRecord
 from .combined import load_combined
 from .finetuning import finetune_experts
-from .plan import Plan, prepare
+from .manifest import check_claimed
+from .plan import prepare
+from .planned import Plan
 from .results import Row, evaluate_run, report_models
 from .selection import search_weights
 
@@ -33,9 +35,10 @@ def run(config: Config, out: Path, wait: bool = False) -> Iterator[Event]:
     """
     lock = Run(out).lock("run")
     yield from enter(lock, wait)
-    plan = prepare(config, out)
+    plan = prepare(config, out, wait)
     yield from unlike_shares(plan.base, plan.ranges, plan.config.sample)
     with hold(lock, "deme run", wait):
+        check_claimed(plan.run, plan.config)
         yield from finetune_experts(plan, wait=wait)
         is_first = distributed.is_first()
         distributed.leave()

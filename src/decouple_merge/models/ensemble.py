@@ -18,9 +18,11 @@ from ..merging.arithmetic import Tensors
 from ..merging.keys import check_same_keys, has_trunk
 from ..storage.files import read_tensors
 from ..storage.hub import pipeline_folder
+from ..storage.made_from import differences, told
 from ..storage.reading import read_record
 from ..storage.run_folder import Run
 from .base import Base, load_base
+from .identity import base_parts
 from .network import load_network, new_network
 from .ranges import ranges_of
 
@@ -210,15 +212,20 @@ def load_expert(folder: Path, base: Base, own: TimestepRange | None = None) -> T
         own: the range that is now said to be its own, of an expert that has one.
 
     Raises:
-        UserError: it is missing, damaged, or was finetuned from another base or on another range.
+        UserError: it is missing, damaged, or was finetuned from another base, whose table of timesteps counts too, or
+            on another range.
     """
     if not (folder / "model.safetensors").exists():
         raise UserError(f"{folder} has no finished expert; run deme finetune first")
     record = read_record(folder / "expert.json", REMOVE, base_sha256=str)
-    if record["base_sha256"] != base.sha256:
+    old, now = record.get("base"), base_parts(base)
+    if isinstance(base.process, Flow) and isinstance(old, dict):
+        # Where the steps of a flow fall is told before images are drawn; their ranges are compared below.
+        old = old | {"scheduler": now["scheduler"]}
+    if found := differences({"base": old}, {"base": now}):
         raise UserError(
-            f"{folder} was finetuned from another base: found {record['base_sha256'][:16]}, expected "
-            f"{base.sha256[:16]}; finetune again from this one, into another --out"
+            f"{folder} was finetuned from another base or on another range: {told(found)}; put that back, or finetune "
+            "again, into another --out"
         )
     if own is not None:
         _check_range(folder, record.get("own"), base, own)

@@ -3,6 +3,8 @@
 import difflib
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,6 +126,13 @@ def encoder_sha256(encoders: Encoders, *parts: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for part in parts for p in (encoders.folder / part).rglob("*") if p.is_file()):
         digest.update(str(path.relative_to(encoders.folder)).encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        stat = path.stat()
+        digest.update(_file_sha256(path, stat.st_size, stat.st_mtime_ns))
     return digest.hexdigest()
+
+
+@cache
+def _file_sha256(path: Path, size: int, mtime_ns: int) -> bytes:
+    """Hash a file, once for as long as it is the same by size and time: several records want it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

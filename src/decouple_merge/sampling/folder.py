@@ -106,7 +106,7 @@ def _missing(out: Path, records: Records) -> list[int]:
     Raises:
         UserError: an image in it was drawn from something else.
     """
-    there = {int(path.stem): record for path in _images_in(out) if (record := _read_record(path))}
+    there = {int(path.stem): record for path in _images_in(out) if (record := drawn_from(path))}
     expected = next(iter(records.values()))
     for seed, found in there.items():
         # Of an image that isn't asked for the prompt is its own.
@@ -123,7 +123,8 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.png") if path.stem.isdecimal())
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def drawn_from(path: Path) -> dict[str, Any] | None:
+    """Read what a PNG says of itself: what it was drawn from; None where it is no PNG of ours, or isn't there."""
     try:
         with Image.open(path) as image:
             found = json.loads(image.info[RECORD])
@@ -136,7 +137,7 @@ def _foreign(folder: Path) -> str | None:
     images = _images_in(folder)
     if not images:
         return next((p.name for p in sorted(folder.iterdir()) if not p.name.startswith(".")), None)
-    unknown = next((path.name for path in images if _read_record(path) is None), None)
+    unknown = next((path.name for path in images if drawn_from(path) is None), None)
     return unknown and f"{unknown}, which deme sample didn't write"
 
 

@@ -1,9 +1,8 @@
 """Open any model to draw with: a pipeline, or the ensemble of a run's experts."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from ..config import Sample, Text
 from ..data.prompts import load_prompts
 from ..errors import UserError
-from ..models.base import Base, load_base, tensors_sha256
+from ..models.base import Base, load_base
 from ..models.ensemble import RunEnsemble, open_run
+from ..models.identity import model_sha256
 from ..models.network import load_network, new_network
-from ..models.parts import encoder_sha256, texts_to_encode
+from ..models.parts import texts_to_encode
 from ..storage.layouts import PROJECTIONS_FILE
 from ..storage.reading import AGAIN, read_record
 from ..storage.run_folder import Run
@@ -83,22 +83,18 @@ class OpenedModel:
         label = prompts_label(self.prompts, self.text) if self.prompts else None
         return sampling_fields(self.base, self.settings, label)
 
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of all that is read, as ``models.identity`` counts it."""
+        if self.ensemble is not None:
+            return model_sha256(self.base, self.ensemble.experts, self.ensemble.ranges)
+        assert self.network is not None
+        return model_sha256(self.base, [self.network.state_dict()])
+
     @property
     def identity(self) -> dict[str, Any]:
         """What images depend on besides seed and prompt: hashes of all that is read, and how it is used."""
-        if self.ensemble is not None:
-            weights, ranges = self.ensemble.experts, [[r.low, r.high] for r in self.ensemble.ranges]
-        else:
-            assert self.network is not None
-            weights, ranges = [self.network.state_dict()], []
-        digest = hashlib.sha256("".join(tensors_sha256(tensors) for tensors in weights).encode())
-        digest.update(json.dumps([ranges, dict(self.base.pipeline.scheduler.config)], default=str).encode())
-        texts = {}
-        if self.base.encoders is not None:
-            digest.update(encoder_sha256(self.base.encoders, "vae", *self.base.encoders.text_parts).encode())
-            texts = {"guidance_scale": self.text.guidance_scale, "negative_prompt": self.text.negative_prompt}
-        settings = {key: value for key, value in self.fields.items() if key != "prompts"}
-        return {"model_sha256": digest.hexdigest(), **settings, **texts}
+        return {"model_sha256": self.sha256, **drawn_with(self.base, self.settings, self.text)}
 
     def draw(
         self, seeds: Sequence[int], device: torch.device, share: slice = slice(None)
@@ -117,6 +113,16 @@ class OpenedModel:
             return ensemble_denoiser(self.base, self.ensemble.ranges, self.ensemble.experts, self.settings, device)
         assert self.network is not None
         return denoiser(self.base, sampling_copy(self.network, self.settings, device))
+
+
+def drawn_with(base: Base, settings: Sample, text: Text) -> dict[str, Any]:
+    """Say what an image depends on besides model, seed and prompt, as PNGs carry it."""
+    fields: dict[str, Any] = {
+        key: value for key, value in sampling_fields(base, settings, None).items() if key != "prompts"
+    }
+    if base.encoders is not None:
+        fields |= {"guidance_scale": text.guidance_scale, "negative_prompt": text.negative_prompt}
+    return fields
 
 
 def is_run(name: str) -> bool:

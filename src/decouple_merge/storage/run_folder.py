@@ -38,6 +38,10 @@ class Run:
         return self.folder / "search" / "study.db"
 
     @property
+    def search(self) -> Path:
+        return self.folder / "search" / "search.json"
+
+    @property
     def trials(self) -> Path:
         return self.folder / "search" / "trials.jsonl"
 

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..models.lora import FILE
 from ..seeds import stream_seed
 from ..storage.files import write_json, write_tensors
 from ..storage.run_folder import kept_weights
+from .made_from import RECORD, check_unchanged, is_finished, training_record
 from .records import Log, StepRecord, step_record
 from .trainer import Task, Trainer
 
@@ -40,24 +41,28 @@ def train(
 
     Update s depends only on (seed, task.name, s) and the number of processes: a run that was killed goes on bitwise as
     if it had not been. The first process alone writes and yields. Records go to ``folder/log.jsonl``, the state to
-    ``folder/state/`` until the training is finished, averaged weights that are kept to ``folder/checkpoints/``. The
-    result is ``folder/model.safetensors`` (EMA weights, stock keys) with ``expert.json``; of an adapter also its
-    factors, ``folder/lora/``, which diffusers loads.
+    ``folder/state/`` until the training is finished, averaged weights that are kept to ``folder/checkpoints/``;
+    ``folder/expert.json`` says from the start what it is made from. The result is ``folder/model.safetensors`` (EMA
+    weights, stock keys); of an adapter also its factors, ``folder/lora/``, which diffusers loads.
 
     Args:
         distance: scores the averaged weights, given under the base's keys, every ``settings.distance.every`` updates.
             It must leave them as they are; then the training is bitwise the same with it and without.
 
     Raises:
-        UserError: the loss is no longer finite, a saved state is damaged, of another network or of another number of
-            processes, or the processes don't share the folder.
+        UserError: the training was begun with something else, the loss is no longer finite, a saved state is damaged,
+            or the processes don't share the folder.
     """
-    if not (folder / "model.safetensors").exists():
+    record = training_record(base, images, data, task, settings, seed)
+    check_unchanged(folder, record)
+    if not is_finished(folder):
         trainer = Trainer(base, task, settings, seed)
         state = folder / "state" / "state.safetensors"
         if state.exists():
             trainer.load(state)
         check_shared(folder, f"{task.name} after {trainer.num_done} updates")
+        if is_first():
+            write_json(folder / RECORD, record)
         batches = _batches(trainer, images, data)
         if not is_first():
             while trainer.num_done < settings.num_updates:
@@ -113,16 +118,7 @@ def _steps(
 
 
 def _write_result(trainer: Trainer, folder: Path) -> None:
-    """Write the record of the expert, its adapter, and at last its weights: with them the training is finished."""
-    record = {
-        "base_sha256": trainer.base.sha256,
-        "seed": trainer.seed,
-        **asdict(trainer.task),
-        # By the scheduler that the base has now.
-        "step_shares": [trainer.base.process.step_share(each) for each in trainer.task.ranges],
-        "training": trainer.settings.model_dump(mode="json"),
-    }
-    write_json(folder / "expert.json", record)
+    """Write an expert's adapter, where it is one, and at last its weights: with them the training is finished."""
     if adapter := trainer.adapter():
         write_tensors(folder / "lora" / FILE, adapter)
     write_tensors(folder / "model.safetensors", trainer.weights())

@@ -223,21 +223,16 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write weights, EMA and optimiser."""
-        counts = {"num_done": self.num_done, "num_summed": self.num_summed, "num_processes": self.world}
+        counts = {"num_done": self.num_done, "num_summed": self.num_summed}
         save_state(path, self._tensors(), self.optimizer, counts | {"scaler": self.scaler.state_dict()})
 
     def load(self, path: Path) -> None:
         """Go on from a saved state.
 
         Raises:
-            UserError: the state is damaged, of another network, or of a training by another number of processes.
+            UserError: the state is damaged or of another network.
         """
         counts = load_state(path, self._tensors(), self.optimizer)
-        if counts["num_processes"] != self.world:
-            raise UserError(
-                f"{path} is of a training by {counts['num_processes']} processes, found {self.world}, whose updates "
-                f"see another number of images: start {counts['num_processes']}, or remove the folder to start over"
-            )
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(counts["scaler"])
         self.num_done, self.num_summed = counts["num_done"], counts["num_summed"]

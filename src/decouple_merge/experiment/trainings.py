@@ -1,0 +1,38 @@
+"""The trainings of a run: what each is of, with which settings, and where."""
+
+from pathlib import Path
+
+from ..config import Finetune, Projection
+from ..diffusion.timesteps import TimestepRange
+from ..training.trainer import Task
+from .planned import BASELINE, Plan
+
+# A task with its settings and the folder of its result.
+Training = tuple[Task, Finetune, Path]
+
+
+def expert_task(plan: Plan, index: int) -> Task:
+    """Say what an expert is trained on."""
+    return Task(f"expert-{index}", plan.ranges[index], plan.ranges)
+
+
+def expert_training(plan: Plan, index: int) -> Training:
+    """Say what an expert is trained on, with which settings, and where."""
+    return expert_task(plan, index), plan.config.finetune, plan.run.expert(index)
+
+
+def trainings(plan: Plan) -> list[Training]:
+    """List what a run trains: experts if it has some, last a baseline if any."""
+    num = len(plan.ranges) if plan.config.search.over == "experts" else 0
+    found = [expert_training(plan, index) for index in range(num)]
+    if plan.config.finetune.baseline:
+        whole = Task(BASELINE, TimestepRange(0, plan.base.num_train_timesteps), plan.ranges)
+        found.append((whole, _baseline_settings(plan), plan.run.baseline(BASELINE)))
+    return found
+
+
+def _baseline_settings(plan: Plan) -> Finetune:
+    """Give the baseline equal compute, as many updates as all experts together, and none of what makes an expert."""
+    changes = {"global_prob": 0.0, "consistency_weight": 0.0, "projection": Projection(placement="none")}
+    num_updates = plan.config.finetune.num_updates * len(plan.ranges)
+    return plan.config.finetune.model_copy(update={"num_updates": num_updates, **changes})

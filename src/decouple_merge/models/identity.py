@@ -1,0 +1,66 @@
+"""What tells a model from any other: its weights, its configs, its schedule, and the parts around the denoiser."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..diffusion.timesteps import TimestepRange
+from ..storage.made_from import MadeFrom, plain
+from ..storage.tensors import hash_tensors
+from .base import Base
+from .parts import encoder_sha256
+
+
+def base_parts(base: Base) -> MadeFrom:
+    """List what tells a base from others, by what a user may have changed.
+
+    Returns:
+        ``weights``, ``config`` and ``encoders``, the hashes of the denoiser's tensors, of its config, and of the files
+        of VAE, text encoders and tokenizers, None where there are none; ``classes``, their names' hash; and
+        ``scheduler``, its class and settings.
+    """
+    encoders = base.encoders
+    parts = None if encoders is None else encoder_sha256(encoders, "vae", *encoders.text_parts)
+    told = None if encoders is None else [encoders.classes, encoders.zeros_for_empty]
+    scheduler: Any = base.pipeline.scheduler
+    return plain(
+        {
+            "weights": base.sha256,
+            "config": _sha256(_settings(base.network.config)),
+            "scheduler": {"class": type(scheduler).__name__, **_settings(scheduler.config)},
+            "encoders": parts,
+            "classes": told and _sha256(told),
+        }
+    )
+
+
+def model_sha256(
+    base: Base, weights: Sequence[dict[str, Tensor]] | None = None, ranges: Sequence[TimestepRange] = ()
+) -> str:
+    """Hash all that the images of a model depend on but seeds, prompts and the settings that it is drawn with.
+
+    Weights count as float32, in which they are loaded, whatever a file has.
+
+    Args:
+        weights: of the network, or of an ensemble's experts; the base's own where not given.
+        ranges: of the experts.
+    """
+    parts = base_parts(base)
+    hashes = [parts.pop("weights")] if weights is None else [_float_sha256(each) for each in weights]
+    return _sha256([hashes, [[r.low, r.high] for r in ranges], parts])
+
+
+def _float_sha256(tensors: dict[str, Tensor]) -> str:
+    return hash_tensors((k, v.float() if v.is_floating_point() else v) for k, v in sorted(tensors.items()))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    # Names with an underscore say where and by which version it was saved.
+    return {key: value for key, value in sorted(dict(config).items()) if not key.startswith("_")}
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

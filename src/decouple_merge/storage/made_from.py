@@ -1,0 +1,49 @@
+"""What a result was made from: plain records, written before the work and compared when it goes on."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+MadeFrom = dict[str, Any]
+# So many differences are named, and so many characters of each side; of hashes fewer tell them apart.
+NUM_NAMED, NUM_CHARACTERS, NUM_DIGITS = 3, 40, 12
+
+
+def plain(record: MadeFrom) -> MadeFrom:
+    """Give a record as it reads from a file: tuples are lists, and what JSON doesn't know is text."""
+    found: MadeFrom = json.loads(json.dumps(record, default=str))
+    return found
+
+
+def digest_of(record: MadeFrom) -> str:
+    """Hash a record, whatever the order of its keys; 12 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """List the keys in which two plain records differ, each with both values; None is that of a key that is missing."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            yield from changes(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+    elif old != new:
+        yield key, old, new
+
+
+def differences(old: MadeFrom, new: MadeFrom) -> list[str]:
+    """Say in which keys two plain records differ, and how."""
+    return [f"{key} was {_short(was)} and is {_short(now)}" for key, was, now in changes(old, new)]
+
+
+def told(found: list[str]) -> str:
+    """Join differences to one line; of many only the first."""
+    more = f", and {len(found) - NUM_NAMED} more" if len(found) > NUM_NAMED else ""
+    return "; ".join(found[:NUM_NAMED]) + more
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:NUM_DIGITS]
+    text = "none" if value is None else json.dumps(value)
+    return text if len(text) <= NUM_CHARACTERS else text[: NUM_CHARACTERS - 1] + "…"
