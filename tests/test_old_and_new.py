@@ -26,6 +26,7 @@ from decouple_merge.experiment.finetuning import finetune_experts
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.experiment.provenance import made_from
 from decouple_merge.experiment.results import Row, evaluate_run
+from decouple_merge.experiment.selection import search_weights
 from decouple_merge.sampling.folder import drawn_from
 from decouple_merge.sampling.model import open_model
 from decouple_merge.searching.trial import Trial
@@ -211,50 +212,64 @@ def test_replaced_parts_of_a_text_base_are_named(
 
 
 def test_a_moved_run_with_moved_base_and_data_is_finished(done: Place) -> None:
-    kept = {name: data for name, data in contents(done.run).items() if name not in ("config.yaml", "manifest.json")}
+    # These say where base and data lie.
+    located = ("config.yaml", "manifest.json", "merged/merge.json", "merged/README.md")
+    kept = {name: data for name, data in contents(done.run).items() if name not in located}
     assert work_of(done.again()) == set()
     assert kept.items() <= contents(done.run).items()
 
 
-@pytest.mark.parametrize(
-    ("changes", "work"),
-    [
-        ({"evaluate": {"num_seed_sets": 2}}, {"evaluation"}),
-        ({"evaluate": {"first_seed": 100}}, {"evaluation"}),
-        ({"evaluate": {"metrics": ["kd_effnetlite0"]}}, {"evaluation"}),
-        ({"evaluate": {"num_images": 8}}, {"evaluation"}),
-        ({"evaluate": {"sampler": "DDPM"}}, {"evaluation"}),
-        ({"evaluate": {"num_steps": 3}}, {"evaluation"}),
-        ({"evaluate": {"num_sample_images": 3}}, set()),
-        ({"num_processes": 2}, set()),
-        ({"finetune": {"checkpoint_every": 7}}, set()),
-        ({"sample": {"batch_size": 3}}, set()),
-        ({"data": {"num_workers": 1}}, set()),
-    ],
-    ids=str,
-)
-def test_a_finished_run_with_another_evaluation_only_evaluates(
-    changes: dict[str, Any], work: set[str], done: Place
-) -> None:
-    kept = {
-        name: data for name, data in contents(done.run).items() if name.startswith(("experts", "search/", "merged"))
-    }
-    old, config = done.records(), done.config(**changes)
+EVALUATIONS: list[dict[str, Any]] = [
+    {"evaluate": {"num_seed_sets": 2}},
+    {"evaluate": {"first_seed": 100}},
+    {"evaluate": {"metrics": ["kd_effnetlite0"]}},
+    {"evaluate": {"num_images": 8}},
+    {"evaluate": {"sampler": "DDPM"}},
+    {"evaluate": {"num_steps": 3}},
+    {"evaluate": {"num_sample_images": 3}},
+    {"num_processes": 2},
+    {"finetune": {"checkpoint_every": 7}},
+    {"sample": {"batch_size": 3}},
+    {"data": {"num_workers": 1}},
+]
+
+
+def test_a_finished_run_may_be_evaluated_otherwise(done: Place) -> None:
+    for changes in EVALUATIONS:
+        config = done.config(**changes)
+        prepare(config, done.run)
+        assert load_config(done.run / "config.yaml") == config
+
+
+def test_a_finished_run_with_another_evaluation_only_evaluates(done: Place) -> None:
+    kept = {n: data for n, data in contents(done.run).items() if n.startswith(("experts/", "search/", "merged/unet/"))}
+    old, metrics = done.records(), ["kd_effnetlite0", "fd_effnetlite0"]
+    changes = {"evaluate": {"num_seed_sets": 2, "metrics": metrics}, "num_processes": 1, "sample": {"batch_size": 3}}
     events = done.again(**changes)
-    assert work_of(events) == work
-    assert load_config(done.run / "config.yaml") == config
+    assert work_of(events) == {"evaluation"}
     assert done.records()[: len(old)] == old
-    for row in (e for e in events if isinstance(e, Row)):
-        assert len(row.values) == config.evaluate.num_seed_sets
+    # The old ones are not drawn again, and are shown with the new ones.
+    assert len(done.records()) == len(old) * 4
+    values = {(e.model, e.metric): e.values for e in events if isinstance(e, Row)}
+    assert {(r["model"], r["metric"]): values[r["model"], r["metric"]][0] for r in old} == {
+        (r["model"], r["metric"]): r["value"] for r in old
+    }
+    assert all(len(v) == 2 for v in values.values())
     assert {name: contents(done.run)[name] for name in kept} == kept
-    assert work_of(done.again(**changes)) == set()
+
+
+def test_pictures_follow_the_sampler(done: Place) -> None:
+    events = list(evaluate_run(prepare(done.config(evaluate={"sampler": "DDPM", "num_steps": 3}), done.run)))
+    assert {(e["sampler"], e["num_steps"]) for e in events if isinstance(e, dict)} == {("DDPM", 3)}
+    drawn = drawn_from(done.run / "samples/ensemble/1.png")
+    assert drawn is not None
+    assert (drawn["sampler"], drawn["num_steps"]) == ("DDPM", 3)
 
 
 def test_a_baseline_may_come_later(done: Place) -> None:
-    events = done.again(finetune={"baseline": True})
-    assert {e.name for e in events if isinstance(e, StepRecord)} == {"baseline-finetuned"}
-    assert {e["model"] for e in events if isinstance(e, dict)} == {"baseline-finetuned"}
-    assert work_of(events) == {"training", "evaluation"}
+    plan = prepare(done.config(finetune={"baseline": True}), done.run)
+    assert {e.name for e in finetune_experts(plan) if isinstance(e, StepRecord)} == {"baseline-finetuned"}
+    assert {e["model"] for e in evaluate_run(plan) if isinstance(e, dict)} == {"baseline-finetuned"}
 
 
 @pytest.mark.parametrize(
@@ -368,7 +383,7 @@ def test_a_search_killed_in_the_middle_goes_on_with_its_settings_only(begun: Pla
     events.close()  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"search was made from .*: search\.halving was 3 and is 4; put that back"):
         begun.again(search={"halving": 4})
-    assert work_of(begun.again()) == {"search", "evaluation"}
+    assert any(isinstance(e, Trial) for e in search_weights(prepare(begun.config(), begun.run)))
 
 
 def test_differences_are_told_by_key_and_short() -> None:

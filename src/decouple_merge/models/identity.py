@@ -49,7 +49,8 @@ def model_sha256(
         ranges: of the experts.
     """
     parts = base_parts(base)
-    hashes = [parts.pop("weights")] if weights is None else [_float_sha256(each) for each in weights]
+    own = parts.pop("weights")
+    hashes = [own] if weights is None else [_float_sha256(each) for each in weights]
     return _sha256([hashes, [[r.low, r.high] for r in ranges], parts])
 
 
