@@ -22,6 +22,7 @@ from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.experiment.analyses import analyze
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.experiment.planned import Plan
+from decouple_merge.experiment.provenance import made_from
 from decouple_merge.experiment.subjects import subject_of as held
 from decouple_merge.merging.arithmetic import merge
 from decouple_merge.models.export import export_pipeline
@@ -92,7 +93,7 @@ def moved_plan(tiny_config: Callable[..., Config], tmp_path: Path) -> Plan:
         draws, folder = torch.Generator().manual_seed(index), plan.run.expert(index)
         experts.append({k: v + 0.02 * torch.randn(v.shape, generator=draws) for k, v in state.items()})
         write_tensors(folder / "model.safetensors", experts[-1])
-        write_json(folder / "expert.json", {"base_sha256": plan.base.sha256})
+        write_json(folder / "expert.json", made_from(f"experts/{index}", plan))
     export_pipeline(plan.base, merge(state, experts, [0.5, 0.5]), plan.run.merged, None, None)
     trial: dict[str, Any] = {"level": "screen", "metric": "fd", "value": 3.0, "weights": [0.5, 0.5]}
     lost = trial | {"value": None, "weights": [1.0, 1.0]}
