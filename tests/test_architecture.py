@@ -44,6 +44,9 @@ ADAPTERS = {
     "peft": ["models.lora"],
     "bitsandbytes": ["training.optimizers"],
     "filelock": ["storage"],
+    "jinja2": ["reporting.page"],
+    "gradio": ["exploring.page"],
+    "sklearn": ["exploring.estimate"],
 }
 
 

@@ -9,15 +9,32 @@ import typer
 
 from ..errors import UserError
 from .console import NUM_PROCESSES, RANK
+from .explore import explore
 from .files import info, merge
 from .images import sample
+from .reports import report
 from .runs import analyze, finetune, fisher, pretrain, run, search, study
 from .scores import evaluate, stats
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
-for verb in (run, finetune, search, analyze, fisher, merge, info, sample, evaluate, stats, pretrain, study):
+for verb in (
+    run,
+    finetune,
+    search,
+    analyze,
+    fisher,
+    merge,
+    info,
+    sample,
+    evaluate,
+    stats,
+    report,
+    explore,
+    pretrain,
+    study,
+):
     app.command()(verb)
 
 

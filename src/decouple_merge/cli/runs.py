@@ -19,8 +19,9 @@ def run(
     overrides: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done")] = False,
     wait: Wait = False,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Don't write report.html at the end")] = False,
 ) -> None:
-    """Do the whole job: finetune the experts, search the weights, export the merged model, evaluate.
+    """Do the whole job: finetune the experts, search the weights, export the merged model, evaluate, report.
 
     Run it again to resume: what is finished is not done twice.
 
@@ -33,7 +34,7 @@ def run(
     if dry_run:
         show(describe(settings, folder))
         return
-    show(workflow.run(settings, folder, wait))
+    show(workflow.run(settings, folder, wait, page=not no_report))
     console.print(f"merged model: {folder / 'merged'}")
 
 

@@ -58,7 +58,7 @@ def compare(a: str, b: str) -> Iterator[Difference]:
         raise UserError(f"{a} has {known[0]} and {b} has {known[1]}, expected a metric in common")
     pairs = {m: tuple([r for r in records if r["metric"] == m] for records in (first, second)) for m in metrics}
     for metric, (of_a, of_b) in pairs.items():
-        _check_comparable(metric, of_a + of_b, a if a == b else f"{a} and {b}")
+        check_comparable(metric, of_a + of_b, a if a == b else f"{a} and {b}")
     for metric, (of_a, of_b) in pairs.items():
         yield _difference(metric, _by_seeds(of_a), _by_seeds(of_b))
 
@@ -83,7 +83,12 @@ def _select(source: str) -> list[Record]:
     return [r for r in records if r.get("model_sha256") == records[-1].get("model_sha256")]
 
 
-def _check_comparable(metric: str, records: list[Record], where: str) -> None:
+def check_comparable(metric: str, records: list[Record], where: str) -> None:
+    """Require that records of a metric measure the same thing.
+
+    Raises:
+        UserError: they differ in something that the number depends on, which is named.
+    """
     for field in COMPARED_FIELDS:
         values = list({_content(field, r): r.get(field) for r in records}.values())
         if len(values) > 1:

@@ -1,5 +1,7 @@
 """Ratios of two models that were scored on the same seeds, and how sure they are; in float64."""
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,3 +54,16 @@ def paired_ratio(
     tail = (1 - level) / 2
     low, high = torch.quantile(found, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Ratio(float(by_seed.mean()), low, high, by_seed.tolist())
+
+
+def student_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Compute Student's interval of a mean, x̄ ± t s / √n; None of a single value.
+
+    Of a few values it is wide, as it should be: a bootstrap of three lies between the smallest and the largest.
+    """
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.fmean(values) - half, statistics.fmean(values) + half

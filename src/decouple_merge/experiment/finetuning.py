@@ -16,6 +16,7 @@ from ..storage.locks import enter, hold
 from ..training.made_from import is_finished
 from ..training.records import StepRecord
 from ..training.trainer import Task
+from .costs import timed
 from .given import write_given
 from .manifest import check_claimed
 from .planned import Plan
@@ -55,7 +56,7 @@ def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) ->
             yield from enter(lock, wait)
             held.enter_context(hold(lock, "deme finetune", wait))
         check_claimed(plan.run, plan.config)
-        yield from _finetune(plan, calls)
+        yield from timed(plan.run, "finetune", _finetune(plan, calls))
 
 
 def _finetune(plan: Plan, calls: list[tuple[Plan, Task, Finetune, Path]]) -> Iterator[str | StepRecord]:

@@ -32,6 +32,7 @@ from ..sampling.sampler import (
     sampling_fields,
 )
 from ..storage.files import append_record, read_records, read_tensors
+from .costs import timed
 from .plan import load_experts
 from .planned import BASELINE, Plan
 from .reported import report_references
@@ -162,7 +163,8 @@ def evaluate_models(plan: Plan, wanted: list[dict[str, Any]]) -> Iterator[dict[s
         if not EXTRACTORS[name].reads_texts:
             reported_with(plan, name)
     calls = [(plan, records) for records in together.values()]
-    for record in run_all(_evaluate_model, calls, plan.config.num_processes, plan.config.executor):
+    scored = run_all(_evaluate_model, calls, plan.config.num_processes, plan.config.executor)
+    for record in timed(plan.run, "evaluate", scored):
         append_record(plan.run.metrics, record)
         yield record
 

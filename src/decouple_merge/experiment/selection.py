@@ -18,6 +18,7 @@ from ..searching.trial import Level, Trial
 from ..storage.locks import enter, hold
 from ..storage.made_from import digest_of
 from .combined import load_combined
+from .costs import timed
 from .export import export_merge
 from .manifest import check_claimed
 from .planned import Plan
@@ -73,7 +74,8 @@ def search_weights(plan: Plan, wait: bool = False) -> Iterator[Event]:
         first = level_opener(plan, hashes)("screen")
         # Whoever helps waits for candidates; nobody need wait for a search that is finished.
         num = 1 if first.user_attrs.get("finished") else plan.config.num_processes
-        yield from run_all(_lead_or_help, [(plan, hashes, i == 0) for i in range(num)], num, plan.config.executor)
+        calls = [(plan, hashes, i == 0) for i in range(num)]
+        yield from timed(plan.run, "search", run_all(_lead_or_help, calls, num, plan.config.executor))
 
 
 def help_search(plan: Plan) -> Iterator[Event]:

@@ -8,6 +8,7 @@ from ..analysis.figures import sample_grid
 from ..config import Config
 from ..executors import distributed
 from ..merging.arithmetic import task_vector_norms
+from ..reporting.page import write_report
 from ..sampling.shares import unlike_shares
 from ..searching.trial import Trial
 from ..storage.locks import enter, hold
@@ -25,13 +26,14 @@ from .selection import search_weights
 Event = str | StepRecord | Trial | dict[str, Any] | Row
 
 
-def run(config: Config, out: Path, wait: bool = False) -> Iterator[Event]:
-    """Do the whole job: finetune, search, export, evaluate. What is finished already is not done again.
+def run(config: Config, out: Path, wait: bool = False, page: bool = True) -> Iterator[Event]:
+    """Do the whole job: finetune, search, export, evaluate, report. What is finished already is not done again.
 
     Of the processes that torchrun started, the first goes on alone after the trainings, and the others end.
 
     Args:
         wait: until no other process works on the folder, instead of refusing.
+        page: write ``report.html`` at the end.
     """
     lock = Run(out).lock("run")
     yield from enter(lock, wait)
@@ -49,6 +51,8 @@ def run(config: Config, out: Path, wait: bool = False) -> Iterator[Event]:
             yield "task vector norms: " + ", ".join(f"{n:.3f}" for n in norms)
             yield from search_weights(plan)
         yield from report(plan)
+        if page:
+            yield f"report: {write_report([plan.run.folder])}"
 
 
 def report(plan: Plan) -> Iterator[dict[str, Any] | Row]:

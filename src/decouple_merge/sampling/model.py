@@ -145,7 +145,7 @@ def open_model(name: str, settings: Sample, text: Text, first_seed: int = 0) -> 
     if is_run(name):
         run = open_run(Path(name))
         both = run.config.text.model_copy(update=text.model_dump(include=text.model_fields_set))
-        prompts = _run_prompts(Run(Path(name)), run.base, text, both)
+        prompts = run_prompts(Run(Path(name)), run.base, text, both)
         return OpenedModel(run.base, None, run, settings, both, prompts, first_seed if text.prompts else 0)
     prompts, base = load_prompts(text), load_base(name)
     network = base.network
@@ -155,7 +155,7 @@ def open_model(name: str, settings: Sample, text: Text, first_seed: int = 0) -> 
     return OpenedModel(base, network, None, settings, text, prompts, first_seed)
 
 
-def _run_prompts(run: Run, base: Base, given: Text, both: Text) -> list[str]:
+def run_prompts(run: Run, base: Base, given: Text, both: Text) -> list[str]:
     """Find a run's prompts: those of a file that is given now, or those in its folder; its data aren't needed."""
     if base.encoders is None:
         return load_prompts(given)

@@ -16,6 +16,8 @@ from .files import remove_leftovers
 
 # Of our npz files, which are zip archives.
 STATISTICS_COMMENT = b"deme stats"
+# Of our pages, in their head.
+REPORT_MARK = b'name="generator" content="deme report'
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,11 @@ def _foreign_to_records(file: Path) -> str | None:
     return None
 
 
+def _foreign_to_report(file: Path) -> str | None:
+    with file.open("rb") as page:
+        return None if REPORT_MARK in page.read(2000) else "a file that deme report didn't write"
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -153,5 +160,6 @@ MERGED_FOLDER = Kind("a folder of deme merge", True, _foreign_to_merge)
 MERGED_FILE = Kind("a .safetensors file of deme merge", False, _foreign_to_merged_file)
 STATISTICS = Kind("an npz file of deme stats", False, _foreign_to_statistics, apart=False)
 RECORDS = Kind("a file of metrics records", False, _foreign_to_records, is_replaced=False, apart=False)
+REPORT = Kind("a page of deme report", False, _foreign_to_report, apart=False)
 # Whose it is, ``experiment.manifest.check_owner`` says.
 RUN = Kind("a run folder", True, lambda folder: None, is_replaced=False)

@@ -34,6 +34,14 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     @property
+    def costs(self) -> Path:
+        return self.folder / "costs.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
     def study(self) -> Path:
         return self.folder / "search" / "study.db"
 
