@@ -20,7 +20,9 @@ from decouple_merge.merging import files as merging
 from decouple_merge.merging.arithmetic import merge
 from decouple_merge.merging.experts import open_expert
 from decouple_merge.merging.recipes import describe_model, merge_models, repeat_merge
-from decouple_merge.merging.rules import RULES, Coefficients, Context
+from decouple_merge.merging.rules import RULES
+from decouple_merge.merging.rules.rule import Context, Rule
+from decouple_merge.merging.rules.sums import Coefficients
 from decouple_merge.merging.sources import Sources
 from decouple_merge.storage.layouts import weight_files
 from decouple_merge.storage.tensors import TensorFiles, shards
@@ -199,7 +201,7 @@ def test_a_rule_of_the_users_own_merges_by_its_name(tmp_path: Path, monkeypatch:
         chosen: Coefficients = [(moves.argmax(0) == i).float() for i in range(len(experts))]
         return [0.0, *chosen]
 
-    monkeypatch.setitem(RULES, "loudest", loudest)
+    monkeypatch.setitem(RULES, "loudest", Rule(loudest))
     base, experts = network(0), [network(1), network(2)]
     paths = [saved(tmp_path / f"{i}.safetensors", e) for i, e in enumerate(experts)]
     run(saved(tmp_path / "b.safetensors", base), paths, tmp_path / "m.safetensors", weights=[1, 1], method="loudest")

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from decouple_merge.merging import rules
 from decouple_merge.merging.arithmetic import Tensors, merge, task_vector_norms
 from decouple_merge.merging.keys import check_same_keys
-from decouple_merge.merging.stacked import Stacked, Trimmed
+from decouple_merge.merging.rules import RULES, sums
+from decouple_merge.merging.rules.rule import Context, Settings
+from decouple_merge.merging.stacked import Ruled, Stacked
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -29,6 +30,10 @@ def same_bits(a: Tensors, b: Tensors) -> bool:
         a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].numpy().tobytes() == b[k].numpy().tobytes()
         for k in a
     )
+
+
+def trimmed_stack(stack: Stacked, density: float) -> Ruled:
+    return Ruled(stack, RULES["ties"], lambda key: Context(key, Settings(density)))
 
 
 @st.composite
@@ -88,7 +93,7 @@ def test_a_stack_is_merged_alike_in_any_order(name: str, method: str, weights: l
         stack = Stacked(base, chosen, torch.device("cpu"))
         found.append({k: v.clone() for k, v in stack.merge(given_weights).items()})
         if method == "ties":
-            found[-1] = {k: v.clone() for k, v in Trimmed(stack, 0.7).merge(given_weights).items()}
+            found[-1] = {k: v.clone() for k, v in trimmed_stack(stack, 0.7).merge(given_weights).items()}
     assert same_bits(found[0], found[1])
     assert same_bits(found[0], found[2])
 
@@ -100,7 +105,7 @@ def test_weights_that_are_no_numbers_are_refused(weights: list[float]) -> None:
     calls = (
         lambda: merge(base, experts, weights),
         lambda: stacked.merge(weights),
-        lambda: Trimmed(stacked, 1.0).merge(weights),
+        lambda: trimmed_stack(stacked, 1.0).merge(weights),
     )
     for call in calls:
         with pytest.raises(ValueError, match=r"weights are \[.*\], expected finite numbers"):
@@ -125,20 +130,23 @@ def test_a_stacked_merge_is_the_merge_bit_for_bit(tensors: list[Tensors], w: lis
 def test_a_trimmed_stack_merges_by_ties_bit_for_bit(tensors: list[Tensors], w: list[float], density: float) -> None:
     base, *experts = tensors
     experts[0] = experts[0] | {"mid_block.projection.weight": torch.tensor([[3.0, 0.5], [0.0, 1.0]])}
-    trimmed = Trimmed(Stacked(base, experts, torch.device("cpu")), density)
+    trimmed = trimmed_stack(Stacked(base, experts, torch.device("cpu")), density)
     trimmed.merge([0.5, 0.5, 0.5])
-    assert same_bits(trimmed.merge(w), merge(base, experts, w, "ties", density))
+    assert same_bits(trimmed.merge(w), merge(base, experts, w, "ties", Settings(density)))
 
 
 def test_a_trimmed_stack_trims_once_and_holds_no_more_than_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [random_tensors(i) for i in range(3)]
     stacked = Stacked(tensors[0], tensors[1:], torch.device("cpu"))
-    trimmed, held = Trimmed(stacked, 0.5), {t.untyped_storage().data_ptr() for t in (stacked.matrix, stacked.merged)}
+    trimmed, held = (
+        trimmed_stack(stacked, 0.5),
+        {t.untyped_storage().data_ptr() for t in (stacked.matrix, stacked.merged)},
+    )
     monkeypatch.setattr(torch.Tensor, "kthvalue", None)
     for weights in ([1.0, 0.0], [0.0, 1.0]):
         assert {t.untyped_storage().data_ptr() for t in trimmed.merge(weights).values()} <= held
     assert {t.untyped_storage().data_ptr() for row in trimmed.rows for t in row.values()} <= held
-    assert all(type(floor) is float for floors in trimmed.floors.values() for floor in floors)
+    assert all(type(end) is float for c in trimmed.contexts.values() for ends in c.statistics for end in ends)
     with pytest.raises(ValueError, match="1 weights for 2 experts"):
         trimmed.merge([1.0])
 
@@ -146,14 +154,15 @@ def test_a_trimmed_stack_trims_once_and_holds_no_more_than_the_stack(monkeypatch
 def test_the_chunks_of_a_stacked_merge_dont_show(monkeypatch: pytest.MonkeyPatch) -> None:
     base, *experts = [{"w": torch.randn(1009, generator=torch.Generator().manual_seed(i))} for i in range(5)]
     weights = [0.3, -0.7, 1.9, 0.011]
-    whole = {method: merge(base, experts, weights, method, 0.5) for method in ("linear", "ties")}
+    whole = {method: merge(base, experts, weights, method, Settings(0.5)) for method in ("linear", "ties")}
     stacked = Stacked(base, experts, torch.device("cpu"))
     for size in (1, 7, 64, 1009, 4096):
-        monkeypatch.setattr(rules, "CHUNK", size)
+        monkeypatch.setattr(sums, "CHUNK", size)
+        monkeypatch.setattr(sums, "SMALL_CHUNK", size)
         assert same_bits(stacked.merge(weights), whole["linear"])
-        assert same_bits(Trimmed(stacked, 0.5).merge(weights), whole["ties"])
+        assert same_bits(trimmed_stack(stacked, 0.5).merge(weights), whole["ties"])
         for method, expected in whole.items():
-            assert same_bits(merge(base, experts, weights, method, 0.5), expected)
+            assert same_bits(merge(base, experts, weights, method, Settings(0.5)), expected)
 
 
 def test_a_stacked_merge_reuses_its_memory() -> None:
@@ -180,7 +189,8 @@ def test_inner_products_are_sums_over_chunks(monkeypatch: pytest.MonkeyPatch) ->
     )
     expected = [sum(float(((e[k] - base[k]) * gradient[k]).double().sum()) for k in "ab") for e in (one, two)]
     for size in (1, 16, 1000):
-        monkeypatch.setattr(rules, "CHUNK", size)
+        monkeypatch.setattr(sums, "CHUNK", size)
+        monkeypatch.setattr(sums, "SMALL_CHUNK", size)
         found = Stacked(base, [one, two], torch.device("cpu")).inner_products(gradient)
         assert found.tolist() == pytest.approx(expected, rel=1e-4)
 

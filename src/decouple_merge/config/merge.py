@@ -4,20 +4,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from .numbers import NonNegativeInt, Number, PositiveInt
+from .numbers import Number, PositiveInt
 from .paths import FilePath
-from .section import Section
+from .rule import RuleSettings
 
 
-class Merge(Section):
+class Merge(RuleSettings):
     """How models are merged.
 
     Attributes:
-        method: a rule by name, one of merging's ``RULES``.
         weights: one for each expert.
         blocks: weights of the tensors whose keys match a pattern such as ``down_blocks.*``; the first that matches.
-        density: share of a task vector that TIES and DARE keep.
-        seed: of DARE's masks.
         fishers: a file for each expert with its diagonal Fisher information under the network's keys, for ``fisher``.
         dtype: of the floating tensors written, F64, F32, F16 or BF16; None keeps the base's.
         max_shard_bytes: a larger network is written as several files with an index.
@@ -28,11 +25,8 @@ class Merge(Section):
         missing_keys: what is done with tensors that an expert lacks: ``base`` takes the base's.
     """
 
-    method: str = "linear"
     weights: list[Number] = Field(min_length=1)
     blocks: dict[str, list[Number]] = {}
-    density: Number = Field(1.0, gt=0, le=1)
-    seed: NonNegativeInt = 0
     fishers: list[FilePath] = []
     dtype: Literal["F64", "F32", "F16", "BF16"] | None = None
     max_shard_bytes: PositiveInt = 10_000_000_000

@@ -7,10 +7,10 @@ from pydantic import Field, model_validator
 from ..errors import UserError
 from .numbers import Integer, NonNegativeInt, Number, PositiveFloat, PositiveInt
 from .paths import Name
-from .section import Section
+from .rule import RuleSettings
 
 
-class Search(Section):
+class Search(RuleSettings):
     """The search for merging weights.
 
     Attributes:
@@ -20,8 +20,6 @@ class Search(Section):
         strategy: ``gp`` or ``tpe`` (Optuna samplers), ``cmaes``, ``evolution``, ``coordinate``, ``random``, ``greedy``
             (soup), ``uniform`` (soup, 1/N each, nothing is searched), ``grid``, coarse to fine, or ``gradient``, which
             tries what was learned and multiples of it.
-        method: how candidates are merged, a rule by name.
-        density: share of a task vector that TIES keeps.
         blocks: patterns of keys such as ``down_blocks.*``, each with weights of its own; the first that matches counts,
             and the last is ``*`` for all others. A candidate holds the weights of the first, then of the second, ….
         checkpoints: pipelines or weight files to combine in place of the run's experts.
@@ -48,8 +46,6 @@ class Search(Section):
     strategy: Literal[
         "gp", "tpe", "cmaes", "evolution", "coordinate", "random", "greedy", "uniform", "grid", "gradient"
     ] = "gp"
-    method: Literal["linear", "ties"] = "linear"
-    density: Number = Field(1.0, gt=0, le=1)
     blocks: list[str] = Field(["*"], min_length=1)
     checkpoints: list[Name] = []
     low: Number = -0.2

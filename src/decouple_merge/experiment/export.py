@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..config import Merge
+from ..config import Merge, Search
 from ..merging.card import Usage, model_card
 from ..merging.merger import Merger
 from ..merging.record import merge_record
@@ -46,7 +46,7 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
     rows = [list(winner.weights[i : i + num]) for i in range(0, len(winner.weights), num)]
     blocks = dict(zip(search.blocks[:-1], rows[:-1], strict=True))
     return merge_record(
-        Merge(method=search.method, density=search.density, weights=rows[-1], blocks=blocks, min_delta_cosine=-1),
+        Merge(**_rule_of(search), weights=rows[-1], blocks=blocks, min_delta_cosine=-1),
         {"name": _absolute(plan.config.base), "sha256": plan.base.sha256},
         # Experts from where the record lies: a run may be moved, and its base stays where it is.
         combined_names(plan),
@@ -65,6 +65,10 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
         pipeline=type(plan.base.pipeline).__name__,
         projection=plan.config.finetune.projection.placement if search.over == "experts" else "none",
     )
+
+
+def _rule_of(search: Search) -> dict[str, Any]:
+    return {"method": search.method, "seed": search.seed, **search.rule_settings()}
 
 
 def _absolute(name: str) -> str:

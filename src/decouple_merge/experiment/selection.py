@@ -8,6 +8,7 @@ from ..executors import run_all
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..merging.merger import Merger
+from ..merging.rules.rule import Context, Settings
 from ..merging.survival import survival_line
 from ..models.base import tensors_sha256
 from ..searching.leader import leading
@@ -38,7 +39,7 @@ def open_merger(plan: Plan, experts: list[Tensors]) -> Merger:
         plan.base.network.state_dict(),
         experts,
         method=search.method,
-        density=search.density,
+        context_of=lambda key: Context(key, Settings(**search.rule_settings())),
         patterns=search.blocks,
         dtype=plan.base.dtype,
         device=default_device(),

@@ -5,14 +5,20 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .keys import group_keys
-from .rules import RULES, Context, check_method, check_weights, merge_tensor
+from .rules import RULES, check_method, check_weights
+from .rules.rule import Context, Settings, merge_tensor
 
 Tensors = dict[str, Tensor]
 
 
 def merge(
-    base: Tensors, experts: list[Tensors], weights: list[float], method: str = "linear", density: float = 1.0
+    base: Tensors,
+    experts: list[Tensors],
+    weights: list[float],
+    method: str = "linear",
+    settings: Settings | None = None,
 ) -> Tensors:
     """Merge every floating tensor by a rule, θ + Σ w_i·(θ_i - θ) by default (DeMe, Eq. 8; Ilharco et al. 2023).
 
@@ -20,15 +26,22 @@ def merge(
     that expert, both bit for bit, and experts may come in any order. Integer tensors are the base's. A projection W,
     which the base doesn't have, counts as a task vector around the identity.
 
+    Args:
+        method: a rule of ``RULES`` that needs no more than the tensors.
+        settings: of the rule, its own where not given.
+
     Raises:
-        UserError: there is no such rule, or not a finite weight for each expert.
+        UserError: there is no such rule, it needs more, or there is not a finite weight for each expert.
     """
     check_method(method)
     check_weights(weights, len(experts))
+    if needs := RULES[method].needs:
+        raise UserError(f"{method} needs {' and '.join(needs)} beside the tensors; use merge_models, or deme merge")
     merged = {}
     for key, (start, *others) in versions(base, experts):
         if start.is_floating_point():
-            merged[key] = merge_tensor(RULES[method], start, others, weights, Context(key, density)).to(start.dtype)
+            context = Context(key, settings or Settings())
+            merged[key] = merge_tensor(RULES[method], start, others, weights, context).to(start.dtype)
         else:
             merged[key] = start.clone()
     return merged

@@ -1,6 +1,6 @@
 """A merge that a network holds, made anew for every candidate."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,9 @@ from torch import nn
 from ..errors import UserError
 from ..storage.tensors import hash_tensors
 from .arithmetic import Tensors, cast, cut_blocks, versions
-from .stacked import Stacked, Trimmed
+from .rules import RULES, check_method
+from .rules.rule import Context
+from .stacked import Ruled, Stacked
 from .survival import change_of, survival_record
 
 
@@ -18,8 +20,9 @@ class Merger:
     """Merge the same base and experts again and again, and write each merge into one network.
 
     Args:
-        method: linear or ties.
-        density: share of a task vector that TIES keeps.
+        method: a rule by name, one of ``RULES``.
+        context_of: a key's context, all that the rule needs besides the tensors; the rule's own settings where not
+            given.
         patterns: of keys, as of ``group_keys``; each has weights of its own.
         dtype: of the merged model's files. What a network is given was rounded to it.
         device: where base and experts are held, in float32.
@@ -31,14 +34,14 @@ class Merger:
         experts: list[Tensors],
         *,
         method: str = "linear",
-        density: float = 1.0,
+        context_of: Callable[[str], Context] = Context,
         patterns: Sequence[str] = ("*",),
         dtype: torch.dtype = torch.float32,
         device: torch.device,
     ) -> None:
-        assert method in ("linear", "ties")
+        check_method(method)
         self.base, self.experts, self.patterns = base, experts, list(patterns)
-        self.method, self.density, self.dtype, self.device = method, density, dtype, device
+        self.method, self.context_of, self.dtype, self.device = method, context_of, dtype, device
         self._copied: Tensors = {}
 
     # Made for the first merge: a search that is finished needs none.
@@ -49,8 +52,10 @@ class Merger:
         return [Stacked(start, experts, self.device) for start, experts in cut]
 
     @cached_property
-    def _blocks(self) -> Sequence[Stacked | Trimmed]:
-        return [Trimmed(s, self.density) for s in self.stacks] if self.method == "ties" else self.stacks
+    def _blocks(self) -> Sequence[Stacked | Ruled]:
+        if self.method == "linear":
+            return self.stacks
+        return [Ruled(stack, RULES[self.method], self.context_of) for stack in self.stacks]
 
     @property
     def zeros(self) -> list[float]:
@@ -67,7 +72,7 @@ class Merger:
             Floating tensors in ``dtype``.
 
         Raises:
-            UserError: there are more or fewer weights.
+            UserError: there are more or fewer weights, or the rule doesn't take them.
         """
         return cast(self._merge(weights), self.dtype)
 

@@ -11,19 +11,24 @@ CHUNK = 1 << 14
 
 
 def summing_order(
-    experts: Sequence[Tensor], weights: Sequence[float], seeds: Sequence[int] = (), fishers: Sequence[Tensor] = ()
+    experts: Sequence[Tensor], numbers: Sequence[Sequence[float | int]], tensors: Sequence[Sequence[Tensor]] = ()
 ) -> list[int]:
-    """Sort experts by weight, then seed, then content; returns their places.
+    """Sort experts by numbers that go with them, then by content, then by tensors that do; returns their places.
+
+    Args:
+        numbers: lists with one for each expert, the weights first; an empty list is as none.
+        tensors: the same.
 
     Floating-point sums depend on the order of their terms. In this one a merge is a function of which expert has which
     weight, bit for bit, and not of the order in which experts are given: those that compare equal are equal.
     """
 
     def compared(i: int, j: int) -> int:
-        for values in (weights, seeds):
+        for values in numbers:
             if values and values[i] != values[j]:
                 return -1 if values[i] < values[j] else 1
-        return compare(experts[i], experts[j]) or (compare(fishers[i], fishers[j]) if fishers else 0)
+        found = (compare(each[i], each[j]) for each in (experts, *tensors) if each)
+        return next((sign for sign in found if sign), 0)
 
     return sorted(range(len(experts)), key=functools.cmp_to_key(compared))
 

@@ -15,7 +15,8 @@ from ..storage.tensors import DTYPES, NAMES, Layout, TensorFiles, hash_tensors
 from .experts import open_expert, open_parts
 from .joining import joined_denoisers
 from .keys import is_trunk_projection
-from .rules import RULES, Context, Rule, check_weights, merge_tensor
+from .rules import RULES, check_weights
+from .rules.rule import Context, Rule, Settings, merge_tensor
 from .survival import Change, change_of
 
 
@@ -46,6 +47,8 @@ class Sources:
             raise UserError(f"{base} holds no tensors, expected the weights of a model; fetch or copy it again")
         self.experts = [open_expert(path, self._parts_of(path)) for path in experts]
         self.rule: Rule = RULES[settings.method]
+        self.rule_settings = Settings(**settings.rule_settings())
+        self.rule_settings.densities(len(experts))
         check_weights(settings.weights, len(experts))
         self._check_blocks()
         for expert, path in zip(self.experts, experts, strict=True):
@@ -55,7 +58,7 @@ class Sources:
         self._check_fishers()
         # Masks go with an expert's content, not with its place in the list.
         self.identities = (
-            [e.whole_sha256(e.files.sha256()) for e in self.experts] if settings.method.startswith("dare") else []
+            [e.whole_sha256(e.files.sha256()) for e in self.experts] if "seeds" in self.rule.needs else []
         )
         asked = None if settings.dtype is None else DTYPES[settings.dtype]
         self.output: Layout = {
@@ -99,7 +102,7 @@ class Sources:
     def _check_fishers(self) -> None:
         expected = {k: e.shape for k, e in self.base.entries.items()}
         lacking = [k for f in self.fishers for k in expected if k not in f.entries]
-        if lacking or (self.settings.method == "fisher" and len(self.fishers) != len(self.experts)):
+        if lacking or ("fishers" in self.rule.needs and len(self.fishers) != len(self.experts)):
             raise UserError(
                 f"{len(self.fishers)} Fisher files for {len(self.experts)} experts, "
                 f"without {', '.join(lacking[:3]) or 'gaps'}; expected one for each expert, "
@@ -174,7 +177,7 @@ class Sources:
             for version in [base, *versions]:
                 _check_finite(key, version)
         seeds = [stream_seed(self.settings.seed, sha256, key) for sha256 in self.identities]
-        context = Context(key, self.settings.density, seeds, fishers)
+        context = Context(key, self.rule_settings, seeds, fishers)
         merged = merge_tensor(self.rule, base, versions, self.weights_of(key), context)
         written = merged.to(dtype)
         if not (self.settings.allow_non_finite or _is_finite(written)):

@@ -1,14 +1,16 @@
 """Models merged again and again with other weights: held once, in one matrix."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .arithmetic import Tensors, versions
 from .order import summing_order
-from .rules import check_weights, chunk_size, combine_into, ties_above, trim_floor
+from .rules import check_weights
+from .rules.rule import Context, Rule, order_of
+from .rules.sums import CHUNK, chunk_size, combine_into
 
 
 class Stacked:
@@ -30,7 +32,7 @@ class Stacked:
         for key, (start, *others) in versions(base, experts):
             if start.is_floating_point():
                 self.shapes[key] = start.shape
-                order = summing_order(others, [0.0] * len(others))
+                order = summing_order(others, [])
                 self.ranks[key] = [order.index(i) for i in range(len(order))]
             else:
                 self.fixed[key] = start.to(device)
@@ -81,42 +83,46 @@ class Stacked:
         """
         flat = torch.cat([gradients[key].flatten() for key in self.shapes])
         total = torch.zeros(len(self.matrix) - 1, dtype=torch.float64)
-        size = chunk_size(flat)
+        size = chunk_size(flat, CHUNK)
         for rows, chunk in zip(self.matrix.split(size, dim=1), flat.split(size), strict=True):
             total += ((rows[1:] - rows[0]) @ chunk).cpu().double()
         return total
 
 
-class Trimmed:
-    """TIES on a stack: trimming is done once, a merge is one pass of election, into the stack's memory.
+class Ruled:
+    """Merges by any rule on a stack, into its memory; what doesn't depend on the weights is computed once.
 
-    Task vectors are not kept: of each no more than its floor, from which the pass finds again what trimming left. So
-    this holds no more than the stack itself, and while it works a few temporaries of a chunk, or of a tensor on other
-    devices than the CPU.
+    Task vectors are not kept. While a merge works, it holds a few temporaries of a chunk, or of a tensor where the rule
+    works on matrices or the device isn't the CPU.
+
+    Args:
+        context_of: a key's context, all that the rule needs besides the tensors.
 
     Attributes:
-        floors: by key, for each expert the size of the smallest entry of its task vector that stays.
+        contexts: by key, with what the rule measured of each expert.
     """
 
-    def __init__(self, stack: Stacked, density: float) -> None:
-        self.stack, self.rows = stack, stack.rows
-        base, *experts = self.rows
-        self.floors = {k: [trim_floor(e[k] - base[k], density) for e in experts] for k in base}
+    def __init__(self, stack: Stacked, rule: Rule, context_of: Callable[[str], Context]) -> None:
+        self.stack, self.rule, self.rows = stack, rule, stack.rows
+        self.contexts: dict[str, Context] = {}
+        self.ranks: dict[str, list[int]] = {}
+        for key, base in self.rows[0].items():
+            experts = [row[key] for row in self.rows[1:]]
+            self.contexts[key] = rule.measured(base, experts, context_of(key))
+            order = order_of(experts, [0.0] * len(experts), self.contexts[key])
+            self.ranks[key] = [order.index(i) for i in range(len(order))]
 
     def merge(self, weights: Sequence[float]) -> Tensors:
-        """Compute what ``arithmetic.merge`` does by ``ties``, bit for bit; the next call overwrites the tensors.
+        """Compute what ``arithmetic.merge`` does by the rule, bit for bit; the next call overwrites the tensors.
 
         Raises:
             UserError: there is not a finite weight for each expert.
         """
         self.stack.check(weights)
         merged = self.stack.views(self.stack.merged)
-        for key, floors in self.floors.items():
-            order = self.stack.order(key, weights)
-            rows = [self.rows[0], *(self.rows[1 + i] for i in order)]
-            out, *tensors = (t.view(-1) for t in (merged[key], *(row[key] for row in rows)))
-            size, ordered = chunk_size(out), [float(weights[i]) for i in order]
-            for target, *chunks in zip(*(t.split(size) for t in (out, *tensors)), strict=True):
-                start, *others = chunks
-                combine_into(target, chunks, ties_above(start, others, ordered, [floors[i] for i in order]))
+        for key, context in self.contexts.items():
+            order = sorted(range(len(weights)), key=lambda i: (weights[i], self.ranks[key][i]))
+            base, *experts = [self.rows[0][key], *(self.rows[1 + i][key] for i in order)]
+            answer = self.rule.answer(base, experts, [weights[i] for i in order], context.ordered(order))
+            combine_into(merged[key].view(-1), [t.view(-1) for t in (base, *experts)], answer)
         return merged | self.stack.fixed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .rules import CHUNK
+from .rules.sums import CHUNK
 
 NUM_WORST = 3
 

@@ -1,0 +1,73 @@
+"""Merge rules: what each version of a tensor contributes to the merged one; pure functions.
+
+A rule answers with one coefficient for the base and one for each expert, a number or a tensor of the parameter's shape,
+and ``combine`` sums: θ_merged = c_0·θ + Σ c_i·θ_i. Task arithmetic on task vectors τ_i = θ_i - θ is that sum with
+c_0 = 1 - Σ c_i, a form that is exact where a coefficient is 1 and the others are 0, whatever the magnitudes. Where
+coefficients are tensors, the answer is better a function that makes them chunk by chunk, ``Pointwise``. A rule that
+works on matrices answers with the change that is added to the base.
+
+``merge_tensor`` does both, on experts in the order of ``summing_order``, so that the order they are given in is none of
+a merge's business, bit for bit. Where a rule computes something of each task vector, it is of float32 task vectors, or
+of float64 where the base is.
+
+A rule of your own is a function of the same arguments, added to ``RULES`` under a name.
+"""
+
+import math
+from collections.abc import Sequence
+
+from ...errors import UserError
+from . import averages, elections, selecting, sparsifiers, spectral
+from .rule import Bounds, Rule
+
+DENSITY: dict[str, Bounds | None] = {"density": (0.1, 1.0)}
+SUM: dict[str, Bounds | None] = {"normalize": None, "scale": None}
+ELECTION: dict[str, Bounds | None] = SUM | {"vote": None}
+TRIM, OUTLIERS, BY_RANK = (s.measure for s in (sparsifiers.TRIM, sparsifiers.OUTLIERS, sparsifiers.DROP_BY_RANK))
+GAMMA: dict[str, Bounds | None] = {"gamma": (0.0, 0.2)}
+EPSILON: dict[str, Bounds | None] = {"epsilon": None}
+TASKS: dict[str, Bounds | None] = {"threshold": (0.05, 1.0), "min_tasks": None, "max_tasks": None}
+SCALE: dict[str, Bounds | None] = {"scale": None}
+
+RULES: dict[str, Rule] = {
+    "linear": Rule(averages.linear),
+    "ties": Rule(elections.ties, DENSITY | ELECTION, measure=TRIM),
+    "dare": Rule(elections.dare, DENSITY | SUM, ["seeds"]),
+    "dare_ties": Rule(elections.dare_ties, DENSITY | ELECTION, ["seeds"]),
+    "della": Rule(elections.della, DENSITY | EPSILON | ELECTION, ["seeds"], measure=BY_RANK),
+    "della_linear": Rule(elections.della_linear, DENSITY | EPSILON | SUM, ["seeds"], measure=BY_RANK),
+    "breadcrumbs": Rule(elections.breadcrumbs, DENSITY | GAMMA | SUM, measure=OUTLIERS),
+    "breadcrumbs_ties": Rule(elections.breadcrumbs_ties, DENSITY | GAMMA | ELECTION, measure=OUTLIERS),
+    "consensus": Rule(elections.consensus, TASKS | SUM),
+    "emr": Rule(elections.emr, SCALE),
+    "sce": Rule(selecting.sce, DENSITY | SCALE),
+    "iso_c": Rule(spectral.iso_c, SCALE),
+    "tsv_m": Rule(spectral.tsv_m, SCALE, measure=spectral.truncated),
+    "model_stock": Rule(averages.model_stock),
+    "geometric_median": Rule(averages.geometric_median, low=0.0),
+    "karcher": Rule(averages.karcher, low=0.0),
+    "fisher": Rule(averages.fisher, needs=["fishers"], low=0.0),
+    "slerp": Rule(averages.slerp),
+}
+
+
+def check_method(name: str) -> None:
+    """Require that a rule of this name is in ``RULES``.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in RULES:
+        raise UserError(f"method: expected one of {', '.join(RULES)}, found {name!r}")
+
+
+def check_weights(weights: Sequence[float], num_experts: int) -> None:
+    """Require a finite weight for each expert.
+
+    Raises:
+        UserError: there are more or fewer, or one is NaN or infinite.
+    """
+    if len(weights) != num_experts:
+        raise UserError(f"{len(weights)} weights for {num_experts} experts, expected one each")
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"weights are {list(weights)}, expected finite numbers")
