@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from decouple_merge.cli import main as cli
 from decouple_merge.config import Merge
 from decouple_merge.merging.merger import Merger
 from decouple_merge.merging.recipes import merge_models, repeat_merge
+from decouple_merge.merging.rules.rule import Context, Settings
 from decouple_merge.merging.survival import change_of, survival_record, whole
 
 Tensors = dict[str, Tensor]
@@ -145,15 +147,17 @@ def test_the_command_prints_it_and_exits_with_2_where_too_little_is_left(tmp_pat
 def test_a_runs_merge_in_half_precision_reports_what_files_would(tmp_path: Path, method: str) -> None:
     base = {k: v.float() for k, v in network(torch.bfloat16).items()}
     experts = [moved(base, 0.02), moved(base, 1e-4, ("layer.1",))]
-    settings: dict[str, Any] = {"method": method, "density": 0.7}
-    merger = Merger(base, experts, dtype=torch.bfloat16, device=torch.device("cpu"), **settings)
+
+    def merger_of(dtype: torch.dtype) -> Merger:
+        context_of = partial(Context, settings=Settings(0.7))
+        return Merger(base, experts, method=method, context_of=context_of, dtype=dtype, device=torch.device("cpu"))
+
     paths = [saved(tmp_path / f"{i}.safetensors", e) for i, e in enumerate(experts)]
-    given = Merge(weights=[0.5, 0.3], dtype="BF16", min_delta_cosine=-1, **settings)
+    given = Merge(weights=[0.5, 0.3], dtype="BF16", min_delta_cosine=-1, method=method, density=0.7)
     origin = saved(tmp_path / "base.safetensors", base)
     list(merge_models(str(origin), paths, given, tmp_path / "out.safetensors"))
-    assert merger.survival([0.5, 0.3]) == record_of(tmp_path / "out.safetensors")["delta"]
-    full = Merger(base, experts, device=torch.device("cpu"), **settings)
-    assert full.survival([0.5, 0.3]) is None
+    assert merger_of(torch.bfloat16).survival([0.5, 0.3]) == record_of(tmp_path / "out.safetensors")["delta"]
+    assert merger_of(torch.float32).survival([0.5, 0.3]) is None
 
 
 # -- overflow

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..config import Merge
 
 MethodOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="linear, where not given, ties, dare, dare_ties, fisher or slerp")
+    str | None, typer.Option(metavar="NAME", help="linear where not given; ties, iso_c, karcher: see docs/merging.md")
 ]
 ComponentOption = Annotated[
     str | None,

@@ -19,7 +19,7 @@ from .files import NUM_AHEAD, Progress, merge_files
 from .joining import describe_joined
 from .lora import Lora
 from .record import merge_record, name_from, read_recipe
-from .rules import check_method
+from .rules import RULES, check_method
 from .sources import Sources, widened_sha256
 from .usage import inherited, usage_of
 
@@ -119,10 +119,7 @@ def _kind(out: Path) -> Kind:
 def _merge_plan(sources: Sources, settings: Merge) -> Iterator[str]:
     largest = max(math.prod(shape) for _, shape in sources.output.values())
     num_bytes = sum(num_bytes_of(*tensor) for tensor in sources.output.values())
-    # Base, sum and a temporary in float32 for each tensor in the making; other rules hold coefficients, and votes in
-    # float64.
-    floats = 3 if settings.method == "linear" else 9 + 3 * len(sources.experts)
-    memory = (NUM_AHEAD + 1) * 4 * floats * largest
+    memory = (NUM_AHEAD + 1) * 4 * RULES[settings.method].num_tensors * largest
     yield (
         f"{settings.method} merge of {len(sources.experts)} experts: {len(sources.output):,} tensors, "
         f"{num_bytes / 1e9:.3g} GB to write, {sum(e.files.num_bytes for e in sources.experts) / 1e9:.3g} GB of experts "

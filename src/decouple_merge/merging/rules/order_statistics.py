@@ -75,11 +75,6 @@ def magnitudes_between(base: Tensor, expert: Tensor, num_small: int, num_large: 
     return next(found) if num_small > 0 else 0.0, next(found) if num_large > 0 else math.inf
 
 
-def trim_floor(base: Tensor, expert: Tensor, density: float) -> float:
-    """Find how large an entry of θ_i - θ must be to be one of the ⌈density·n⌉ largest, or as large as the last."""
-    return magnitudes_between(base, expert, expert.numel() - num_kept(expert, density), 0)[0]
-
-
 def num_kept(tensor: Tensor, density: float) -> int:
     """Count what ``density`` keeps: ⌈density·n⌉."""
     return min(math.ceil(density * tensor.numel()), tensor.numel())

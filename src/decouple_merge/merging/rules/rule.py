@@ -98,21 +98,23 @@ class Rule:
         params: the settings that it reads, with the bounds that a search looks within; None where it doesn't.
         needs: what its context must hold: ``seeds``, ``fishers``, ``grams``.
         low: the least weight that it takes.
-        measure: what it needs to know of an expert whatever the weights, of base, expert, context and the expert's
+        measure: what it needs to know of an expert whatever the weights, of base, experts, context and the expert's
             place. Where the same experts are merged again and again, it is computed once.
+        num_tensors: how many float32 tensors of the parameter's size a merge holds, the result and its cast included.
     """
 
     merge: Callable[[Tensor, list[Tensor], list[float], Context], Answer]
     params: Mapping[str, Bounds | None] = field(default_factory=dict)
     needs: Sequence[Literal["seeds", "fishers", "grams"]] = ()
     low: float = -math.inf
-    measure: Callable[[Tensor, Tensor, Context, int], Any] | None = None
+    measure: Callable[[Tensor, Sequence[Tensor], Context, int], Any] | None = None
+    num_tensors: int = 3
 
     def measured(self, base: Tensor, experts: Sequence[Tensor], context: Context) -> Context:
         """Add what the rule needs to know of each expert, unless it is there."""
         if self.measure is None or context.statistics:
             return context
-        return replace(context, statistics=[self.measure(base, e, context, i) for i, e in enumerate(experts)])
+        return replace(context, statistics=[self.measure(base, experts, context, i) for i in range(len(experts))])
 
     def answer(self, base: Tensor, experts: list[Tensor], weights: Sequence[float], context: Context) -> Answer:
         """Apply the rule to experts in the order of their sum.

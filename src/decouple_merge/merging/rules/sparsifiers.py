@@ -1,7 +1,7 @@
 """Which entries of a task vector stay, and how much they count: trimming, outliers, chance, chance by rank."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class Sparsifier:
     """
 
     keeper: Callable[[Context, int], Keeper]
-    measure: Callable[[Tensor, Tensor, Context, int], Any] | None = None
+    measure: Callable[[Tensor, Sequence[Tensor], Context, int], Any] | None = None
     by_rows: bool = False
 
 
@@ -42,15 +42,15 @@ def _density(context: Context, place: int) -> float:
     return float(density) if isinstance(density, int | float) else float(density[place])
 
 
-def _kept_by_trimming(base: Tensor, expert: Tensor, context: Context, place: int) -> tuple[float, float]:
-    num = num_kept(expert, _density(context, place))
-    return magnitudes_between(base, expert, expert.numel() - num, 0)
+def _kept_by_trimming(base: Tensor, experts: Sequence[Tensor], context: Context, place: int) -> tuple[float, float]:
+    num = num_kept(base, _density(context, place))
+    return magnitudes_between(base, experts[place], base.numel() - num, 0)
 
 
-def _kept_without_outliers(base: Tensor, expert: Tensor, context: Context, place: int) -> tuple[float, float]:
-    num, density = expert.numel(), _density(context, place)
-    num_large = min(int(context.settings.gamma * num), num - num_kept(expert, density))
-    return magnitudes_between(base, expert, num - num_kept(expert, density) - num_large, num_large)
+def _kept_but_outliers(base: Tensor, experts: Sequence[Tensor], context: Context, place: int) -> tuple[float, float]:
+    num_dropped = base.numel() - num_kept(base, _density(context, place))
+    num_large = min(int(context.settings.gamma * base.numel()), num_dropped)
+    return magnitudes_between(base, experts[place], num_dropped - num_large, num_large)
 
 
 def _within(context: Context, place: int) -> Keeper:
@@ -105,8 +105,8 @@ def _by_rank(context: Context, place: int) -> Keeper:
 # The ⌈density·n⌉ largest stay.
 TRIM = Sparsifier(_within, _kept_by_trimming)
 # As many, but for the largest of all.
-OUTLIERS = Sparsifier(_within, _kept_without_outliers)
+OUTLIERS = Sparsifier(_within, _kept_but_outliers)
 # Each stays with the chance ``density``, and is divided by it.
 DROP = Sparsifier(_by_chance)
 # The same with chances from density - ε to density + ε, by the rank in its row.
-DROP_BY_RANK = Sparsifier(_by_rank, lambda base, expert, context, place: row_length(base), by_rows=True)
+DROP_BY_RANK = Sparsifier(_by_rank, lambda base, *_: row_length(base), by_rows=True)

@@ -23,9 +23,13 @@ def iso_c(base: Tensor, experts: list[Tensor], weights: list[float], context: Co
     return (context.settings.scale * s.mean().nan_to_num() * (u @ vh)).view(base.shape)
 
 
-def truncated(base: Tensor, expert: Tensor, context: Context, place: int) -> Factors | None:
-    """Decompose a task matrix; vectors have no factors."""
-    return _decompose(task_vector(base, expert)) if base.ndim > 1 else None
+def leading_factors(base: Tensor, experts: Sequence[Tensor], context: Context, place: int) -> Factors | None:
+    """Compute the first ⌊r/N⌋ singular vectors and values of a task matrix; vectors have none."""
+    if base.ndim < 2:
+        return None
+    num = max(1, min(len(base), base[0].numel()) // len(experts))
+    u, s, vh = _decompose(task_vector(base, experts[place]))
+    return u[:, :num].clone(), s[:num], vh[:num].clone()
 
 
 def tsv_m(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Tensor:
@@ -37,8 +41,7 @@ def tsv_m(base: Tensor, experts: list[Tensor], weights: list[float], context: Co
     """
     if base.ndim < 2:
         return context.settings.scale * _mean(base, experts, weights)
-    num = max(1, min(len(base), base[0].numel()) // len(experts))
-    kept = [(u[:, :num], s[:num] * w, vh[:num]) for (u, s, vh), w in zip(context.statistics, weights, strict=True) if w]
+    kept = [(u, s * w, vh) for (u, s, vh), w in zip(context.statistics, weights, strict=True) if w]
     if not kept or not sum(len(s) for _, s, _ in kept):
         return torch.zeros_like(task_vector(base, base))
     lefts, values, rights = zip(*kept, strict=True)
