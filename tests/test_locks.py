@@ -79,7 +79,7 @@ def deme(*arguments: Any) -> Any:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-@pytest.mark.parametrize("verb", ["run", "finetune", "search", "fisher", "analyze"])
+@pytest.mark.parametrize("verb", ["run", "finetune", "search", "fisher", "gram", "analyze"])
 def test_a_second_process_is_told_who_holds_the_folder(verb: str, claimed: Path) -> None:
     arguments = [claimed / "config.yaml", "--out", claimed] if verb in ("run", "finetune") else [claimed]
     with another_process(lambda: hold(Run(claimed).lock("run"), "deme run")) as pid:

@@ -13,7 +13,7 @@ from .explore import explore
 from .files import info, merge
 from .images import sample
 from .reports import report
-from .runs import analyze, finetune, fisher, pretrain, run, search, study
+from .runs import analyze, finetune, fisher, gram, pretrain, run, search, study
 from .scores import evaluate, stats
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ for verb in (
     search,
     analyze,
     fisher,
+    gram,
     merge,
     info,
     sample,

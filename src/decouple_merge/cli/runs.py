@@ -92,6 +92,22 @@ def fisher(
     show(write_fishers(plan.prepare(load_config(run_folder / "config.yaml"), run_folder), num_batches, wait))
 
 
+def gram(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with finished experts")],
+    num_batches: Annotated[int, typer.Option(min=1, help="For each expert, of finetune.batch_size images")] = 10,
+    wait: Wait = False,
+) -> None:
+    """Write the inner products of what a run's experts see, which a merge with `--method regmean` takes.
+
+    Example: `deme gram runs/fashion-quick`
+    """
+    from ..config import load_config
+    from ..experiment import plan
+    from ..experiment.gram import write_grams
+
+    show(write_grams(plan.prepare(load_config(run_folder / "config.yaml"), run_folder), num_batches, wait))
+
+
 def analyze(
     run_folders: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folder; several with --over")],
     only: Annotated[

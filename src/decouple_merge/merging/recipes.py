@@ -39,7 +39,7 @@ def merge_models(
             keys or shapes don't fit the base's, an expert is of another base, or has NaN or infinity.
     """
     place = out.parent if out.suffix == ".safetensors" else out
-    named = settings.model_copy(update={"fishers": [Path(name_from(place, f)) for f in settings.fishers]})
+    named = settings.with_statistics(lambda path: Path(name_from(place, path)))
     ranges = [_range_of(path) for path in experts]
     record = merge_record(
         named,
@@ -75,7 +75,7 @@ def _merge(
     expected_sha256: list[str | None],
 ) -> Iterator[str | Progress]:
     check_method(settings.method)
-    check_output(out, _kind(out), [base, *experts, *settings.fishers])
+    check_output(out, _kind(out), [base, *experts, *settings.statistics])
     folder = pipeline_folder(base)
     if folder.is_file() != (out.suffix == ".safetensors"):
         raise UserError(

@@ -95,8 +95,8 @@ def read_recipe(path: Path) -> Repeat:
     origin, settings = recipe.origin, recipe.merge
     base = found_from(place, origin.name)
     experts = [Path(found_from(place, name)) for name in recipe.experts]
-    fishers = [Path(found_from(place, str(name))) for name in settings.fishers]
-    inputs = [*zip([*experts, *fishers], [*recipe.experts, *settings.fishers], strict=True)]
+    located = settings.with_statistics(lambda name: Path(found_from(place, str(name))))
+    inputs = [*zip([*experts, *located.statistics], [*recipe.experts, *settings.statistics], strict=True)]
     inputs += [(Path(base), recipe.origin.name)] if is_path(recipe.origin.name) else []
     for found, name in inputs:
         if not found.exists():
@@ -110,7 +110,7 @@ def read_recipe(path: Path) -> Repeat:
     return Repeat(
         base,
         experts,
-        settings.model_copy(update={"fishers": fishers}),
+        located,
         [origin.sha256, *hashes],
         merge_record(settings, known, recipe.experts, [], recipe.ranges, **fields),
     )

@@ -1,5 +1,6 @@
 """What files are merged from: a base and experts, opened and checked."""
 
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -56,10 +57,10 @@ class Sources:
         self._check_origin(experts)
         self.fishers = [TensorFiles(weight_files(path)) for path in settings.fishers]
         self._check_fishers()
+        self.grams = [TensorFiles(weight_files(path)) for path in settings.grams]
+        self._check_grams()
         # Masks go with an expert's content, not with its place in the list.
-        self.identities = (
-            [e.whole_sha256(e.files.sha256()) for e in self.experts] if "seeds" in self.rule.needs else []
-        )
+        self.identities = [e.whole_sha256(e.files.sha256()) for e in self.experts] if "seeds" in self.rule.needs else []
         asked = None if settings.dtype is None else DTYPES[settings.dtype]
         self.output: Layout = {
             key: (asked if asked and e.dtype.is_floating_point else e.dtype, e.shape)
@@ -114,6 +115,31 @@ class Sources:
                     f"{path}: {unlike[0]} has shape {found.entries[unlike[0]].shape}, expected {expected[unlike[0]]}, "
                     "as in the base: the information of an expert of this base"
                 )
+
+    def _check_grams(self) -> None:
+        if "grams" in self.rule.needs and len(self.grams) != len(self.experts):
+            raise UserError(
+                f"grams names {len(self.grams)} files for {len(self.experts)} experts, expected one for each, as deme "
+                "gram writes them"
+            )
+        for path, file in zip(self.settings.grams, self.grams, strict=True):
+            for key, found in file.entries.items():
+                shape = self.base.entries[key].shape if key in self.base.entries else ()
+                num = math.prod(shape[1:])
+                if len(shape) < 2 or found.shape != (num, num):
+                    raise UserError(
+                        f"{path}: {key} has shape {found.shape}, expected the inner products of a layer's inputs, "
+                        f"{f'({num}, {num})' if len(shape) > 1 else 'of a layer of the base'}: of experts of this base"
+                    )
+            if file.entries.keys() != self.grams[0].entries.keys():
+                raise UserError(f"{path} is of other layers than {self.settings.grams[0]}, expected the same in all")
+
+    def _read_grams(self, key: str) -> list[Tensor]:
+        found = [file[key] for file in self.grams if key in file.entries]
+        for path, gram in zip(self.settings.grams, found, strict=False):
+            if not _is_finite(gram):
+                raise UserError(f"{path}: {key} has NaN or infinity; make it again with deme gram")
+        return found
 
     def _read_fishers(self, key: str) -> list[Tensor]:
         found = []
@@ -172,12 +198,12 @@ class Sources:
         if not base.is_floating_point():
             return base
         versions = [e.tensor(key, base) for e in self.experts]
-        fishers = self._read_fishers(key)
+        fishers, grams = self._read_fishers(key), self._read_grams(key)
         if not self.settings.allow_non_finite:
             for version in [base, *versions]:
                 _check_finite(key, version)
         seeds = [stream_seed(self.settings.seed, sha256, key) for sha256 in self.identities]
-        context = Context(key, self.rule_settings, seeds, fishers)
+        context = Context(key, self.rule_settings, seeds, fishers, grams)
         merged = merge_tensor(self.rule, base, versions, self.weights_of(key), context)
         written = merged.to(dtype)
         if not (self.settings.allow_non_finite or _is_finite(written)):

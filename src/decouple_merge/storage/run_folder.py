@@ -92,6 +92,9 @@ class Run:
         # Not in the expert's folder: a folder with two weights files is no model.
         return self.folder / "fisher" / f"{index}.safetensors"
 
+    def gram(self, index: int) -> Path:
+        return self.folder / "gram" / f"{index}.safetensors"
+
     def baseline(self, name: str) -> Path:
         return self.folder / "baselines" / name
 

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 
 from ...errors import UserError
-from . import averages, elections, selecting, sparsifiers, spectral
+from . import averages, elections, regression, selecting, sparsifiers, spectral
 from .rule import Bounds, Rule
 
 DENSITY: dict[str, Bounds | None] = {"density": (0.1, 1.0)}
@@ -47,6 +47,7 @@ RULES: dict[str, Rule] = {
     "geometric_median": Rule(averages.geometric_median, low=0.0),
     "karcher": Rule(averages.karcher, low=0.0),
     "fisher": Rule(averages.fisher, needs=["fishers"], low=0.0),
+    "regmean": Rule(regression.regmean, SCALE | {"off_diagonal": (0.5, 1.0)}, ["grams"], low=0.0, num_tensors=16),
     "slerp": Rule(averages.slerp),
 }
 
