@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +17,20 @@ from typer.testing import CliRunner
 
 from conftest import make_unet
 from decouple_merge.cli import main as cli
-from decouple_merge.config import Config
+from decouple_merge.config import Config, Search
 from decouple_merge.diffusion.process import VP
 from decouple_merge.diffusion.timesteps import TimestepRange
+from decouple_merge.errors import UserError
 from decouple_merge.experiment.gram import write_grams
-from decouple_merge.experiment.plan import Plan, prepare
+from decouple_merge.experiment.plan import prepare
+from decouple_merge.experiment.planned import Plan
+from decouple_merge.experiment.selection import search_weights
+from decouple_merge.merging.recipes import repeat_merge
 from decouple_merge.merging.rules import RULES
 from decouple_merge.merging.rules.rule import Context, Settings, merge_tensor
 from decouple_merge.models.base import Base
 from decouple_merge.models.families.unet import UNet
+from decouple_merge.searching.checks import check_search
 from decouple_merge.seeds import generator
 from decouple_merge.training.gradient import noisy_batch
 from decouple_merge.training.gram import gram_layout, gram_matrices
@@ -165,3 +172,48 @@ def test_a_file_is_kept_until_its_expert_or_its_images_change(plan: Plan) -> Non
         assert json.loads(file.metadata()["gram"])["timesteps"] == [20, 40]
     with pytest.raises(ValueError, match="num_batches is 0, expected at least 1"):
         list(write_grams(plan, 0))
+
+
+# -- searches by rules that need more than the experts
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher", "dare_ties", "iso_c"])
+def test_a_search_by_any_rule_makes_what_it_needs_and_its_record_repeats_it(
+    method: str, plan: Plan, tmp_path: Path
+) -> None:
+    chosen = {"method": method, "density": 0.6, "low": 0.0, "strategy": "random", "num_trials": 4, "num_finalists": 0}
+    search = Search.model_validate(plan.config.search.model_dump() | chosen)
+    plan = replace(plan, config=plan.config.model_copy(update={"search": search}))
+    lines = [event for event in search_weights(plan) if isinstance(event, str)]
+    assert plan.run.gram(1).exists() == (method == "regmean")
+    assert plan.run.fisher(1).exists() == (method == "fisher")
+    record = json.loads((plan.run.merged / "merge.json").read_text())
+    assert record["method"] == method
+    # The best candidate may be the base, which all rules give alike.
+    trial = next(t for t in reversed(trials_of(plan)) if sum(t["weights"]) > 0)
+    recipe = {**record, "weights": trial["weights"], "experts_sha256": []}
+    recipe["settings"] = recipe["settings"] | {"weights": trial["weights"]}
+    (plan.run.merged / "recipe.json").write_text(json.dumps(recipe))
+    found = list(repeat_merge(plan.run.merged / "recipe.json", tmp_path / "again"))
+    assert found
+    assert json.loads((tmp_path / "again/merge.json").read_text())["merged_sha256"] == trial["merged_sha256"]
+    assert not any("inner products" in line for line in lines) or method == "regmean"
+
+
+def trials_of(plan: Plan) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in plan.run.trials.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"method": "karcher"}, r"search\.low is -0\.2, and method karcher takes no weights below 0: set low to 0"),
+        ({"method": "slerp"}, "search.method is slerp, which takes two models, found 3; take karcher"),
+        ({"method": "tyes"}, "method: expected one of linear, ties, .*, found 'tyes'"),
+        ({"method": "ties", "density": [0.5, 0.5]}, "density has 2 numbers for 3 experts, expected one, or one for"),
+        ({"method": "regmean", "low": 0.0, "over": "baseline"}, "needs grams of the run's experts, and other models"),
+    ],
+)
+def test_what_a_rule_doesnt_take_is_refused_before_a_search(base: Base, chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_search(Search(**chosen), base, 3)

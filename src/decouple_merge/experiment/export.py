@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..config import Merge, Search
+from ..config import Merge
 from ..merging.card import Usage, model_card
 from ..merging.merger import Merger
 from ..merging.record import merge_record
@@ -18,6 +18,7 @@ from ..storage.reading import AGAIN, read_record
 from .combined import combined_names
 from .planned import Plan
 from .provenance import search_record
+from .rule_inputs import rule_files
 
 
 def export_merge(plan: Plan, merger: Merger, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
     rows = [list(winner.weights[i : i + num]) for i in range(0, len(winner.weights), num)]
     blocks = dict(zip(search.blocks[:-1], rows[:-1], strict=True))
     return merge_record(
-        Merge(**_rule_of(search), weights=rows[-1], blocks=blocks, min_delta_cosine=-1),
+        Merge(**_rule_of(plan), weights=rows[-1], blocks=blocks, min_delta_cosine=-1),
         {"name": _absolute(plan.config.base), "sha256": plan.base.sha256},
         # Experts from where the record lies: a run may be moved, and its base stays where it is.
         combined_names(plan),
@@ -67,8 +68,10 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
     )
 
 
-def _rule_of(search: Search) -> dict[str, Any]:
-    return {"method": search.method, "seed": search.seed, **search.rule_settings()}
+def _rule_of(plan: Plan) -> dict[str, Any]:
+    search = plan.config.search
+    files = {need: [f"../{p.relative_to(plan.run.folder)}" for p in each] for need, each in rule_files(plan).items()}
+    return {"method": search.method, "seed": search.seed, **search.rule_settings(), **files}
 
 
 def _absolute(name: str) -> str:

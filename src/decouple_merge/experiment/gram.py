@@ -13,7 +13,8 @@ from ..storage.files import atomic_path
 from ..storage.locks import enter, hold
 from ..storage.tensors import TensorFiles, num_bytes_of, write_stream
 from ..training.gram import gram_layout, gram_matrices
-from .plan import Plan, load_experts
+from .plan import load_experts
+from .planned import Plan
 
 
 def write_grams(plan: Plan, num_batches: int = 10, wait: bool = False) -> Iterator[str]:

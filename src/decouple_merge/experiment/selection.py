@@ -8,7 +8,6 @@ from ..executors import run_all
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..merging.merger import Merger
-from ..merging.rules.rule import Context, Settings
 from ..merging.survival import survival_line
 from ..models.base import tensors_sha256
 from ..searching.leader import leading
@@ -24,6 +23,7 @@ from .export import export_merge
 from .manifest import check_claimed
 from .planned import Plan
 from .provenance import begin_search, search_record
+from .rule_inputs import contexts, rule_records, write_rule_inputs
 from .start import learn_start
 from .trials import draw_search, report_candidates, write_trials
 from .watch import compared_of
@@ -39,7 +39,7 @@ def open_merger(plan: Plan, experts: list[Tensors]) -> Merger:
         plan.base.network.state_dict(),
         experts,
         method=search.method,
-        context_of=lambda key: Context(key, Settings(**search.rule_settings())),
+        context_of=contexts(plan, experts),
         patterns=search.blocks,
         dtype=plan.base.dtype,
         device=default_device(),
@@ -72,6 +72,7 @@ def search_weights(plan: Plan, wait: bool = False) -> Iterator[Event]:
         check_claimed(plan.run, plan.config)
         hashes = _hashes(load_combined(plan))
         begin_search(plan, hashes)
+        yield from write_rule_inputs(plan, hashes)
         first = level_opener(plan, hashes)("screen")
         # Whoever helps waits for candidates; nobody need wait for a search that is finished.
         num = 1 if first.user_attrs.get("finished") else plan.config.num_processes
@@ -110,7 +111,10 @@ def level_opener(plan: Plan, hashes: list[str]) -> OpenLevel:
     if settings.storage is None:
         plan.run.study.parent.mkdir(parents=True, exist_ok=True)
     storage = open_storage(settings.storage or plan.run.study)
-    digest = digest_of(search_record(plan, hashes))
+    record = search_record(plan, hashes)
+    if rule := rule_records(plan):
+        record |= {"rule": rule}
+    digest = digest_of(record)
     return lambda level: open_study(storage, f"{digest}-{level}")
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -108,7 +109,9 @@ class Ruled:
         self.ranks: dict[str, list[int]] = {}
         for key, base in self.rows[0].items():
             experts = [row[key] for row in self.rows[1:]]
-            self.contexts[key] = rule.measured(base, experts, context_of(key))
+            context = context_of(key)
+            context = replace(context, fishers=[f.to(base.device) for f in context.fishers])
+            self.contexts[key] = rule.measured(base, experts, context)
             order = order_of(experts, [0.0] * len(experts), self.contexts[key])
             self.ranks[key] = [order.index(i) for i in range(len(order))]
 
