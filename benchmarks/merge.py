@@ -2,6 +2,7 @@
 
     python benchmarks/merge.py --millions 160 640 --experts 2 4 8
     python benchmarks/merge.py --sdxl --peers FOLDER
+    python benchmarks/merge.py --millions 160 --methods ties dare breadcrumbs
 
 Synthetic fp16 networks are merged linearly. The first row is the limit: reading every input and writing one output.
 Every contender is a process of its own, with its start and imports, in turn, in an order that is reversed from repeat
@@ -91,7 +92,9 @@ def run_and_watch(command: list[str], environment: dict[str, str]) -> tuple[floa
     return seconds, peak / 1e6
 
 
-def contenders(folder: Path, num_experts: int, peers: Path | None, is_sdxl: bool) -> dict[str, tuple[list[str], dict]]:
+def contenders(
+    folder: Path, num_experts: int, peers: Path | None, is_sdxl: bool, methods: list[str]
+) -> dict[str, tuple[list[str], dict]]:
     base, *experts = [str(folder / f"{i}.safetensors") for i in range(num_experts + 1)]
     weights = ",".join(map(str, WEIGHTS[:num_experts]))
     copied = f"cat {base} {' '.join(experts)} > /dev/null && cp {base} {folder}/copy.safetensors"
@@ -100,6 +103,9 @@ def contenders(folder: Path, num_experts: int, peers: Path | None, is_sdxl: bool
         "read every input, write one": (["sh", "-c", copied], {}),
         "deme merge": ([*deme, "--out", f"{folder}/deme.safetensors"], {}),
     }
+    for method in methods:
+        options = ["--method", method, "--set", "density=0.7", "--out", f"{folder}/{method}.safetensors"]
+        found[f"deme merge --method {method}"] = ([*deme, *options], {})
     if peers is None:
         return found
     path = {"PYTHONPATH": str(peers)}
@@ -123,7 +129,13 @@ def contenders(folder: Path, num_experts: int, peers: Path | None, is_sdxl: bool
 
 
 def compare(
-    num_millions: float | None, num_experts: int, peers: Path | None, num_repeats: int, where: Path, is_cold: bool
+    num_millions: float | None,
+    num_experts: int,
+    peers: Path | None,
+    num_repeats: int,
+    where: Path,
+    is_cold: bool,
+    methods: list[str],
 ) -> None:
     """Print a row for each contender."""
     with tempfile.TemporaryDirectory(dir=where) as name:
@@ -135,7 +147,7 @@ def compare(
         peaks: dict[str, float] = {}
         for repeat in range(num_repeats):
             for who, (command, environment) in list(
-                contenders(folder, num_experts, peers, num_millions is None).items()
+                contenders(folder, num_experts, peers, num_millions is None, methods).items()
             )[:: -1 if repeat % 2 else 1]:
                 if is_cold:
                     drop_caches()
@@ -159,6 +171,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--num-repeats", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="drop the system's file cache before each (as root)")
+    parser.add_argument("--methods", nargs="*", default=[], help="other rules than the linear one, at density 0.7")
     parser.add_argument("--where", type=Path, help="folder for the files: six times the network's size")
     arguments = parser.parse_args()
     print("| a file | experts | | seconds | / first | memory, GB |\n|---|---|---|---|---|---|")
@@ -171,6 +184,7 @@ def main() -> None:
                 arguments.num_repeats,
                 arguments.where,
                 arguments.cold,
+                arguments.methods,
             )
 
 
