@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field
 
@@ -45,6 +45,6 @@ class Merge(RuleSettings):
         """The files that a method needs beside the models."""
         return [*self.fishers, *self.grams]
 
-    def with_statistics(self, place: Callable[[Path], Path]) -> Self:
+    def with_statistics(self, place: Callable[[Path], Path]) -> "Merge":
         """Name the same files by other paths."""
         return self.model_copy(update={"fishers": [*map(place, self.fishers)], "grams": [*map(place, self.grams)]})
