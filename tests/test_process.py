@@ -155,5 +155,5 @@ def test_the_draw_of_a_flow_at_no_signal_is_finite() -> None:
 
 
 def test_an_unknown_prediction_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="prediction type is 'flow', expected one of epsilon, sample, v_prediction"):
+    with pytest.raises(ValueError, match="prediction type is 'flow', not one of epsilon, sample, v_prediction"):
         VP(schedule(), "flow")

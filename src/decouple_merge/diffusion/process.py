@@ -105,9 +105,7 @@ class VP:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
-            raise UserError(
-                f"prediction type is {self.prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}"
-            )
+            raise UserError(f"prediction type is {self.prediction_type!r}, not one of {', '.join(PREDICTION_TYPES)}")
 
     @property
     def num_train_timesteps(self) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -85,15 +85,7 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
         UserError: an expert is damaged, or of another base; there are fewer images than an analysis is set to take.
     """
     needed = {need for own in needs.values() for need in own}
-    num = len(split(plan.images, plan.config.data).trained)
-    for name in needs:
-        own = settings.of(name)
-        for key in ("num_images", "num_gradient_images"):
-            if (wanted := getattr(own, key, 0)) > num:
-                place = name.replace("-", "_")
-                raise UserError(
-                    f"{name} takes {wanted} images, and {num} are trained on; give --set {place}.{key}={num}"
-                )
+    _check_numbers(plan, settings, needs)
 
     def images(num_wanted: int) -> Batch:
         seed = stream_seed(settings.seed, "analysis")
@@ -103,15 +95,7 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
     checkpoints = kept_checkpoints(plan.run.folder / "training") if "gradient-similarity" in needs else {}
     models = _others(plan, settings.loss_weights.run) if "loss-weights" in needs else {}
     runs = [_results(folder) for folder in (plan.run.folder, *others)] if others else []
-    trials = read_records(plan.run.trials, level=str, weights=list, metric=str)
-    is_of_experts = plan.config.search.over == "experts" and not plan.config.search.checkpoints
-    screened = [
-        (r["weights"], r["value"])
-        for r in trials
-        if is_of_experts and r["level"] == trials[0]["level"] and r["value"] is not None
-    ]
-    # With blocks there are several weights of each expert.
-    screened = [(weights, value) for weights, value in screened if len(weights) == len(plan.ranges)]
+    metric, screened = _screened(plan)
     return Subject(
         base=plan.base,
         ranges=plan.ranges,
@@ -129,7 +113,7 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
             "sensitivity": {f"{run.name} sha256": _sha256(run) for run in runs},
         },
         trials=screened,
-        metric=trials[0]["metric"] if trials else "",
+        metric=metric,
         models=report_models(plan),
         draw=drawing,
         prompts_of=drawing.prompts_of,
@@ -140,6 +124,30 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
         images=images,
         device=default_device(),
     )
+
+
+def _check_numbers(plan: Plan, settings: Analyze, names: Iterable[str]) -> None:
+    """Require that no analysis takes more images than are trained on."""
+    num = len(split(plan.images, plan.config.data).trained)
+    for name in names:
+        for key in ("num_images", "num_gradient_images"):
+            if (wanted := getattr(settings.of(name), key, 0)) > num:
+                place = name.replace("-", "_")
+                raise UserError(
+                    f"{name} takes {wanted} images, and {num} are trained on; give --set {place}.{key}={num}"
+                )
+
+
+def _screened(plan: Plan) -> tuple[str, list[tuple[list[float], float]]]:
+    """Read the search's metric, and weights and values of its first level where each expert has one weight."""
+    trials = read_records(plan.run.trials, level=str, weights=list, metric=str)
+    if not trials:
+        return "", []
+    is_of_experts = plan.config.search.over == "experts" and not plan.config.search.checkpoints
+    found = [(r["weights"], r["value"]) for r in trials if r["level"] == trials[0]["level"] and r["value"] is not None]
+    # With blocks there are several weights of each expert.
+    whole = [(weights, value) for weights, value in found if len(weights) == len(plan.ranges)]
+    return trials[0]["metric"], whole if is_of_experts else []
 
 
 def _training(plan: Plan) -> Training:

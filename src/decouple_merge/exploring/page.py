@@ -1,6 +1,7 @@
 """The local page of a run, with a slider for each merging weight; the adapter to gradio."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +53,37 @@ def open_page(explorer: Explorer, out: Path) -> gr.Blocks:
             export = gr.Button("Export this merge", scale=1)
         said = gr.Markdown(elem_id="exported")
 
-        def answer(method: str, density: float, *weights: float) -> tuple[Any, str]:
-            chosen = tuple(map(float, weights))
-            images = _said(lambda: explorer.draw(chosen, method, density))
-            return _picture(images), describe(knowledge, chosen, method, density)
-
-        def write(folder: str, method: str, density: float, *weights: float) -> str:
-            lines = _said(lambda: list(explorer.export(tuple(map(float, weights)), method, density, Path(folder))))
-            return "\n\n".join([f"Written: {folder}", *(line for line in lines if isinstance(line, str))])
-
-        inputs = [method, density, *sliders]
-        # Of the places that a slider passes while an answer is made, only the last has one.
-        shared: dict[str, Any] = {"inputs": inputs, "outputs": [merged, distance], "show_progress": "minimal"}
-        page.load(answer, **shared)
-        for control in inputs:
-            control.change(answer, trigger_mode="always_last", concurrency_limit=1, concurrency_id="merge", **shared)
+        _connect(explorer, knowledge, page, [method, density, *sliders], (merged, distance))
         start = [search.method, search.density]
-        reset.click(lambda: [*start, *(round(w, 3) for w in best)], outputs=inputs)
+        reset.click(lambda: [*start, *(round(w, 3) for w in best)], outputs=[method, density, *sliders])
         zero.click(lambda: [0.0] * len(best), outputs=sliders)
-        export.click(write, [folder, *inputs], said, concurrency_limit=1, concurrency_id="merge")
+        written = partial(_write, explorer)
+        once: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "merge"}
+        export.click(written, [folder, method, density, *sliders], said, **once)
     return page
+
+
+def _connect(
+    explorer: Explorer, knowledge: SearchKnowledge, page: gr.Blocks, inputs: list[Any], outputs: tuple[Any, Any]
+) -> None:
+    """Answer every change of a control, and the opening of the page."""
+
+    def answer(method: str, density: float, *weights: float) -> tuple[Any, str]:
+        chosen = tuple(map(float, weights))
+        images = _said(lambda: explorer.draw(chosen, method, density))
+        return _picture(images), describe(knowledge, chosen, method, density)
+
+    # Of the places that a slider passes while an answer is made, only the last has one.
+    shared: dict[str, Any] = {"inputs": inputs, "outputs": list(outputs), "show_progress": "minimal"}
+    page.load(answer, **shared)
+    for control in inputs:
+        control.change(answer, trigger_mode="always_last", concurrency_limit=1, concurrency_id="merge", **shared)
+
+
+def _write(explorer: Explorer, folder: str, method: str, density: float, *weights: float) -> str:
+    """Export a merge; returns what the page says of it."""
+    lines = _said(lambda: list(explorer.export(tuple(map(float, weights)), method, density, Path(folder))))
+    return "\n\n".join([f"Written: {folder}", *(line for line in lines if isinstance(line, str))])
 
 
 def launch(page: gr.Blocks, host: str, port: int | None, *, wait: bool = True) -> str:

@@ -83,23 +83,7 @@ def load_base(name: str, is_single: bool = False) -> Base:
         UserError: there is no such model, a file is damaged, its parts don't fit, it is not ``SUPPORTED``, or a single
             denoiser is wanted of one that has no more.
     """
-    try:
-        folder = pipeline_folder(name)
-        if not isinstance(kind := read_index(folder).get("_class_name"), str):
-            raise UserError(f"{folder} has no model_index.json that names a pipeline's class")
-        # Others are refused below, before gigabytes are loaded.
-        pipeline = _load(FAMILIES[kind], folder) if kind in FAMILIES else None
-    except (SafetensorError, EOFError) as error:
-        raise UserError(f"base {name!r}: its weights file is damaged ({error}); fetch or copy it again") from error
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
-        if is_ours(error):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"base {name!r} can't be loaded ({reason}); expected {SUPPORTED}, by folder or hub name"
-        ) from error
-    if pipeline is None:
-        raise UserError(f"base {name!r} is a {kind}; supported is {SUPPORTED}")
+    folder, kind, pipeline = _opened(name)
     family = FAMILIES[kind]
     networks = {part: getattr(pipeline, part, None) for part in family.components}
     for part, each in networks.items():
@@ -125,6 +109,28 @@ def load_base(name: str, is_single: bool = False) -> Base:
         stored_dtype(folder),
         encoders,
     )
+
+
+def _opened(name: str) -> tuple[Path, str, Any]:
+    """Load a pipeline; returns its folder and its class's name, too."""
+    try:
+        folder = pipeline_folder(name)
+        if not isinstance(kind := read_index(folder).get("_class_name"), str):
+            raise UserError(f"{folder} has no model_index.json that names a pipeline's class")
+        # Others are refused below, before gigabytes are loaded.
+        pipeline = _load(FAMILIES[kind], folder) if kind in FAMILIES else None
+    except (SafetensorError, EOFError) as error:
+        raise UserError(f"base {name!r}: its weights file is damaged ({error}); fetch or copy it again") from error
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+        if is_ours(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"base {name!r} can't be loaded ({reason}); expected {SUPPORTED}, by folder or hub name"
+        ) from error
+    if pipeline is None:
+        raise UserError(f"base {name!r} is a {kind}; supported is {SUPPORTED}")
+    return folder, kind, pipeline
 
 
 def _load(family: Family, folder: Path) -> Any:
