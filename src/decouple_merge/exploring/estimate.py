@@ -38,13 +38,17 @@ class SearchKnowledge:
     """
 
     def __init__(self, trials: Path, config: Config) -> None:
-        self.metric, self.method, self.density = config.search.metric, config.search.method, config.search.density
+        self.metric, self.method = config.search.metric, config.search.method
+        density = config.search.density
+        # A page has one for all experts.
+        self.density = None if isinstance(density, list) else density
         found = read_records(trials, level=str, weights=list)
         self.trials = [t for t in found if t.get("value") is not None]
 
     def knows(self, method: str, density: float) -> bool:
         """Say whether the search merged so: only then its distances are this merge's."""
-        return method == self.method and (method != "ties" or abs(density - self.density) < CLOSE)
+        own = self.density
+        return method == self.method and (method != "ties" or (own is not None and abs(density - own) < CLOSE))
 
     def known(self, weights: Weights) -> dict[str, tuple[float, int]]:
         """Look up a candidate: level to its distance and the number of images."""

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..executors.devices import default_device
 from ..merging.merger import Merger
 from ..merging.recipes import merge_models
+from ..merging.rules.rule import Context, Settings
 from ..models.ensemble import open_run
 from ..models.network import build_network
 from ..sampling.model import run_prompts
@@ -45,7 +46,7 @@ class Explorer:
 
     def __init__(self, folder: Path, num_steps: int | None = None) -> None:
         self.run = Run(folder)
-        self.config, self.base, self.ranges, self.experts = open_run(folder)
+        self.config, self.base, self.ranges, self.experts, _ = open_run(folder)
         search = self.config.search
         if search.checkpoints or search.over != "experts":
             raise UserError(f"{folder} merges other models than its experts, expected a run that merges those")
@@ -117,7 +118,7 @@ class Explorer:
                 self.base.network.state_dict(),
                 self.experts,
                 method=method,
-                density=key[1],
+                context_of=lambda name: Context(name, Settings(density=key[1])),
                 patterns=self.blocks,
                 dtype=self.base.dtype,
                 device=self.device,

@@ -28,6 +28,7 @@ def open_page(explorer: Explorer, out: Path) -> gr.Blocks:
     knowledge = SearchKnowledge(explorer.run.trials, explorer.config)
     search, best = explorer.config.search, explorer.best
     low, high = min(search.low, *best), max(search.high, *best)
+    start = [search.method if search.method in METHODS else METHODS[0], knowledge.density or 1.0]
     # Fitted before somebody waits for it.
     knowledge.estimate(best)
     with gr.Blocks(title=f"{explorer.run.folder.resolve().name}: merging weights", analytics_enabled=False) as page:
@@ -38,8 +39,8 @@ def open_page(explorer: Explorer, out: Path) -> gr.Blocks:
                     gr.Slider(low, high, round(w, 3), step=0.001, label=f"weight of {name}")
                     for name, w in zip(explorer.names, best, strict=True)
                 ]
-                method = gr.Radio(METHODS, value=search.method, label="method")
-                density = gr.Slider(0.05, 1.0, search.density, step=0.01, label="density, the share that ties keeps")
+                method = gr.Radio(METHODS, value=start[0], label="method")
+                density = gr.Slider(0.05, 1.0, start[1], step=0.01, label="density, the share that ties keeps")
                 with gr.Row():
                     reset = gr.Button("The run's own merge")
                     zero = gr.Button("All weights 0")
@@ -54,7 +55,6 @@ def open_page(explorer: Explorer, out: Path) -> gr.Blocks:
         said = gr.Markdown(elem_id="exported")
 
         _connect(explorer, knowledge, page, [method, density, *sliders], (merged, distance))
-        start = [search.method, search.density]
         reset.click(lambda: [*start, *(round(w, 3) for w in best)], outputs=[method, density, *sliders])
         zero.click(lambda: [0.0] * len(best), outputs=sliders)
         written = partial(_write, explorer)
@@ -114,7 +114,8 @@ def describe(knowledge: SearchKnowledge, weights: Weights, method: str, density:
     if not knowledge.trials:
         return f"**{metric}**: nothing was searched yet."
     if not knowledge.knows(method, density):
-        own = knowledge.method + (f" at density {knowledge.density:g}" if knowledge.method == "ties" else "")
+        is_single = knowledge.method == "ties" and knowledge.density is not None
+        own = knowledge.method + (f" at density {knowledge.density:g}" if is_single else "")
         return f"**{metric}**: not known; the search merged by {own}."
     if known := knowledge.known(weights):
         said = "; ".join(f"{value:.4g} on {num:,} images ({level})" for level, (value, num) in known.items())
