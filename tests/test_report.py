@@ -178,6 +178,16 @@ def test_training_seeds_stand_side_by_side_and_are_the_units_of_the_interval(mak
     assert "One training seed" not in shown
 
 
+def test_numbers_of_an_older_model_or_reference_are_left_out(make_run: MakeRun) -> None:
+    run = make_run()
+    old = metrics({"pretrained": [50.0] * 4}, reference="images.npz:11")
+    old += [r | {"model_sha256": "old"} for r in metrics({"merged": [10.0] * 4})]
+    lines(run / "metrics.jsonl", old + metrics(VALUES))
+    found = read_run(run)
+    assert found.values("pretrained", FD) == {(10 * i, 10 * i + 9): v for i, v in enumerate(VALUES["pretrained"])}
+    assert list(found.values("merged", FD).values()) == VALUES["merged"]
+
+
 def test_runs_that_differ_in_more_than_their_seed_are_refused(make_run: MakeRun, tmp_path: Path) -> None:
     first, second = make_run("a", 0), make_run("b", 0)
     with pytest.raises(UserError, match="training seed 0 stands for several of the runs"):
@@ -311,7 +321,7 @@ def test_the_page_is_clean_and_fits(make_run: MakeRun, tab: Tab, width: int, dar
     assert tab.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
     # Text stands out from the page in both modes: WCAG's contrast of 4.5.
     for selector in ("body", ".note", "a[href='#images']", "figcaption", "thead th"):
-        assert tab.run(f"({CONTRAST})('{selector}')") >= 4.5, selector
+        assert tab.run(f"({CONTRAST})({json.dumps(selector)})") >= 4.5, selector
 
 
 CONTRAST = """selector => {

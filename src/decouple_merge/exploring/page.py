@@ -130,9 +130,10 @@ def describe(knowledge: SearchKnowledge, weights: Weights, method: str, density:
 
 
 def _introduction(explorer: Explorer) -> str:
+    sampler = explorer.config.sample.sampler or "the base's own sampler"
     return (
-        f"Seeds {explorer.seeds.start} to {explorer.seeds.stop - 1}, {explorer.config.sample.sampler} with "
-        f"{explorer.num_steps} steps. Weights are those of the experts, each of its range of timesteps."
+        f"Seeds {explorer.seeds.start} to {explorer.seeds.stop - 1}, {explorer.num_steps} steps of {sampler}. "
+        "Weights are those of the experts, each of its range of timesteps."
     )
 
 

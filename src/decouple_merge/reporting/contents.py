@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import Config, load_config
 from ..errors import UserError
+from ..evaluation.records import COMPARED_FIELDS
 from ..storage.files import read_records
 from ..storage.reading import AGAIN, read_record
 from ..storage.run_folder import Run
@@ -51,7 +52,7 @@ class Contents:
     """What a run folder holds.
 
     Attributes:
-        metrics: records, of equal ones the last.
+        metrics: records, of the models as they are now.
         samples: model to its images by seed.
     """
 
@@ -70,6 +71,14 @@ class Contents:
     @property
     def name(self) -> str:
         return self.run.folder.resolve().name
+
+    @property
+    def drawn_with(self) -> str:
+        """Say how the images that were scored were drawn."""
+        last = self.metrics[-1] if self.metrics else {}
+        sample = self.config.report_sample
+        sampler, num_steps = (last.get(k) or getattr(sample, k) for k in ("sampler", "num_steps"))
+        return f"{sampler or 'the sampler of the base'}, {num_steps} steps"
 
     @property
     def models(self) -> list[str]:
@@ -99,12 +108,11 @@ def read_run(folder: Path) -> Contents:
     if not run.config.is_file():
         raise UserError(f"{folder} has no config.yaml, expected a run folder: give the folder that deme run wrote")
     records = read_records(run.metrics, model=str, metric=str, value=(int, float))
-    last = {(r["model"], r["metric"], str(r.get("seeds"))): r for r in records}
     return Contents(
         run=run,
         config=load_config(run.config),
         manifest=_record(run.manifest),
-        metrics=list(last.values()),
+        metrics=_newest(records),
         trainings=list(_trainings(run)),
         trials=read_records(run.trials, level=str, weights=list, seconds=(int, float)),
         candidates=_record(run.candidates),
@@ -113,6 +121,22 @@ def read_run(folder: Path) -> Contents:
         analyses=[_analysis(run, path) for path in sorted(run.analysis("").glob("*.json"))],
         costs=read_records(run.costs, stage=str, seconds=(int, float)),
     )
+
+
+def _newest(records: list[Record]) -> list[Record]:
+    """Pick the records that stand beside the last ones: of the models as they are now, and measured alike.
+
+    What a file has of an older merged model, or of another reference, is left out.
+    """
+    models = {r["model"]: r.get("model_sha256") for r in records}
+    measured = {r["metric"]: r for r in records}
+    current = [
+        r
+        for r in records
+        if r.get("model_sha256") == models[r["model"]]
+        and all(r.get(field) == measured[r["metric"]].get(field) for field in COMPARED_FIELDS)
+    ]
+    return list({(r["model"], r["metric"], str(r.get("seeds"))): r for r in current}.values())
 
 
 def _record(path: Path) -> Record:

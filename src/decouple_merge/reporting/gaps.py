@@ -27,7 +27,7 @@ def not_measured(runs: list[Contents], all_analyses: Sequence[str]) -> list[str]
         "together."
     )
     if not any("prompts" in r and r["prompts"] for r in first.metrics):
-        gaps.append(f"One sampler: {_drawn(first)}. Others weren't tried.")
+        gaps.append(f"One sampler: {first.drawn_with}. Others weren't tried.")
     missing = [name for name in all_analyses if name not in {a.name for run in runs for a in run.analyses}]
     if missing:
         gaps.append(f"Analyses that weren't made: {', '.join(missing)}. deme analyze makes them.")
@@ -57,7 +57,3 @@ def _of_metrics(runs: list[Contents], metrics: list[str]) -> list[str]:
     if runs[0].config.evaluate.reference is None:
         gaps.append("Images were compared with what the models were trained on; other data may judge otherwise.")
     return gaps
-
-
-def _drawn(run: Contents) -> str:
-    return f"{run.config.sample.sampler} with {run.config.sample.num_steps} steps"
