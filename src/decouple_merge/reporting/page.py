@@ -18,7 +18,7 @@ from .views import view
 
 MAX_BYTES = 5_000_000
 # How much smaller pictures are tried, until a page is small enough.
-SCALES = (1.0, 0.7, 0.5, 0.35, 0.25)
+SCALES = (1.0, 0.9, 0.7, 0.5, 0.35, 0.25)
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:

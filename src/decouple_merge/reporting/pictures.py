@@ -34,15 +34,20 @@ def grid(files: list[Path], scale: float = 1.0) -> str:
 
 
 def figure(file: Path, scale: float = 1.0) -> tuple[str, int, int]:
-    """Write a figure's PNG as a data URI, with its width and height; in a palette, which takes a third of the bytes."""
+    """Write a figure as a PNG's data URI, with its width and height.
+
+    Args:
+        scale: below 1 also in a palette, which takes a third of the bytes and makes ramps coarse.
+    """
     image = Image.open(file).convert("RGB")
-    scale = min(1.0, MAX_FIGURE_WIDTH / image.width) * scale
-    if scale < 1:
-        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    shrunk = min(1.0, MAX_FIGURE_WIDTH / image.width) * scale
+    if shrunk < 1:
+        size = max(1, round(image.width * shrunk)), max(1, round(image.height * shrunk))
         image = image.resize(size, Image.Resampling.LANCZOS)
-    # Without dithering: flat colours stay flat.
-    paletted = image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    return _uri(paletted, "PNG", optimize=True), image.width, image.height
+    if scale < 1:
+        # Without dithering: flat colours stay flat.
+        image = image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    return _uri(image, "PNG", optimize=True), image.width, image.height
 
 
 def _uri(image: Image.Image, kind: str, **options: object) -> str:
