@@ -159,7 +159,7 @@ def test_a_larger_recall_is_better(make_run: MakeRun) -> None:
 
 def test_one_set_of_images_has_no_interval(make_run: MakeRun) -> None:
     found = verdict([read_run(make_run(values={m: v[:1] for m, v in VALUES.items()}))])
-    assert "on one set of images better than the pretrained model" in found.sentence
+    assert found.sentence.startswith("On one set of images, the merged model is better than the pretrained model and")
     assert "interval" not in found.sentence
     assert "raise evaluate.num_seed_sets" in found.note
 

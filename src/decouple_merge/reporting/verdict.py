@@ -147,13 +147,13 @@ def verdict(runs: list[Contents]) -> Verdict:
     if not known:
         return Verdict("open", f"There is no verdict: {metric} isn't above 0 everywhere, so it has no ratio.", "")
     sign = 1 if METRICS[metric].is_distance else -1
+    is_sure = all(ratio.bootstrap for ratio in known.values())
+    subject = "The merged model" if is_sure else "On one set of images, the merged model"
     said = " and ".join(f"{_word(ratio, sign)} {others[other]}" for other, ratio in known.items())
     numbers = " and ".join(f"{_number(ratio)} that of {others[other]}" for other, ratio in known.items())
     sides = {sign * _side(ratio.bootstrap) for ratio in known.values()}
     state = {frozenset({-1}): "better", frozenset({1}): "worse"}.get(frozenset(sides), "mixed")
-    return Verdict(
-        state, f"The merged model is {said}: its {metric} is {numbers}.", _note(runs, next(iter(known.values())))
-    )
+    return Verdict(state, f"{subject} is {said}: its {metric} is {numbers}.", _note(runs, next(iter(known.values()))))
 
 
 def _side(interval: Interval | None) -> int:
@@ -165,7 +165,7 @@ def _side(interval: Interval | None) -> int:
 
 def _word(ratio: Ratio, sign: int) -> str:
     if ratio.bootstrap is None:
-        return f"on one set of images {'better' if sign * (ratio.value - 1) < 0 else 'worse'} than"
+        return f"{'better' if sign * (ratio.value - 1) < 0 else 'worse'} than"
     plain, careful = (sign * _side(i) for i in (ratio.bootstrap, ratio.student))
     if plain == 0:
         return "not told apart from"
@@ -182,7 +182,7 @@ def _note(runs: list[Contents], ratio: Ratio) -> str:
     images = max(r["num_images"] for run in runs for r in run.metrics)
     num_sets = f"{ratio.num_sets} set{'s' if ratio.num_sets > 1 else ''}"
     num_runs = f"{ratio.num_runs} training seeds" if ratio.num_runs > 1 else "one training seed"
-    text = f"{num_runs}, {num_sets} of {images:,} images that all models drew from the same seeds."
+    text = f"{num_runs.capitalize()}, {num_sets} of {images:,} images that all models drew from the same seeds."
     if ratio.bootstrap is None:
         return f"{text} One number each has no interval: raise evaluate.num_seed_sets."
     units, num = ("training seeds", ratio.num_runs) if ratio.num_runs > 1 else ("sets", ratio.num_sets)
@@ -191,7 +191,6 @@ def _note(runs: list[Contents], ratio: Ratio) -> str:
         text += " Of {} {} a bootstrap is narrow: Student's t gives {:.3f} to {:.3f} for the first.".format(
             num, units, *ratio.student
         )
-    text = text[0].upper() + text[1:]
     return text + ("" if ratio.num_runs > 1 else " Another training may differ by more than other images do.")
 
 
