@@ -262,6 +262,7 @@ def test_the_same_run_gives_the_same_bytes(make_run: MakeRun) -> None:
 def test_a_page_of_large_pictures_stays_below_its_limit(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(size=128)
     monkeypatch.setattr(page, "MAX_BYTES", 250_000)
+    monkeypatch.setattr(page, "SCALES", (1.0, 0.35))
     assert write_report([run]).stat().st_size < 250_000
     monkeypatch.setattr(page, "MAX_BYTES", 1000)
     with pytest.raises(UserError, match=r"expected less than 5 MB: report on fewer runs"):
