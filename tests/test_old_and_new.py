@@ -212,8 +212,8 @@ def test_replaced_parts_of_a_text_base_are_named(
 
 
 def test_a_moved_run_with_moved_base_and_data_is_finished(done: Place) -> None:
-    # These say where base and data lie.
-    located = ("config.yaml", "manifest.json", "merged/merge.json", "merged/README.md")
+    # These say where base and data lie, and what was done when.
+    located = ("config.yaml", "manifest.json", "merged/merge.json", "merged/README.md", "costs.jsonl", "report.html")
     kept = {name: data for name, data in contents(done.run).items() if name not in located}
     assert work_of(done.again()) == set()
     assert kept.items() <= contents(done.run).items()

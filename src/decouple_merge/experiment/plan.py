@@ -29,7 +29,6 @@ from ..training.checks import check_finetune
 from ..training.made_from import check_unchanged
 from .located import located
 from .manifest import check_owner, claim, manifest
-from .planned import BASELINE as BASELINE
 from .planned import Plan
 from .provenance import check_stages, made_from
 from .reported import report_references

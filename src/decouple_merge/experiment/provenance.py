@@ -10,6 +10,7 @@ from ..evaluation.metrics import METRICS
 from ..models.base import tensors_sha256
 from ..models.identity import base_parts
 from ..models.network import load_network
+from ..models.schedulers import sampler_of
 from ..sampling.sampler import prompts_label
 from ..storage.files import write_json
 from ..storage.made_from import MadeFrom, differences, digest_of, plain, told
@@ -71,7 +72,8 @@ def _search(plan: Plan) -> MadeFrom:
             "ranges": [[r.low, r.high] for r in plan.ranges],
             "search": config.search.model_dump(mode="json", exclude=UNSEEN)
             | {"final_seeds": [final.start, final.stop]},
-            "sample": config.sample.model_dump(mode="json", exclude={"batch_size", "one_resident"}),
+            "sample": config.sample.model_dump(mode="json", exclude={"batch_size", "one_resident"})
+            | {"sampler": sampler_of(plan.base, config.sample.sampler)},
             "prompts": prompts_label(plan.prompts, config.text) if plan.prompts else None,
             "extractor": label_of(extractor, weights_of(extractor, config.evaluate)),
             "num_reference_images": config.evaluate.num_reference_images,
