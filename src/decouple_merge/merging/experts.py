@@ -113,6 +113,7 @@ def open_expert(path: Path, parts: Mapping[str, Path] | None = None) -> Expert:
     Raises:
         UserError: there are no weights, they are damaged, a pickle, or quantised.
     """
-    whole = denoisers(path)
-    opened = open_model(path) if parts is None or [*parts.values()] == [*whole.values()] else open_parts(parts)
+    # A part may be chosen of a pipeline that has no denoiser.
+    projected = parts and (path / PROJECTIONS_FILE).is_file() and [*parts.values()] == [*denoisers(path).values()]
+    opened = open_model(path) if parts is None or projected else open_parts(parts)
     return Lora(opened, path) if is_adapter(opened.entries) else Checkpoint(opened)
