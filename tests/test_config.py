@@ -8,7 +8,8 @@ from decouple_merge.config import Config, Data, Evaluate, Finetune, Search, Trai
 from decouple_merge.errors import UserError
 from decouple_merge.seeds import check_disjoint, generator, stream_seed
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+# Studies are of another shape.
+CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*.yaml") if not p.stem.startswith("study-"))
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -31,7 +32,7 @@ def write(tmp_path: Path, text: str) -> Path:
             "finetune.projection.learning_rate_scale",
         ),
         ("pretrain: {num_update: 10}", "pretrain.num_update", "pretrain.num_updates"),
-        ("evaluate: {sampler: DDIM}", "evaluate.sampler", "sample.sampler"),
+        ("finetune: {timestep_spacing: trailing}", "finetune.timestep_spacing", "sample.timestep_spacing"),
         ("search: {gamma: 5, source: a}", "search.source", "data.source"),
         ("guidance_scale: 5", "guidance_scale", "text.guidance_scale"),
     ],

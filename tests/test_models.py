@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from conftest import make_unet
 from decouple_merge.config import Sample, load_config
+from decouple_merge.config.study import load_study
 from decouple_merge.experiment import finetuning
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.models.base import Base, load_base, tensors_sha256
@@ -211,6 +212,9 @@ def test_a_model_of_the_papers_block_structure_is_a_base_that_samples(name: str,
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_are_valid(path: Path) -> None:
+    if path.stem.startswith("study-"):
+        assert load_study(path).arms
+        return
     config = load_config(path)
     assert (config.pretrain is not None) == path.stem.endswith("-base")
 

@@ -84,6 +84,9 @@ def test_every_path_of_a_config_is_made_absolute(tmp_path: Path, monkeypatch: py
     assert places.keys() >= {"base", "data.source", "data.path", "text.prompts", "search.checkpoints"}
     assert places.keys() >= {"evaluate.inception_weights", "evaluate.dinov2", "evaluate.clip"}
     overrides = [f"{key}={['here'] if is_list else 'here'}" for key, is_list in places.items()]
+    for section in [key.removesuffix(".similarity") for key in places if key.endswith(".similarity")]:
+        overrides.append(f"{section}.clusters=gradient")
+        overrides += [f"{section}.method=ant_uw"] if section.endswith("balancing") else []
     config = located(validate(Config, {}, "here", [*overrides, "search.storage=sqlite:///here/study.db"]))
     assert "here\n" in dump_config(validate(Config, {}, "here", overrides))
     text = dump_config(config)

@@ -108,7 +108,7 @@ def test_empty_captions_are_not_chosen(tmp_path: Path) -> None:
             "annotation 1 of 1 is .*captions_val2014",
         ),
         ("a.json", '{"annotations": [{"image_id": 1, "id": 2, "caption": 3}]}', "annotation 1 of 1 is"),
-        ("a.json", '{"annotations": [7]}', "annotation 1 of 1 is 7, expected image_id, id and caption"),
+        ("a.json", '{"annotations": [7]}', "annotation 1 of 1 is 7, expected numbers image_id and id, and a caption"),
         ("a.json", '{"annotations": [{"image_id": 9, "id": 2, "caption": " "}]}', "all captions of image 9 are empty"),
         ("a.json", '{"annotations": []}', "a.json: found no prompts"),
     ],

@@ -50,7 +50,13 @@ def _given(plan: Plan) -> dict[str, MadeFrom]:
     turns = plan.base.family.turns(plan.base.pipeline)
     return {
         f"experts/{index}": plain(
-            {"base_sha256": plan.base.sha256, "base": base_parts(plan.base), "name": name, "own": asdict(own)}
+            {
+                "base_sha256": plan.base.sha256,
+                "base": base_parts(plan.base),
+                "name": name,
+                "own": asdict(own),
+                "ranges": [asdict(each) for each in turns.values()],
+            }
         )
         for index, (name, own) in enumerate(turns.items())
     }

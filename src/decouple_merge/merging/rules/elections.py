@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .rule import Context
 from .sparsifiers import DROP, DROP_BY_RANK, OUTLIERS, TRIM, Sparsifier, row_length
-from .sums import Pointwise, exact_dtype, task_vector, wide_dtype
+from .sums import Answer, Pointwise, exact_dtype, task_vector, wide_dtype
 
 # A sum of votes that is smaller than this share of their sizes is 0 but for rounding: weights such as 0.1 + 0.2 and
 # 0.3 meet in the 54th bit, and float32 task vectors carry no more than 24.
@@ -131,8 +131,12 @@ def breadcrumbs_ties(base: Tensor, experts: list[Tensor], weights: list[float], 
     return elect(base, experts, weights, context, OUTLIERS)
 
 
-def dare(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Pointwise:
+def dare(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Answer:
     """DARE: drop entries of τ_i at random, rescale the others, θ + Σ w_i·m_i·τ_i / density (Yu et al. 2024, Eq. 3)."""
+    if set(context.settings.densities(len(experts))) == {1.0}:
+        # Nothing is dropped. A weight of 1 then gives the expert to the bit, which θ + (θ_i - θ) doesn't.
+        factor = _factor(weights, context)
+        return [1.0 - factor * math.fsum(weights), *(factor * w for w in weights)]
     return add(base, experts, weights, context, DROP)
 
 
