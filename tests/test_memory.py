@@ -14,6 +14,7 @@ from conftest import save_stable_diffusion
 from decouple_merge.config import Config, Distance
 from decouple_merge.data.batches import training_batches
 from decouple_merge.experiment import plan as plan_module
+from decouple_merge.experiment import trainings
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.memory import estimate
 from decouple_merge.experiment.plan import prepare

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Clusters, Config, Pretrain, Reference
+from ..config.analyze import LossWeights
 from ..data.sources import located_source
 
 SQLITE = "sqlite:///"
@@ -21,6 +22,7 @@ def located(config: Config) -> Config:
         data=_changed(config.data, source=located_source(config.data.source), path=_absolute(config.data.path)),
         finetune=_located_training(config.finetune),
         pretrain=_located_pretrain(config.pretrain),
+        analyze=_changed(config.analyze, loss_weights=_located_run(config.analyze.loss_weights)),
         text=_changed(config.text, prompts=_absolute(config.text.prompts)),
         search=_changed(
             config.search,
@@ -35,6 +37,10 @@ def located(config: Config) -> Config:
             clip=_located_name(config.evaluate.clip),
         ),
     )
+
+
+def _located_run(settings: LossWeights) -> LossWeights:
+    return _changed(settings, run=_absolute(settings.run))
 
 
 def _located_pretrain(settings: Pretrain | None) -> Pretrain | None:

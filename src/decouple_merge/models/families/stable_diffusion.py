@@ -71,7 +71,10 @@ def create_pipeline(model: dict[str, Any], scheduler: dict[str, Any], parts: dic
         parts: vae, tokenizer and text_encoder; the channels of latents and the width of texts are theirs.
     """
     channels, width = parts["vae"].config.latent_channels, parts["text_encoder"].config.hidden_size
-    network = UNet2DConditionModel(**model, in_channels=channels, out_channels=channels, cross_attention_dim=width)
+    own = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": width}
+    if twice := [key for key in own if key in model]:
+        raise UserError(f"{twice[0]} is {model[twice[0]]!r}, which the VAE and the text encoder decide: leave it out")
+    network = UNet2DConditionModel(**model, **own)
     return diffusers.StableDiffusionPipeline(
         **parts,
         unet=network,

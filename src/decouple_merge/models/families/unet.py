@@ -74,7 +74,7 @@ def create_pipeline(model: dict[str, Any], scheduler: dict[str, Any]) -> Any:
     arguments = dict(scheduler)
     name = arguments.pop("_class_name", "DDPMScheduler")
     if name not in SCHEDULERS:
-        raise ValueError(f"_class_name is {name!r}, expected one of {', '.join(SCHEDULERS)}")
+        raise UserError(f"_class_name is {name!r}, expected one of {', '.join(SCHEDULERS)}")
     # It samples flows as they are: of a scheduler it asks for timesteps and steps alone.
     return DDPMPipeline(UNet2DModel(**model), SCHEDULERS[name](**arguments))
 
