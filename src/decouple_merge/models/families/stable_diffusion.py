@@ -10,6 +10,7 @@ from diffusers import PNDMScheduler, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor
 
+from ...errors import UserError
 from ..family import Encoders
 from ..unet_blocks import unet_channels, unet_output_layers
 from .latent import Latent
