@@ -103,7 +103,7 @@ def _mean_direction(cosines: Tensor, shares: Tensor) -> Tensor:
 
 
 def geometric_median(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:
-    """Geometric median, argmin_x Σ w_i·‖x - θ_i‖, by Weiszfeld's iteration (Weiszfeld 1937).
+    """Geometric median, argmin_x Σ w_i·‖x - θ_i‖, by Weiszfeld's iteration (1937).
 
     It lies among the experts, as Σ a_i·θ_i, so that all is known from the inner products of the task vectors. All
     weights 0 give the base.
@@ -111,18 +111,34 @@ def geometric_median(base: Tensor, experts: list[Tensor], weights: list[float], 
     total = math.fsum(weights)
     if total == 0:
         return [1.0, *(0.0 for _ in weights)]
-    shares = torch.tensor(weights, dtype=torch.float64) / total
-    products = gram(experts, base)
-    floor = TOLERANCE * float(products.diagonal().max().sqrt())
-    point = shares
-    for _ in range(MAX_ITERATIONS if floor > 0 else 0):
-        apart = point - torch.eye(len(point), dtype=point.dtype)
-        distances = ((apart @ products) * apart).sum(dim=1).clamp(min=0).sqrt()
-        pull, last = shares / distances.clamp(min=floor), point
-        point = pull / pull.sum()
-        if (point - last).abs().max() <= TOLERANCE:
+    shares, products = [w / total for w in weights], gram(experts, base)
+    apart = (products.diagonal()[:, None] + products.diagonal() - 2 * products).clamp(min=0).sqrt()
+    # Rounding leaves half of a float64's digits to a distance.
+    together = apart <= 1e-7 * apart.max()
+    weight = torch.tensor(shares, dtype=torch.float64)
+    for k in range(len(experts)):
+        # An expert is the median where the others together don't pull more than its own weight (Kuhn 1973).
+        pulls = torch.where(together[k], 0.0, weight / apart[k].where(~together[k], 1.0))
+        moves = products - products[k] - products[:, k : k + 1] + products[k, k]
+        if float(pulls @ moves @ pulls) <= float(weight[together[k]].sum()) ** 2:
+            return [0.0, *(float(i == k) for i in range(len(experts)))]
+    return [0.0, *_weiszfeld(products, shares)]
+
+
+def _weiszfeld(products: Tensor, shares: list[float]) -> list[float]:
+    """Iterate to the geometric median, as coefficients of points whose inner products are known."""
+    rows, places, point = products.tolist(), range(len(shares)), shares
+    for _ in range(MAX_ITERATIONS):
+        along = [math.fsum(a * x for a, x in zip(row, point, strict=True)) for row in rows]
+        square = math.fsum(a * x for a, x in zip(along, point, strict=True))
+        distances = [math.sqrt(max(0.0, square - 2 * along[i] + rows[i][i])) for i in places]
+        pulls = [share / d if d > 0 else math.inf for share, d in zip(shares, distances, strict=True)]
+        if math.inf in pulls:
             break
-    return [0.0, *point.tolist()]
+        last, point = point, [pull / math.fsum(pulls) for pull in pulls]
+        if max(abs(a - b) for a, b in zip(point, last, strict=True)) <= TOLERANCE:
+            break
+    return point
 
 
 def model_stock(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:
