@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from decouple_merge.errors import UserError
 from decouple_merge.experiment.gram import write_grams
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.experiment.planned import Plan
+from decouple_merge.experiment.provenance import made_from
 from decouple_merge.experiment.selection import search_weights
 from decouple_merge.merging.recipes import repeat_merge
 from decouple_merge.merging.rules import RULES
@@ -131,7 +131,7 @@ def plan(tiny_config: Callable[..., Config], tmp_path: Path) -> Plan:
         moved = {k: v + 0.05 * torch.randn(v.shape, generator=draws) for k, v in made.base.network.state_dict().items()}
         folder.mkdir(parents=True)
         save_file(moved, folder / "model.safetensors")
-        (folder / "expert.json").write_text(json.dumps({"base_sha256": made.base.sha256}))
+        (folder / "expert.json").write_text(json.dumps(made_from(folder.relative_to(made.run.folder).as_posix(), made)))
     return made
 
 
@@ -183,7 +183,7 @@ def test_a_search_by_any_rule_makes_what_it_needs_and_its_record_repeats_it(
 ) -> None:
     chosen = {"method": method, "density": 0.6, "low": 0.0, "strategy": "random", "num_trials": 4, "num_finalists": 0}
     search = Search.model_validate(plan.config.search.model_dump() | chosen)
-    plan = replace(plan, config=plan.config.model_copy(update={"search": search}))
+    plan = prepare(plan.config.model_copy(update={"search": search}), plan.run.folder)
     lines = [event for event in search_weights(plan) if isinstance(event, str)]
     assert plan.run.gram(1).exists() == (method == "regmean")
     assert plan.run.fisher(1).exists() == (method == "fisher")

@@ -15,7 +15,7 @@ from conftest import make_unet
 from decouple_merge.cli import progress
 from decouple_merge.config import Config, Evaluate, Finetune, Search
 from decouple_merge.evaluation.score import score
-from decouple_merge.experiment import pretraining
+from decouple_merge.experiment import pretraining, trainings
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.experiment.planned import Plan
 from decouple_merge.experiment.watch import compared_of, train_watched, training_distance

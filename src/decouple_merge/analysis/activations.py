@@ -109,7 +109,8 @@ def _activations(subject: Subject, weights: Tensors, images: FixedImages, t: flo
         for batch in images.batches(times, subject.batch_size):
             condition = {name: value.to(device) for name, value in batch.condition.items()}
             predict(subject.base, network, batch.x_t.to(device), batch.t.to(device), **condition)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    # Of two denoisers one alone is called at a timestep.
+    return {name: torch.cat(parts) for name, parts in found.items() if parts}
 
 
 def compute(subject: Subject) -> Generator[str | Progress, None, Finding]:
