@@ -27,6 +27,8 @@ MATHS = [
     "merging.survival",
     "evaluation.distances",
     "evaluation.neighbours",
+    "evaluation.sliced",
+    "evaluation.intervals",
     "seeds",
 ]
 # A foreign library has one adapter; the other files don't know that it exists.

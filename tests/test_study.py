@@ -29,13 +29,29 @@ MakeConfig = Callable[..., Config]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _shared_cache(_isolated: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEME_CACHE", str(cache))
+
+
+# A Fréchet distance takes a second each.
+METRICS = ["kd_effnetlite0", "coverage_effnetlite0"]
+SEARCH = {"num_trials": 3, "num_images": 4, "num_finalists": 0, "gradient_batches": 0, "metric": METRICS[0]}
+EVALUATE = {"metrics": METRICS, "num_images": 6, "num_seed_sets": 2, "num_sample_images": 1}
+
+
 @pytest.fixture
 def make_study(tiny_config: MakeConfig, tmp_path: Path) -> Callable[..., Study]:
     """Make a study over a tiny config, through its file."""
 
     def make(arms: dict[str, Any], overrides: list[str] | None = None, **values: Any) -> Study:
-        small = {"finetune": {"consistency_weight": 0.0, "num_updates": 3}, "evaluate": {"num_seed_sets": 2}}
-        config = tiny_config(**small, search={"num_trials": 3, "num_finalists": 0, "gradient_batches": 0})
+        training = {"consistency_weight": 0.0, "num_updates": 3}
+        config = tiny_config(finetune=training, search=SEARCH, evaluate=EVALUATE)
         (tmp_path / "config.yaml").write_text(dump_config(config))
         given = {"config": "config.yaml", "seeds": [4, 5], "num_resamples": 50, "arms": arms, **values}
         (tmp_path / "study.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
@@ -135,7 +151,7 @@ def _check_tables(study: Study, out: Path) -> None:
     lines = list(study_lines(study, open_plans(study, StudyFolder(out))))
     by_name = {(line.metric, line.model, tuple(line.arms)): line for line in lines}
     everyone = tuple(study.arms)
-    assert [(model, arms) for metric, model, arms in by_name if metric == "fd_effnetlite0"] == [
+    assert [(model, arms) for metric, model, arms in by_name if metric == METRICS[0]] == [
         ("pretrained", everyone),
         ("baseline-finetuned", everyone),
         ("ensemble", ("deme", "ties")),
@@ -145,11 +161,11 @@ def _check_tables(study: Study, out: Path) -> None:
 
     def mean(arm: str, seed: int, model: str) -> float:
         found = [r["value"] for r in read_records(out / f"{arm}-{seed}" / "metrics.jsonl")
-                 if (r["model"], r["metric"]) == (model, "fd_effnetlite0")]  # fmt: skip
+                 if (r["model"], r["metric"]) == (model, METRICS[0])]  # fmt: skip
         assert len(found) == 2
         return sum(found) / 2
 
-    merged = by_name["fd_effnetlite0", "merged", ("control",)]
+    merged = by_name[METRICS[0], "merged", ("control",)]
     of_seeds = [mean("control", seed, "merged") for seed in study.seeds]
     assert (merged.low, merged.high) == (min(of_seeds), max(of_seeds))
     assert merged.mean == pytest.approx(sum(of_seeds) / 2)
@@ -158,8 +174,8 @@ def _check_tables(study: Study, out: Path) -> None:
         expected = [m / mean("control", seed, other) for m, seed in zip(of_seeds, study.seeds, strict=True)]
         assert ratio.by_seed == pytest.approx(expected)
         assert ratio.low <= ratio.value <= ratio.high
-    assert by_name["fd_effnetlite0", "pretrained", everyone].to_pretrained is None
-    assert len({tuple(v) for v in by_name["fd_effnetlite0", "pretrained", everyone].values.values()}) == 1
+    assert by_name[METRICS[0], "pretrained", everyone].to_pretrained is None
+    assert len({tuple(v) for v in by_name[METRICS[0], "pretrained", everyone].values.values()}) == 1
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert len(rows) == len(lines) == len(json.loads((out / "results.json").read_text())["lines"])
     assert float(rows[6]["mean"]) == merged.mean
@@ -180,7 +196,7 @@ def test_a_study_grows_by_arms_and_compares_with_the_equal_compute_of_another(
     list(events)
     assert (out / f"deme-4/merged/{WEIGHTS}").read_bytes() == merged
     lines = {line.arms[0]: line for line in study_lines(study, open_plans(study, StudyFolder(out)))
-             if line.model == "merged" and line.metric == "fd_effnetlite0"}  # fmt: skip
+             if line.model == "merged" and line.metric == METRICS[0]}  # fmt: skip
     # Six updates in one range are as many as three in each of two.
     assert lines["N=1"].to_equal_compute is not None
     assert lines["short"].to_equal_compute is None
@@ -204,9 +220,9 @@ def test_a_dry_run_counts_shared_work_once_and_writes_nothing(make_study: Callab
     assert (work.num_runs, work.num_trainings) == (4, 6)
     # Each seed: two experts of 3 updates, a baseline of 6, of 4 images each.
     assert work.trained == {False: 2 * 12 * 4}
-    # Each run: candidates of 10 images, 2 × 10 of its merge. Each seed: of baseline and ensemble. All: of the base.
+    # Each run: candidates of 4 images, 2 × 6 of its merge. Each seed: of baseline and ensemble. All: of the base.
     (screen,) = levels(arm_configs(study)["deme", 4], 2)
-    assert work.drawn == 4 * (screen.num_candidates * 10 + 20) + 2 * 40 + 20
+    assert work.drawn == 4 * (screen.num_candidates * 4 + 12) + 2 * 24 + 12
     text = "\n".join(describe_study(study, tmp_path / "out"))
     assert "left: 4 of 4 runs, 6 trainings of 96 images" in text
     assert "hours: about" in text
@@ -221,9 +237,8 @@ def test_a_report_compares_with_images_that_the_search_does_not_see(
 ) -> None:
     other = tmp_path / "other.npz"
     np.savez(other, images=np.random.default_rng(1).integers(0, 256, (20, 8, 8), dtype=np.uint8))
-    search = {"num_trials": 3, "num_finalists": 0, "gradient_batches": 0}
     plain, apart = (
-        tiny_config(search=search, finetune={"num_updates": 2}, evaluate={"num_seed_sets": 1, "reference": reference})
+        tiny_config(search=SEARCH, finetune={"num_updates": 2}, evaluate={**EVALUATE, "reference": reference})
         for reference in (None, str(other))
     )
     for name, config in (("plain", plain), ("apart", apart)):

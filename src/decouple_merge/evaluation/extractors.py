@@ -19,6 +19,7 @@ from ..storage.tensors import hash_tensors
 from .alignment import describe
 from .effnet import WIDTH, EffNetFeatures
 from .inception import OUTPUTS, WEIGHTS_NAME, InceptionFeatures
+from .judge import load_judge
 
 # Where weights are: a file, or a folder or hub name.
 Weights = Path | str
@@ -48,9 +49,17 @@ class Extractor:
         return f"{self.name}:{self.sha256[:16]}"
 
 
-def _open_effnet(weights: Weights | None, device: torch.device) -> Extractor:
-    network = EffNetFeatures().to(device)
-    return Extractor("effnetlite0", network.sha256, {"features": WIDTH}, _batched(network, device))
+def _open_effnet(size: int, weights: Weights | None, device: torch.device) -> Extractor:
+    network = EffNetFeatures(size).to(device)
+    return Extractor(f"effnetlite{size}", network.sha256, {"features": WIDTH}, _batched(network, device))
+
+
+def _open_judge(weights: Weights | None, device: torch.device) -> Extractor:
+    judge = load_judge(Path(str(weights)))
+    sha256 = judge.sha256
+    judge.to(device)
+    extract = _batched(lambda images: {"features": judge.features(images)}, device)
+    return Extractor("judge", sha256, {"features": judge.width}, extract)
 
 
 def _open_inception(weights: Weights | None, device: torch.device) -> Extractor:
@@ -89,7 +98,7 @@ def _open_image_text(weights: Weights | None, device: torch.device) -> Extractor
 
 
 def _open_own_image_text(folder: Path, device: torch.device) -> Extractor:
-    model, effnet = load_image_text(folder).to(device), _open_effnet(None, device)
+    model, effnet = load_image_text(folder).to(device), _open_effnet(0, None, device)
     sha256 = hashlib.sha256(f"{hash_tensors(sorted(model.state_dict().items()))} {effnet.sha256}".encode()).hexdigest()
 
     def extract(images: UInt8[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n d"]]:
@@ -132,7 +141,9 @@ def _hub(name: str, network: str) -> tuple[str, str]:
 
 
 EXTRACTORS = {
-    "effnetlite0": Kind(_open_effnet),
+    "effnetlite0": Kind(partial(_open_effnet, 0)),
+    "effnetlite1": Kind(partial(_open_effnet, 1)),
+    "judge": Kind(_open_judge, "judge", ("a judge", "the folder of one, such as models/fashion-judge")),
     "inception": Kind(
         _open_inception, "inception_weights", ("the TensorFlow Inception weights", f"the file {WEIGHTS_NAME}")
     ),
@@ -183,11 +194,11 @@ def load_extractor(name: str, device: torch.device, weights: Weights | None = No
     """Load a feature network.
 
     Args:
-        name: of ``EXTRACTORS``: ``effnetlite0`` (EfficientNet-Lite0, ImageNet, 1280-d), ``inception`` (TensorFlow's;
-            pool3, 2048-d, and the spatial features of the sFID, 2023-d), ``dinov2``, ``clip``, or ``clip_text``, which
-            embeds texts too.
-        weights: Inception's file, or the folder or hub name of a DINOv2 or CLIP; for ``clip_text`` also the folder of
-            an image–text model of ours.
+        name: of ``EXTRACTORS``: ``effnetlite0`` and ``effnetlite1`` (EfficientNet-Lite, ImageNet, 1280-d),
+            ``inception`` (TensorFlow's; pool3, 2048-d, and the spatial features of the sFID, 2023-d), ``judge``,
+            ``dinov2``, ``clip``, or ``clip_text``, which embeds texts too.
+        weights: Inception's file, a judge's folder, or the folder or hub name of a DINOv2 or CLIP; for ``clip_text``
+            also the folder of an image–text model of ours.
 
     Raises:
         UserError: the weights are missing, damaged or those of another network.

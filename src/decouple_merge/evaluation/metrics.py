@@ -21,6 +21,7 @@ from .distances import (
 )
 from .extractors import check_weights
 from .neighbours import density_coverage, precision_recall
+from .sliced import monge_distance
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ def _density_coverage(found: Tensor, real: Tensor) -> tuple[float, float]:
     return density_coverage(real, found)
 
 
+def _mind(found: Tensor, real: Tensor) -> float:
+    return monge_distance(found, real)
+
+
 def _cmmd(found: Tensor, real: Tensor) -> float:
     return 1000 * gaussian_kernel_distance(found, real)
 
@@ -84,6 +89,10 @@ def _kernel_of(extractor: str) -> Metric:
 
 def _infinity_of(extractor: str) -> Metric:
     return Metric(_frechet_infinity, extractor, min_images=20)
+
+
+def _mind_of(extractor: str) -> Metric:
+    return Metric(_mind, extractor, needs="neighbours")
 
 
 def _neighbours_of(extractor: str) -> dict[str, Metric]:
@@ -106,6 +115,7 @@ def _all_of(extractor: str) -> dict[str, Metric]:
     return {
         f"fd_{extractor}": _frechet_of(extractor),
         f"kd_{extractor}": _kernel_of(extractor),
+        f"mind_{extractor}": _mind_of(extractor),
         f"fd_infinity_{extractor}": _infinity_of(extractor),
         **_neighbours_of(extractor),
     }
@@ -113,8 +123,11 @@ def _all_of(extractor: str) -> dict[str, Metric]:
 
 METRICS = {
     **_all_of("effnetlite0"),
+    **_all_of("effnetlite1"),
+    **_all_of("judge"),
     "fid": _frechet_of("inception"),
     "kid": _kernel_of("inception"),
+    "mind": _mind_of("inception"),
     "sfid": _frechet_of("inception", "spatial"),
     "fid_infinity": _infinity_of("inception"),
     "inception_score": Metric(

@@ -33,6 +33,7 @@ def located(config: Config) -> Config:
             config.evaluate,
             reference=_located_reference(config.evaluate.reference),
             inception_weights=_absolute(config.evaluate.inception_weights),
+            judge=_located_name(config.evaluate.judge),
             dinov2=_located_name(config.evaluate.dinov2),
             clip=_located_name(config.evaluate.clip),
         ),
