@@ -14,44 +14,42 @@ import yaml
 from decouple_merge.config import Config, Study, arm_configs, dump_config, dump_study, load_study
 from decouple_merge.errors import UserError
 from decouple_merge.evaluation.intervals import paired_ratio
+from decouple_merge.evaluation.judge import Judge, save_judge
 from decouple_merge.experiment import workflow
 from decouple_merge.experiment.plan import check
 from decouple_merge.experiment.reported import report_references
 from decouple_merge.experiment.study import open_plans, run_study
 from decouple_merge.experiment.study_plan import count_work, describe_study
-from decouple_merge.experiment.study_results import study_lines
-from decouple_merge.models.base import tensors_sha256
+from decouple_merge.experiment.study_results import study_lines, write_results
 from decouple_merge.searching.levels import levels
-from decouple_merge.storage.files import read_records, read_tensors
+from decouple_merge.storage.files import read_records, write_records
 from decouple_merge.storage.study_folder import StudyFolder
 
 MakeConfig = Callable[..., Config]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _shared_cache(_isolated: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEME_CACHE", str(cache))
-
-
-# A Fréchet distance takes a second each.
-METRICS = ["kd_effnetlite0", "coverage_effnetlite0"]
+# A judge has few features, of which a distance takes no time.
+METRICS = ["fd_judge", "coverage_judge"]
 SEARCH = {"num_trials": 3, "num_images": 4, "num_finalists": 0, "gradient_batches": 0, "metric": METRICS[0]}
 EVALUATE = {"metrics": METRICS, "num_images": 6, "num_seed_sets": 2, "num_sample_images": 1}
 
 
 @pytest.fixture
-def make_study(tiny_config: MakeConfig, tmp_path: Path) -> Callable[..., Study]:
+def judged(tmp_path: Path) -> dict[str, Any]:
+    """The section ``evaluate`` with a random judge."""
+    torch.manual_seed(0)
+    save_judge(Judge(1, 8, 10).eval(), tmp_path / "judge")
+    return {**EVALUATE, "judge": str(tmp_path / "judge")}
+
+
+@pytest.fixture
+def make_study(tiny_config: MakeConfig, judged: dict[str, Any], tmp_path: Path) -> Callable[..., Study]:
     """Make a study over a tiny config, through its file."""
 
     def make(arms: dict[str, Any], overrides: list[str] | None = None, **values: Any) -> Study:
         training = {"consistency_weight": 0.0, "num_updates": 3}
-        config = tiny_config(finetune=training, search=SEARCH, evaluate=EVALUATE)
+        config = tiny_config(finetune=training, search=SEARCH, evaluate=judged)
         (tmp_path / "config.yaml").write_text(dump_config(config))
         given = {"config": "config.yaml", "seeds": [4, 5], "num_resamples": 50, "arms": arms, **values}
         (tmp_path / "study.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
@@ -117,100 +115,107 @@ def test_a_folder_of_something_else_is_refused(make_study: Callable[..., Study],
 # -- what they share, and what the tables say
 
 
-def test_arms_share_what_is_equal_and_are_runs_all_the_same(make_study: Callable[..., Study], tmp_path: Path) -> None:
+def test_arms_share_what_is_equal_and_end_as_the_same_runs_alone(
+    make_study: Callable[..., Study], tmp_path: Path
+) -> None:
+    out, one = tmp_path / "out", ["seeds=[4]"]
+    list(run_study(make_study({"deme": {}}, one), out))
+    merged = (out / "deme-4" / "merged" / WEIGHTS).read_bytes()
+    # A study grows by arms. Two experts and a baseline are there; only the control has others. It is of two processes.
     arms = {"deme": {}, "ties": {"search.method": "ties"}, "control": {"finetune.global_prob": 1.0}}
-    study, out = make_study(arms), tmp_path / "out"
+    study = make_study(arms, one, num_processes=2)
     events = list(run_study(study, out))
-    # A seed has two experts and a baseline for all, and two experts more for the control.
-    assert events[0] == "study: 10 trainings and 6 of 6 runs are left"
-    for seed in (4, 5):
-        deme, ties, control = (out / f"{arm}-{seed}" for arm in arms)
-        for path in ("experts/0", "experts/1", "baselines/baseline-finetuned"):
-            assert (deme / path / "model.safetensors").samefile(ties / path / "model.safetensors")
-        assert not (deme / "experts/0/model.safetensors").samefile(control / "experts/0/model.safetensors")
-        assert (deme / "baselines/baseline-finetuned/log.jsonl").samefile(
-            control / "baselines/baseline-finetuned/log.jsonl"
-        )
-    # A run by itself ends with the same bytes.
+    assert events[0] == "study: 2 trainings and 2 of 3 runs are left"
+    assert events[-1] == f"tables: {out / 'results.md'}"
+    assert (out / "deme-4" / "merged" / WEIGHTS).read_bytes() == merged
+    deme, ties, control = (out / f"{arm}-4" for arm in arms)
+    for path in ("experts/0", "experts/1", "baselines/baseline-finetuned"):
+        assert (deme / path / "model.safetensors").samefile(ties / path / "model.safetensors")
+    assert not (deme / "experts/0/model.safetensors").samefile(control / "experts/0/model.safetensors")
+    assert (deme / "baselines/baseline-finetuned/log.jsonl").samefile(
+        control / "baselines/baseline-finetuned/log.jsonl"
+    )
     alone = tmp_path / "alone"
-    list(workflow.run(arm_configs(study)["ties", 5], alone))
+    list(workflow.run(arm_configs(study)["ties", 4], alone))
     for path in (f"merged/{WEIGHTS}", "experts/1/model.safetensors"):
-        assert (alone / path).read_bytes() == (out / "ties-5" / path).read_bytes()
+        assert (alone / path).read_bytes() == (ties / path).read_bytes()
     values = [{(r["model"], r["metric"], *r["seeds"]): r["value"] for r in read_records(f / "metrics.jsonl")}
-              for f in (alone, out / "ties-5")]  # fmt: skip
+              for f in (alone, ties)]  # fmt: skip
     assert values[0] == values[1]
-    _check_tables(study, out)
     before = (out / "results.json").read_bytes()
     again = run_study(study, out)
-    assert next(again) == "study: 0 trainings and 0 of 6 runs are left"
+    assert next(again) == "study: 0 trainings and 0 of 3 runs are left"
     list(again)
     assert (out / "results.json").read_bytes() == before
 
 
-def _check_tables(study: Study, out: Path) -> None:
-    lines = list(study_lines(study, open_plans(study, StudyFolder(out))))
-    by_name = {(line.metric, line.model, tuple(line.arms)): line for line in lines}
-    everyone = tuple(study.arms)
-    assert [(model, arms) for metric, model, arms in by_name if metric == METRICS[0]] == [
+def write_numbers(study: Study, folder: StudyFolder, value: Callable[[str, int, str, int], float]) -> None:
+    """Write records as runs do, of values by arm, seed, model and set."""
+    for arm, seed in arm_configs(study):
+        records = [
+            {"model": model, "metric": metric, "seeds": [6 * i, 6 * i + 5], "value": value(arm, seed, model, i)}
+            for model in ("pretrained", "baseline-finetuned", "ensemble", "merged")
+            for metric in METRICS
+            for i in range(2)
+        ]
+        write_records(folder.run(arm, seed).metrics, records)
+
+
+def test_tables_pair_each_model_with_its_seeds_pretrained_and_equal_compute(
+    make_study: Callable[..., Study], tmp_path: Path
+) -> None:
+    study = make_study({"deme": {}, "ties": {"search.method": "ties"}, "control": {"finetune.global_prob": 1.0}})
+    folder = StudyFolder(tmp_path / "out")
+    plans = open_plans(study, folder)
+    of_model = {"pretrained": 100.0, "baseline-finetuned": 80.0, "ensemble": 60.0, "merged": 50.0}
+    # A run of seed 5 is a tenth worse than one of seed 4, but for the base; the second set is twice as far.
+    write_numbers(
+        study,
+        folder,
+        lambda arm, seed, model, i: of_model[model] * (1.1 if seed == 5 and model != "pretrained" else 1) * (1 + i),
+    )
+    lines = list(study_lines(study, plans))
+    everyone, of_first = ("deme", "ties", "control"), [line for line in lines if line.metric == METRICS[0]]
+    assert [(line.model, tuple(line.arms)) for line in of_first] == [
         ("pretrained", everyone),
         ("baseline-finetuned", everyone),
         ("ensemble", ("deme", "ties")),
         ("ensemble", ("control",)),
         *(("merged", (arm,)) for arm in everyone),
     ]
-
-    def mean(arm: str, seed: int, model: str) -> float:
-        found = [r["value"] for r in read_records(out / f"{arm}-{seed}" / "metrics.jsonl")
-                 if (r["model"], r["metric"]) == (model, METRICS[0])]  # fmt: skip
-        assert len(found) == 2
-        return sum(found) / 2
-
-    merged = by_name[METRICS[0], "merged", ("control",)]
-    of_seeds = [mean("control", seed, "merged") for seed in study.seeds]
-    assert (merged.low, merged.high) == (min(of_seeds), max(of_seeds))
-    assert merged.mean == pytest.approx(sum(of_seeds) / 2)
-    for ratio, other in ((merged.to_pretrained, "pretrained"), (merged.to_equal_compute, "baseline-finetuned")):
-        assert ratio is not None
-        expected = [m / mean("control", seed, other) for m, seed in zip(of_seeds, study.seeds, strict=True)]
-        assert ratio.by_seed == pytest.approx(expected)
-        assert ratio.low <= ratio.value <= ratio.high
-    assert by_name[METRICS[0], "pretrained", everyone].to_pretrained is None
-    assert len({tuple(v) for v in by_name[METRICS[0], "pretrained", everyone].values.values()}) == 1
-    rows = list(csv.DictReader((out / "results.csv").open()))
-    assert len(rows) == len(lines) == len(json.loads((out / "results.json").read_text())["lines"])
+    base, merged = of_first[0], of_first[-1]
+    assert (base.mean, base.low, base.high, base.to_pretrained) == (150, 150, 150, None)
+    assert (merged.mean, merged.low, merged.high) == pytest.approx((78.75, 75, 82.5))
+    assert merged.to_pretrained is not None
+    assert merged.to_pretrained.by_seed == pytest.approx([0.5, 0.55])
+    assert (merged.to_pretrained.low, merged.to_pretrained.high) == pytest.approx((0.5, 0.55))
+    # What a seed does to both isn't in their ratio.
+    assert merged.to_equal_compute is not None
+    assert (merged.to_equal_compute.low, merged.to_equal_compute.high) == pytest.approx((0.625, 0.625))
+    text = write_results(study, plans, folder)
+    assert text == (tmp_path / "out/results.md").read_text()
+    assert "| merged | control | 2 | 78.75 | 75 to 82.5 | 0.525 (0.500 to 0.550) | 0.625 (0.625 to 0.625) |" in text
+    rows = list(csv.DictReader((tmp_path / "out/results.csv").open()))
+    assert len(rows) == len(lines) == len(json.loads((tmp_path / "out/results.json").read_text())["lines"])
     assert float(rows[6]["mean"]) == merged.mean
-    assert (out / "results.md").read_text().count("| merged | control | 2 |") == 2
-    assert (out / "figures/study.png").stat().st_size > 1000
+    assert (tmp_path / "out/figures/study.png").stat().st_size > 1000
 
 
-def test_a_study_grows_by_arms_and_compares_with_the_equal_compute_of_another(
+def test_an_arm_without_a_baseline_is_compared_with_one_of_equal_compute(
     make_study: Callable[..., Study], tmp_path: Path
 ) -> None:
-    out, one = tmp_path / "out", ["seeds=[4]"]
-    list(run_study(make_study({"deme": {}}, one), out))
-    merged = (out / f"deme-4/merged/{WEIGHTS}").read_bytes()
-    whole = {"finetune": {"num_ranges": 1, "num_updates": 6, "baseline": False}}
-    study = make_study({"deme": {}, "N=1": whole, "short": {"finetune": {**whole["finetune"], "num_updates": 2}}}, one)
-    events = run_study(study, out)
-    assert next(events) == "study: 2 trainings and 2 of 3 runs are left"
-    list(events)
-    assert (out / f"deme-4/merged/{WEIGHTS}").read_bytes() == merged
-    lines = {line.arms[0]: line for line in study_lines(study, open_plans(study, StudyFolder(out)))
+    whole = {"num_ranges": 1, "num_updates": 6, "baseline": False}
+    study = make_study({"deme": {}, "N=1": {"finetune": whole}, "short": {"finetune": {**whole, "num_updates": 2}}})
+    folder = StudyFolder(tmp_path / "out")
+    plans = open_plans(study, folder)
+    write_numbers(study, folder, lambda arm, seed, model, i: 40.0 if model == "baseline-finetuned" else 30.0)
+    lines = {line.arms[0]: line for line in study_lines(study, plans)
              if line.model == "merged" and line.metric == METRICS[0]}  # fmt: skip
     # Six updates in one range are as many as three in each of two.
     assert lines["N=1"].to_equal_compute is not None
+    assert lines["N=1"].to_equal_compute.value == 0.75
     assert lines["short"].to_equal_compute is None
     assert lines["short"].to_pretrained is not None
-
-
-def test_a_study_by_processes_is_that_of_one(make_study: Callable[..., Study], tmp_path: Path) -> None:
-    arms = {"deme": {}, "ties": {"search.method": "ties"}}
-    for num in (1, 2):
-        list(run_study(make_study(arms, ["seeds=[4]"], num_processes=num), tmp_path / f"out{num}"))
-    texts = [(tmp_path / f"out{num}" / "results.csv").read_text() for num in (1, 2)]
-    assert texts[0] == texts[1]
-    hashes = [tensors_sha256(read_tensors(tmp_path / f"out{n}/ties-4/experts/1/model.safetensors")[0]) for n in (1, 2)]
-    assert hashes[0] == hashes[1]
 
 
 def test_a_dry_run_counts_shared_work_once_and_writes_nothing(make_study: Callable[..., Study], tmp_path: Path) -> None:
@@ -233,12 +238,12 @@ def test_a_dry_run_counts_shared_work_once_and_writes_nothing(make_study: Callab
 
 
 def test_a_report_compares_with_images_that_the_search_does_not_see(
-    tiny_config: MakeConfig, tmp_path: Path, tiny_images: Path
+    tiny_config: MakeConfig, judged: dict[str, Any], tmp_path: Path
 ) -> None:
     other = tmp_path / "other.npz"
     np.savez(other, images=np.random.default_rng(1).integers(0, 256, (20, 8, 8), dtype=np.uint8))
     plain, apart = (
-        tiny_config(search=SEARCH, finetune={"num_updates": 2}, evaluate={**EVALUATE, "reference": reference})
+        tiny_config(search=SEARCH, finetune={"num_updates": 2}, evaluate={**judged, "reference": reference})
         for reference in (None, str(other))
     )
     for name, config in (("plain", plain), ("apart", apart)):
