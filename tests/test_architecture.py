@@ -28,7 +28,6 @@ MATHS = [
     "evaluation.distances",
     "evaluation.neighbours",
     "evaluation.sliced",
-    "evaluation.intervals",
     "seeds",
 ]
 # A foreign library has one adapter; the other files don't know that it exists.

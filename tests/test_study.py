@@ -195,7 +195,7 @@ def test_tables_pair_each_model_with_its_seeds_pretrained_and_equal_compute(
     text = write_results(study, plans, folder)
     assert text == (tmp_path / "out/results.md").read_text()
     assert "| merged | control | 2 | 78.75 | 75 to 82.5 | 0.525 (0.500 to 0.550) | 0.625 (0.625 to 0.625) |" in text
-    rows = list(csv.DictReader((tmp_path / "out/results.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out/results.csv").read_text().splitlines()))
     assert len(rows) == len(lines) == len(json.loads((tmp_path / "out/results.json").read_text())["lines"])
     assert float(rows[6]["mean"]) == merged.mean
     assert (tmp_path / "out/figures/study.png").stat().st_size > 1000
