@@ -79,11 +79,9 @@ def deme(*arguments: Any) -> Any:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-@pytest.mark.parametrize("verb", ["run", "finetune", "search", "fisher", "gram", "analyze"])
+@pytest.mark.parametrize("verb", ["run", "finetune", "search", "fisher", "gram"])
 def test_a_second_process_is_told_who_holds_the_folder(verb: str, claimed: Path) -> None:
     arguments = [claimed / "config.yaml", "--out", claimed] if verb in ("run", "finetune") else [claimed]
-    # It has no more than 40 images.
-    arguments += ["--only", "task-vectors"] if verb == "analyze" else []
     with another_process(lambda: hold(Run(claimed).lock("run"), "deme run")) as pid:
         before = sorted(claimed.rglob("*"))
         found = deme(verb, *arguments)
