@@ -8,6 +8,7 @@ from pathlib import Path
 from ..config import Config, Study, arm_configs, dump_study
 from ..data.latents import Latents
 from ..errors import UserError
+from ..evaluation.records import identity_of
 from ..executors import check_executor, run_all
 from ..searching.trial import Trial
 from ..storage.files import read_records, write_text
@@ -23,7 +24,7 @@ from .manifest import check_owner
 from .plan import check, prepare
 from .planned import BASELINE, Plan
 from .provenance import check_stages
-from .results import report_models
+from .results import report_models, wanted_records
 from .selection import search_weights
 from .sharing import evaluate_shared, train_shared, training_key
 from .study_results import write_results
@@ -86,12 +87,13 @@ def open_plans(study: Study, folder: StudyFolder) -> Plans:
 
 
 def is_complete(plan: Plan) -> bool:
-    """Say whether a run has all numbers and figures."""
-    evaluate = plan.config.evaluate
-    found = {(r["model"], r["metric"], r["seeds"][0]) for r in read_records(plan.run.metrics, seeds=list)}
-    firsts = [evaluate.first_seed + i * evaluate.num_images for i in range(evaluate.num_seed_sets)]
-    wanted = {(model, metric, f) for model in report_models(plan) for metric in evaluate.metrics for f in firsts}
-    return wanted <= found and plan.run.sample_figure.exists()
+    """Say whether a run has its models, all numbers of them as they are now, and figures."""
+    models = report_models(plan)
+    is_made = all(is_finished(folder) for *_, folder in trainings(plan)) and plan.run.sample_figure.exists()
+    if not is_made or ("merged" in models and not plan.run.merged.exists()):
+        return False
+    done = {identity_of(r) for r in read_records(plan.run.metrics, seeds=list)}
+    return all(identity_of(r) in done for r in wanted_records(plan, models))
 
 
 def pieces(plans: Plans, folder: StudyFolder) -> list[Piece]:
