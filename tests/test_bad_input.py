@@ -71,7 +71,7 @@ def test_a_good_config_passes_and_checking_writes_nothing(tiny_config: MakeConfi
         ({"search": {"num_steps": 50}}, "sampler DDIMScheduler with 50 steps: .*40"),
         (
             {"evaluate": {"metrics": ["fdi"]}},
-            "metric is 'fdi', expected one of fd_effnetlite0, kd_effnetlite0, fd_infinity",
+            "metric is 'fdi', expected one of fd_effnetlite0, kd_effnetlite0, mind_effnetlite0, fd_infinity",
         ),
         ({"search": {"metric": "recall_inception"}}, "expected a distance, which is smaller for better images"),
         (

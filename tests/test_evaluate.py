@@ -27,6 +27,7 @@ from decouple_merge.evaluation.neighbours import density_coverage, precision_rec
 from decouple_merge.evaluation.records import make_record
 from decouple_merge.evaluation.references import make_reference, names_of, read_statistics, write_statistics
 from decouple_merge.evaluation.score import score
+from decouple_merge.evaluation.sliced import monge_distance
 
 ALL = [m for m in METRICS if METRICS[m].extractor == "inception"]
 
@@ -63,6 +64,7 @@ def test_every_metric_takes_its_own_features_of_both_sides() -> None:
         "fid": frechet_distance(*moments(generated), *moments(real)),
         "sfid": frechet_distance(*moments(a["spatial"]), *moments(b["spatial"])),
         "kid": kernel_distance(generated, real),
+        "mind": monge_distance(generated, real),
         "fid_infinity": frechet_infinity(generated, *moments(real)),
         "inception_score": inception_score(a["logits"])[0],
         "precision_inception": precision_recall(real, generated)[0],
@@ -292,7 +294,7 @@ def test_a_reference_of_too_few_images_is_refused() -> None:
 
 def test_only_distances_fall_when_images_get_better() -> None:
     assert {m for m in METRICS if METRICS[m].is_distance} == {
-        m for m in METRICS if m.startswith(("fd_", "kd_", "fid", "kid", "sfid", "cmmd"))
+        m for m in METRICS if m.startswith(("fd_", "kd_", "mind", "fid", "kid", "sfid", "cmmd"))
     }
     check_is_distance("kid", "search.metric")
     with pytest.raises(ValueError, match=r"search.metric is 'recall_clip', expected a distance, which is smaller for"):
