@@ -28,7 +28,8 @@ class Data(Section):
         cache_precision: of the cached latents and text embeddings.
         num_held_out: images that are never trained on; the validation loss uses them.
         held_out: ``random`` takes them from everywhere, by class where images lie in folders by class, and the same
-            whatever the run's seed; ``last`` takes the end of the data, as the bases in models/ were trained.
+            whatever the run's seed; ``last`` takes the end of the data. Take what the base's own training took, where
+            it was on the same data: it has seen the others.
         skip_damaged: leave out images that can't be decoded; otherwise they end the run before it starts.
         num_workers: data loader processes; 0 loads in the training process.
     """
