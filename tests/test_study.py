@@ -22,7 +22,7 @@ from decouple_merge.experiment.study import open_plans, run_study
 from decouple_merge.experiment.study_plan import count_work, describe_study
 from decouple_merge.experiment.study_results import study_lines, write_results
 from decouple_merge.searching.levels import levels
-from decouple_merge.storage.files import read_records, write_records
+from decouple_merge.storage.files import read_records
 from decouple_merge.storage.study_folder import StudyFolder
 
 MakeConfig = Callable[..., Config]
@@ -149,16 +149,17 @@ def test_arms_share_what_is_equal_and_end_as_the_same_runs_alone(
     assert (out / "results.json").read_bytes() == before
 
 
-def write_numbers(study: Study, folder: StudyFolder, value: Callable[[str, int, str, int], float]) -> None:
-    """Write records as runs do, of values by arm, seed, model and set."""
-    for arm, seed in arm_configs(study):
-        records = [
+def numbers(study: Study, value: Callable[[str, int, str, int], float]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Make records as runs do, of values by arm, seed, model and set."""
+    return {
+        (arm, seed): [
             {"model": model, "metric": metric, "seeds": [6 * i, 6 * i + 5], "value": value(arm, seed, model, i)}
             for model in ("pretrained", "baseline-finetuned", "ensemble", "merged")
             for metric in METRICS
             for i in range(2)
         ]
-        write_records(folder.run(arm, seed).metrics, records)
+        for arm, seed in arm_configs(study)
+    }
 
 
 def test_tables_pair_each_model_with_its_seeds_pretrained_and_equal_compute(
@@ -169,12 +170,11 @@ def test_tables_pair_each_model_with_its_seeds_pretrained_and_equal_compute(
     plans = open_plans(study, folder)
     of_model = {"pretrained": 100.0, "baseline-finetuned": 80.0, "ensemble": 60.0, "merged": 50.0}
     # A run of seed 5 is a tenth worse than one of seed 4, but for the base; the second set is twice as far.
-    write_numbers(
+    records = numbers(
         study,
-        folder,
         lambda arm, seed, model, i: of_model[model] * (1.1 if seed == 5 and model != "pretrained" else 1) * (1 + i),
     )
-    lines = list(study_lines(study, plans))
+    lines = list(study_lines(study, plans, records))
     everyone, of_first = ("deme", "ties", "control"), [line for line in lines if line.metric == METRICS[0]]
     assert [(line.model, tuple(line.arms)) for line in of_first] == [
         ("pretrained", everyone),
@@ -192,7 +192,7 @@ def test_tables_pair_each_model_with_its_seeds_pretrained_and_equal_compute(
     # What a seed does to both isn't in their ratio.
     assert merged.to_equal_compute is not None
     assert (merged.to_equal_compute.low, merged.to_equal_compute.high) == pytest.approx((0.625, 0.625))
-    text = write_results(study, plans, folder)
+    text = write_results(study, plans, records, folder)
     assert text == (tmp_path / "out/results.md").read_text()
     assert "| merged | control | 2 | 78.75 | 75 to 82.5 | 0.525 (0.500 to 0.550) | 0.625 (0.625 to 0.625) |" in text
     rows = list(csv.DictReader((tmp_path / "out/results.csv").read_text().splitlines()))
@@ -206,10 +206,9 @@ def test_an_arm_without_a_baseline_is_compared_with_one_of_equal_compute(
 ) -> None:
     whole = {"num_ranges": 1, "num_updates": 6, "baseline": False}
     study = make_study({"deme": {}, "N=1": {"finetune": whole}, "short": {"finetune": {**whole, "num_updates": 2}}})
-    folder = StudyFolder(tmp_path / "out")
-    plans = open_plans(study, folder)
-    write_numbers(study, folder, lambda arm, seed, model, i: 40.0 if model == "baseline-finetuned" else 30.0)
-    lines = {line.arms[0]: line for line in study_lines(study, plans)
+    plans = open_plans(study, StudyFolder(tmp_path / "out"))
+    records = numbers(study, lambda arm, seed, model, i: 40.0 if model == "baseline-finetuned" else 30.0)
+    lines = {line.arms[0]: line for line in study_lines(study, plans, records)
              if line.model == "merged" and line.metric == METRICS[0]}  # fmt: skip
     # Six updates in one range are as many as three in each of two.
     assert lines["N=1"].to_equal_compute is not None

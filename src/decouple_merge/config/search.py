@@ -69,6 +69,11 @@ class Search(RuleSettings):
     storage: Name | None = None
 
     @property
+    def combines_experts(self) -> bool:
+        """Whether the run's own experts are combined: neither its baseline nor other models."""
+        return self.over == "experts" and not self.checkpoints
+
+    @property
     def learns_start(self) -> bool:
         """Whether weights to start with are learned by the gradient."""
         return self.gradient_batches > 0 and self.strategy != "uniform"

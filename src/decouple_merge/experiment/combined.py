@@ -22,7 +22,7 @@ def combined_names(plan: Plan) -> list[str]:
     if search.over == "baseline-checkpoints":
         return [str(kept_weights(baseline, update)) for update in plan.config.kept_updates]
     if search.checkpoints:
-        return [str(Path(name).absolute()) if Path(name).exists() else name for name in search.checkpoints]
+        return list(search.checkpoints)
     if plan.config.finetune.experts == "denoisers":
         return given_experts(plan)
     return [f"../experts/{i}" for i in range(len(plan.ranges))]

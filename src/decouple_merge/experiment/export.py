@@ -1,6 +1,5 @@
 """A run's merged model on disk: a pipeline with the record of how it was made, and a LoRA where it is one."""
 
-from pathlib import Path
 from typing import Any
 
 from ..config import Merge
@@ -48,11 +47,11 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
     blocks = dict(zip(search.blocks[:-1], rows[:-1], strict=True))
     return merge_record(
         Merge(**_rule_of(plan), weights=rows[-1], blocks=blocks, min_delta_cosine=-1),
-        {"name": _absolute(plan.config.base), "sha256": plan.base.sha256},
+        {"name": plan.config.base, "sha256": plan.base.sha256},
         # Experts from where the record lies: a run may be moved, and its base stays where it is.
         combined_names(plan),
         experts_sha256,
-        None if search.checkpoints or search.over != "experts" else [[r.low, r.high] for r in plan.ranges],
+        [[r.low, r.high] for r in plan.ranges] if search.combines_experts else None,
         merged_sha256=winner.merged_sha256,
         search={
             "strategy": search.strategy,
@@ -74,12 +73,8 @@ def _rule_of(plan: Plan) -> dict[str, Any]:
     return {"method": search.method, "seed": search.seed, **search.rule_settings(), **files}
 
 
-def _absolute(name: str) -> str:
-    return str(Path(name).absolute()) if Path(name).exists() else name
-
-
 def _is_one_lora(plan: Plan) -> bool:
     """Say whether the merge is a sum of adapters, each with one weight: an adapter itself."""
     search = plan.config.search
     sums = search.method == "linear" and len(search.blocks) == 1
-    return sums and search.over == "experts" and not search.checkpoints and plan.config.finetune.lora is not None
+    return sums and search.combines_experts and plan.config.finetune.lora is not None

@@ -42,13 +42,8 @@ def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) ->
         return
     if only is not None and not 0 <= only < num:
         raise UserError(f"range {only} doesn't exist, expected 0 to {num - 1}")
-    if only is not None:
-        calls = [(plan, *expert_training(plan, only))]
-    else:
-        calls = [(plan, *training) for training in trainings(plan)]
-    if settings.baseline and only is None:
-        # It is the longest, so it starts first.
-        calls = [calls[-1], *calls[:-1]]
+    wanted = trainings(plan) if only is None else [expert_training(plan, only)]
+    calls = [(plan, *training) for training in wanted]
     locks = [plan.run.lock("run")] if only is None else []
     locks += [plan.run.lock(call[1].name) for call in calls if not is_finished(call[-1])]
     with ExitStack() as held:

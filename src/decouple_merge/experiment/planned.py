@@ -41,3 +41,7 @@ class Plan:
     def ensemble(self, experts: list[Tensors], device: torch.device) -> Denoiser:
         """Combine the experts as a run samples from them."""
         return ensemble_denoiser(self.base, self.ranges, experts, self.config.sample, device)
+
+
+# The runs of a study, by arm and training seed.
+Plans = dict[tuple[str, int], Plan]

@@ -32,6 +32,7 @@ from ..sampling.sampler import (
     sampling_fields,
 )
 from ..storage.files import append_record, read_records, read_tensors
+from ..training.made_from import is_finished
 from .costs import timed
 from .plan import load_experts
 from .planned import BASELINE, Plan
@@ -67,6 +68,17 @@ def report_models(plan: Plan) -> list[str]:
         "merged": over != "nothing",
     }
     return [name for name, is_made in models.items() if is_made]
+
+
+def is_made(plan: Plan, model: str) -> bool:
+    """Say whether a model of the table is there."""
+    if model == "pretrained":
+        return True
+    if model == BASELINE:
+        return is_finished(plan.run.baseline(BASELINE))
+    if model == "ensemble":
+        return all(is_finished(plan.run.expert(i)) for i in range(len(plan.ranges)))
+    return plan.run.merged.exists()
 
 
 def _weights_of(plan: Plan, model: str) -> Tensors:

@@ -1,20 +1,20 @@
 """What the runs of a study have in common: a training and the numbers of a model, done once and linked or copied."""
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..config import Finetune
 from ..evaluation.records import identity_of
+from ..models.identity import base_parts
+from ..sampling.sampler import prompts_label
 from ..storage.files import atomic_path, read_records, write_records
 from ..storage.locks import hold
+from ..storage.made_from import digest_of
 from ..storage.study_folder import StudyFolder
-from ..training.made_from import is_finished
+from ..training.made_from import is_finished, training_record
 from ..training.records import StepRecord
 from ..training.trainer import Task
 from .planned import BASELINE, Plan
@@ -29,18 +29,11 @@ Record = dict[str, Any]
 def training_key(plan: Plan, task: Task, settings: Finetune) -> str:
     """Hash all that the result of a training depends on, its log included."""
     config = plan.config
-    parts = {
-        **_of_base(plan),
-        "images": plan.images.sha256,
-        "data": _plain(config.data, "num_workers"),
-        "seed": config.seed,
-        "task": asdict(task),
-        # The ranges that these make are the task's.
-        "settings": _plain(settings, "num_ranges", "ranges", "baseline"),
-    }
+    record = training_record(plan.base, plan.images, config.data, task, settings, config.seed)
     if settings.distance is not None:
-        parts["distance"] = [_plain(config.sample), _plain(config.evaluate), list(config.distance_seeds)]
-    return _hash(parts)
+        watched = [_plain(config.sample), _plain(config.evaluate), list(config.distance_seeds), _prompts(plan)]
+        record |= {"watched": watched}
+    return digest_of(record)
 
 
 def drawing_key(plan: Plan, model: str) -> str | None:
@@ -54,9 +47,10 @@ def drawing_key(plan: Plan, model: str) -> str | None:
     if model not in made_of:
         return None
     _, references = report_references(plan.config, plan.base, plan.references)
-    return _hash(
+    return digest_of(
         {
-            **_of_base(plan),
+            "base": base_parts(plan.base),
+            "prompts": _prompts(plan),
             "model": model,
             "trainings": [training_key(plan, task, settings) for task, settings, _ in made_of[model]],
             "sample": _plain(plan.config.sample, "batch_size"),
@@ -66,17 +60,12 @@ def drawing_key(plan: Plan, model: str) -> str | None:
     )
 
 
-def _of_base(plan: Plan) -> Record:
-    found: Record = {"base": [plan.config.base, plan.base.sha256]}
-    return found | ({"text": [_plain(plan.config.text), plan.prompts]} if plan.base.encoders else {})
+def _prompts(plan: Plan) -> str | None:
+    return prompts_label(plan.prompts, plan.config.text) if plan.prompts else None
 
 
 def _plain(section: Any, *excluded: str) -> Record:
     return section.model_dump(mode="json", exclude=set(excluded))
-
-
-def _hash(parts: Record) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def train_shared(plan: Plan, training: Training, study: StudyFolder) -> Iterator[StepRecord]:

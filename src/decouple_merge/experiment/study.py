@@ -12,23 +12,24 @@ from ..evaluation.records import identity_of
 from ..executors import check_executor, run_all
 from ..searching.trial import Trial
 from ..storage.files import read_records, write_text
-from ..storage.locks import hold
+from ..storage.locks import enter, hold
 from ..storage.outputs import RUN, check_output
 from ..storage.run_folder import LOCKS
 from ..storage.study_folder import StudyFolder
 from ..training.made_from import is_finished
 from ..training.records import StepRecord
 from . import workflow
+from .given import write_given
 from .located import located
 from .manifest import check_owner
 from .plan import check, prepare
-from .planned import BASELINE, Plan
+from .planned import BASELINE, Plan, Plans
 from .provenance import check_stages
-from .results import report_models, wanted_records
+from .results import is_made, report_models, wanted_records
 from .selection import search_weights
 from .sharing import evaluate_shared, train_shared, training_key
-from .study_results import write_results
-from .trainings import trainings
+from .study_results import current_records, write_results
+from .trainings import Training, trainings
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,16 @@ class Piece:
     study: Path
     task: str | None
 
+    def training(self, plan: Plan) -> Training:
+        """Find the training among those of the piece's run."""
+        return next(training for training in trainings(plan) if training[0].name == self.task)
+
 
 @dataclass(frozen=True)
 class Finished:
     """A run of a study has all its numbers."""
 
     name: str
-
-
-# By arm and training seed.
-Plans = dict[tuple[str, int], Plan]
 
 
 def open_plans(study: Study, folder: StudyFolder) -> Plans:
@@ -89,23 +90,20 @@ def open_plans(study: Study, folder: StudyFolder) -> Plans:
 def is_complete(plan: Plan) -> bool:
     """Say whether a run has its models, all numbers of them as they are now, and figures."""
     models = report_models(plan)
-    is_made = all(is_finished(folder) for *_, folder in trainings(plan)) and plan.run.sample_figure.exists()
-    if not is_made or ("merged" in models and not plan.run.merged.exists()):
+    is_trained = all(is_finished(folder) for *_, folder in trainings(plan))
+    if not (is_trained and all(is_made(plan, model) for model in models) and plan.run.sample_figure.exists()):
         return False
     done = {identity_of(r) for r in read_records(plan.run.metrics, seeds=list)}
     return all(identity_of(r) in done for r in wanted_records(plan, models))
 
 
 def pieces(plans: Plans, folder: StudyFolder) -> list[Piece]:
-    """List the work that is left, arm by arm: first an arm's trainings, each once in the study, then its runs.
-
-    The baseline is the longest training, so it comes first.
-    """
+    """List the work that is left, arm by arm: first an arm's trainings, each once in the study, then its runs."""
     found, known = [], set[str]()
     for arm in dict.fromkeys(arm for arm, _ in plans):
         of_arm = {f"{arm}-{seed}": plan for (a, seed), plan in plans.items() if a == arm and not is_complete(plan)}
         for name, plan in of_arm.items():
-            for task, settings, place in sorted(trainings(plan), key=lambda t: t[0].name != BASELINE):
+            for task, settings, place in trainings(plan):
                 key = training_key(plan, task, settings)
                 if key not in known and not is_finished(place) and not is_finished(folder.training(key)):
                     known.add(key)
@@ -122,21 +120,27 @@ def run_study(study: Study, out: Path, wait: bool = False) -> Iterator[str | Ste
     """
     folder = StudyFolder(out)
     plans = open_plans(study, folder)
+    yield from enter(folder.lock("study"), wait)
     with hold(folder.lock("study"), "deme study", wait):
         write_text(folder.config, dump_study(study))
         for plan in plans.values():
             if isinstance(plan.images, Latents):
                 yield from plan.images.fill()
         left = pieces(plans, folder)
+        places = {plan.run.folder.name: place for place, plan in plans.items()}
+        # What tells whether a record is current takes hashes of whole models, so a run is asked once it has changed.
+        records = {place: current_records(plan) for place, plan in plans.items()}
         num_trainings = sum(piece.task is not None for piece in left)
         yield f"study: {num_trainings} trainings and {len(left) - num_trainings} of {len(plans)} runs are left"
         for event in run_all(_work, [(piece,) for piece in left], study.num_processes, study.executor):
             if isinstance(event, Finished):
-                write_results(study, plans, folder)
+                place = places[event.name]
+                records[place] = current_records(plans[place])
+                write_results(study, plans, records, folder)
                 yield f"{event.name}: finished"
             else:
                 yield event
-        yield write_results(study, plans, folder)
+        yield write_results(study, plans, records, folder)
         yield f"tables: {folder.results('md')}"
 
 
@@ -157,12 +161,12 @@ def _work(piece: Piece) -> Iterator[str | StepRecord | Finished]:
 def _events(piece: Piece, plan: Plan, folder: StudyFolder) -> Iterator[workflow.Event]:
     every = trainings(plan)
     if piece.task is not None:
-        for training in every:
-            if training[0].name == piece.task:
-                yield from train_shared(plan, training, folder)
+        yield from train_shared(plan, piece.training(plan), folder)
         return
     with hold(plan.run.lock("run"), "deme study", wait=True):
         over = plan.config.search.over
+        if plan.config.finetune.experts == "denoisers":
+            yield from write_given(plan)
         # The baseline takes as long as all experts together; until the report nobody else waits for it.
         for training in every:
             if training[0].name != BASELINE or over.startswith("baseline"):

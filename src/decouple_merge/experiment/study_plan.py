@@ -17,20 +17,19 @@ from ..models.network import num_parameters
 from ..sampling.sampler import denoiser, sampling_copy
 from ..searching.levels import levels
 from ..storage.study_folder import StudyFolder
-from ..training.made_from import is_finished
 from ..training.trainer import Trainer
-from .planned import Plan
+from .planned import Plan, Plans
 from .results import report_models
-from .sharing import drawing_key, training_key
-from .study import is_complete, open_plans
-from .trainings import Training, trainings
+from .sharing import drawing_key
+from .study import open_plans, pieces
+from .trainings import Training
 
 # What a piece is timed on, after one to warm up.
 NUM_TIMED_UPDATES, NUM_TIMED_IMAGES = 4, 64
 
 
 # A training with a teacher, and one without.
-Examples = dict[bool, tuple[Plan, Training]]
+Kinds = dict[bool, tuple[Plan, Training]]
 
 
 @dataclass
@@ -51,27 +50,21 @@ class Work:
     num_runs: int
 
 
-def count_work(
-    plans: dict[tuple[str, int], Plan], folder: StudyFolder
-) -> tuple[Work, dict[bool, tuple[Plan, Training]]]:
+def count_work(plans: Plans, folder: StudyFolder) -> tuple[Work, Kinds]:
     """Count what is left, shared work once; returns with it a training of each kind to time."""
-    work, examples, known = Work({}, 0, 0, {}, 0, 0), Examples(), set[str]()
-    for plan in plans.values():
-        if is_complete(plan):
-            continue
-        work.num_runs += 1
-        for training in trainings(plan):
-            task, settings, place = training
-            key = training_key(plan, task, settings)
-            if key in known or is_finished(place) or is_finished(folder.training(key)):
-                continue
-            known.add(key)
+    work, kinds, known = Work({}, 0, 0, {}, 0, 0), Kinds(), set[str]()
+    of_folder = {plan.run.folder: plan for plan in plans.values()}
+    for piece in pieces(plans, folder):
+        plan, config = of_folder[piece.run], piece.config
+        if piece.task is not None:
+            _, settings, _ = training = piece.training(plan)
             has_teacher = settings.consistency_weight > 0
-            examples.setdefault(has_teacher, (plan, training))
+            kinds.setdefault(has_teacher, (plan, training))
             num = settings.num_updates * settings.batch_size * settings.accumulation
             work.trained[has_teacher] = work.trained.get(has_teacher, 0) + num
             work.num_trainings += 1
-        config = plan.config
+            continue
+        work.num_runs += 1
         for level in levels(config, config.num_combined) if config.num_combined else []:
             num = level.num_candidates * len(level.seeds)
             _draw(work, num, level.num_steps or config.sample.num_steps, [config.search.metric])
@@ -80,8 +73,8 @@ def count_work(
             if key not in known:
                 known.add(key)
                 num = config.evaluate.num_images * config.evaluate.num_seed_sets
-                _draw(work, num, config.sample.num_steps, config.evaluate.metrics)
-    return work, examples
+                _draw(work, num, config.report_sample.num_steps, config.evaluate.metrics)
+    return work, kinds
 
 
 def _draw(work: Work, num_images: int, num_steps: int, metrics: list[str]) -> None:
@@ -99,7 +92,7 @@ def describe_study(study: Study, out: Path) -> Iterator[str]:
     """
     folder = StudyFolder(out)
     plans = open_plans(study, folder)
-    work, examples = count_work(plans, folder)
+    work, kinds = count_work(plans, folder)
     yield f"study: {len(study.arms)} arms x {len(study.seeds)} seeds: {', '.join(study.arms)}"
     num_trained = sum(work.trained.values())
     yield f"left: {work.num_runs} of {len(plans)} runs, {work.num_trainings} trainings of {num_trained:,} images"
@@ -116,20 +109,20 @@ def describe_study(study: Study, out: Path) -> Iterator[str]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(max(1, num_threads // study.num_processes))
     try:
-        yield from _describe_time(study, work, examples, plan)
+        yield from _describe_time(study, work, kinds, plan)
     finally:
         torch.set_num_threads(num_threads)
     yield f"folder: {out}"
 
 
-def _describe_time(study: Study, work: Work, examples: Examples, plan: Plan) -> Iterator[str]:
+def _describe_time(study: Study, work: Work, kinds: Kinds, plan: Plan) -> Iterator[str]:
     if work.num_runs == 0:
         return
     if isinstance(plan.images, Latents):
         yield "hours: unknown, since latents are cached only when the study starts"
         return
     parts = {
-        "training": sum(work.trained[kind] * _seconds_to_train(*example) for kind, example in examples.items()),
+        "training": sum(work.trained[kind] * _seconds_to_train(*each) for kind, each in kinds.items()),
         "drawing": work.steps * _seconds_to_step(plan),
         "features": sum(num * _seconds_to_see(plan, name) for name, num in work.features.items()),
     }

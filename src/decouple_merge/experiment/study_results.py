@@ -13,13 +13,15 @@ from ..analysis.figures import study_ratios
 from ..config import Study
 from ..evaluation.intervals import Ratio, paired_ratio
 from ..evaluation.metrics import METRICS
+from ..evaluation.records import identity_of
 from ..storage.files import read_records, write_json, write_text
 from ..storage.study_folder import StudyFolder
-from .planned import BASELINE, Plan
-from .results import report_models
+from .planned import BASELINE, Plan, Plans
+from .results import is_made, report_models, wanted_records
 from .sharing import drawing_key
 
-Plans = dict[tuple[str, int], Plan]
+# By arm and training seed, the records of a run that are of its models as they are now.
+Records = dict[tuple[str, int], list[dict[str, Any]]]
 # By training seed, a number for each set of report seeds.
 Values = dict[int, list[float]]
 
@@ -46,10 +48,18 @@ class Line:
     to_equal_compute: Ratio | None
 
 
-def study_lines(study: Study, plans: Plans) -> Iterator[Line]:
+def current_records(plan: Plan) -> list[dict[str, Any]]:
+    """Read those of a run's records that are of its models, and of what these are compared with, as they are now."""
+    found = read_records(plan.run.metrics, model=str, metric=str, seeds=list, value=(int, float))
+    models = {record["model"] for record in found}
+    made = [model for model in report_models(plan) if model in models and is_made(plan, model)]
+    now = {identity_of(record) for record in wanted_records(plan, made)}
+    return [record for record in found if identity_of(record) in now]
+
+
+def study_lines(study: Study, plans: Plans, records: Records) -> Iterator[Line]:
     """Yield a line for each judge and model that has numbers; a model that several arms share has one line."""
     metrics = list(dict.fromkeys(m for plan in plans.values() for m in plan.config.evaluate.metrics))
-    records = {place: read_records(plan.run.metrics) for place, plan in plans.items()}
     keys = {
         (arm, model): _identity(study, plans, arm, model)
         for arm in study.arms
@@ -76,7 +86,7 @@ def _identity(study: Study, plans: Plans, arm: str, model: str) -> tuple[str, ..
     return tuple(drawing_key(plans[arm, seed], model) or f"{arm} {model}" for seed in study.seeds)
 
 
-def _values(study: Study, records: dict[Any, list[dict[str, Any]]], arm: str, model: str, metric: str) -> Values:
+def _values(study: Study, records: Records, arm: str, model: str, metric: str) -> Values:
     found: Values = {}
     for seed in study.seeds:
         of_sets = {
@@ -135,9 +145,9 @@ def _stacked(values: Values, seeds: list[int]) -> Tensor:
     return torch.tensor([values[seed] for seed in seeds], dtype=torch.float64)
 
 
-def write_results(study: Study, plans: Plans, folder: StudyFolder) -> str:
+def write_results(study: Study, plans: Plans, records: Records, folder: StudyFolder) -> str:
     """Write ``results.json``, ``.csv`` and ``.md``, and the figure; returns the text of the tables."""
-    lines = list(study_lines(study, plans))
+    lines = list(study_lines(study, plans, records))
     write_json(folder.results("json"), {"seeds": study.seeds, "lines": [asdict(line) for line in lines]})
     write_text(folder.results("csv"), _as_csv(lines))
     text = _as_markdown(study, lines)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,25 +20,25 @@ from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..models.base import tensors_sha256
 from ..models.network import load_network
-from ..sampling.sampler import Denoiser, Prompts, choose_prompts, sample_images
+from ..sampling.model import drawn_with
+from ..sampling.sampler import Denoiser, Prompts, choose_prompts, prompts_label, sample_images
 from ..seeds import stream_seed
 from ..storage.files import read_records, read_tensors
 from ..storage.reading import read_record
 from ..storage.run_folder import Run, kept_checkpoints
 from .plan import load_experts
 from .planned import BASELINE, Plan
-from .results import denoiser_of, report_models
+from .results import denoiser_of, is_made, report_models, sha256_of
 
 # What an analysis may need besides the base, and whether a run holds it; "experts" and "merged" are loaded.
 HELD: dict[str, Callable[[Plan, Sequence[Path]], bool]] = {
-    "experts": lambda plan, others: all(
-        (plan.run.expert(i) / "model.safetensors").exists() for i in range(len(plan.ranges))
-    ),
+    "experts": lambda plan, others: is_made(plan, "ensemble"),
     "several runs": lambda plan, others: bool(others),
     "two experts": lambda plan, others: len(plan.ranges) > 1,
     "merged": lambda plan, others: plan.run.merged.is_dir(),
     "models": lambda plan, others: (
-        BASELINE not in report_models(plan) or (plan.run.baseline(BASELINE) / "model.safetensors").exists()
+        # The images of all are compared with its.
+        "pretrained" in report_models(plan) and all(is_made(plan, model) for model in report_models(plan))
     ),
 }
 
@@ -59,7 +60,7 @@ class Drawing:
             # First it is let go, then the next is loaded.
             self.opened = None
             self.opened = model, denoiser_of(self.plan, model, self.device)
-        sample = self.plan.config.sample
+        sample = self.plan.config.report_sample
         drawn = sample_images(self.opened[1], self.plan.base, seeds, sample, self.device, prompts=self.prompts)
         return torch.cat(list(drawn))
 
@@ -71,7 +72,7 @@ class Drawing:
         """Count how often an image goes through the network, as ``Prompts.guide`` does it."""
         encoders, config = self.plan.base.encoders, self.plan.config
         is_guided = encoders is not None and encoders.guidance == "classifier-free" and config.text.guidance_scale > 1
-        return config.sample.num_steps * (2 if is_guided else 1)
+        return config.report_sample.num_steps * (2 if is_guided else 1)
 
 
 def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], others: Sequence[Path] = ()) -> Subject:
@@ -109,6 +110,7 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
             "gradient-similarity": {
                 f"checkpoint_{update}_sha256": _file_sha256(path) for update, path in checkpoints.items()
             },
+            "qualitative": _drawn_from(plan) if "qualitative" in needs else {},
             "loss-weights": {f"{name} sha256": tensors_sha256(tensors) for name, tensors in models.items()},
             "sensitivity": {f"{run.name} sha256": _sha256(run) for run in runs},
         },
@@ -143,11 +145,10 @@ def _screened(plan: Plan) -> tuple[str, list[tuple[list[float], float]]]:
     trials = read_records(plan.run.trials, level=str, weights=list, metric=str)
     if not trials:
         return "", []
-    is_of_experts = plan.config.search.over == "experts" and not plan.config.search.checkpoints
     found = [(r["weights"], r["value"]) for r in trials if r["level"] == trials[0]["level"] and r["value"] is not None]
     # With blocks there are several weights of each expert.
     whole = [(weights, value) for weights, value in found if len(weights) == len(plan.ranges)]
-    return trials[0]["metric"], whole if is_of_experts else []
+    return trials[0]["metric"], whole if plan.config.search.combines_experts else []
 
 
 def _training(plan: Plan) -> Training:
@@ -173,6 +174,17 @@ def _others(plan: Plan, folder: Path | None) -> dict[str, Tensors]:
     if not models:
         raise UserError(f"loss_weights.run {folder} has no finished model; give deme run its config again")
     return models
+
+
+def _drawn_from(plan: Plan) -> dict[str, Any]:
+    """Say what the images of a run's models depend on."""
+    config = plan.config
+    return {
+        "first_seed": config.evaluate.first_seed,
+        "models": {model: sha256_of(plan, model) for model in report_models(plan)},
+        "drawn_with": drawn_with(plan.base, config.report_sample, config.text),
+        "prompts": prompts_label(plan.prompts, config.text) if plan.prompts else None,
+    }
 
 
 def _weights(path: Path) -> Tensors:

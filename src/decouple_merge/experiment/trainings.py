@@ -22,13 +22,16 @@ def expert_training(plan: Plan, index: int) -> Training:
 
 
 def trainings(plan: Plan) -> list[Training]:
-    """List what a run trains: experts if it has some, last a baseline if any."""
+    """List what a run trains: the baseline if any, which takes longest, and experts if it has some of its own."""
+    finetune = plan.config.finetune
+    if finetune.experts == "denoisers":
+        return []
     num = len(plan.ranges) if plan.config.search.over == "experts" else 0
-    found = [expert_training(plan, index) for index in range(num)]
-    if plan.config.finetune.baseline:
-        whole = Task(BASELINE, TimestepRange(0, plan.base.num_train_timesteps), plan.ranges)
-        found.append((whole, _baseline_settings(plan), plan.run.baseline(BASELINE)))
-    return found
+    experts = [expert_training(plan, index) for index in range(num)]
+    if not finetune.baseline:
+        return experts
+    whole = Task(BASELINE, TimestepRange(0, plan.base.num_train_timesteps), plan.ranges)
+    return [(whole, _baseline_settings(plan), plan.run.baseline(BASELINE)), *experts]
 
 
 def _baseline_settings(plan: Plan) -> Finetune:

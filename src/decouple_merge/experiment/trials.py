@@ -47,7 +47,7 @@ def report_candidates(plan: Plan, screened: list[Trial], score_ensemble: Callabl
         num_blocks = len(search.blocks)
         fixed = fixed_candidates(len(screened[0].weights) // num_blocks)
         table = {n: values[w * num_blocks] for n, w in zip(("pretrained", "uniform", "sum"), fixed, strict=False)}
-        if search.over == "experts" and not search.checkpoints:
+        if search.combines_experts:
             try:
                 table["ensemble"] = score_ensemble()
             except NotFiniteError:

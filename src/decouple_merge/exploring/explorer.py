@@ -48,7 +48,7 @@ class Explorer:
         self.run = Run(folder)
         self.config, self.base, self.ranges, self.experts, _ = open_run(folder)
         search = self.config.search
-        if search.checkpoints or search.over != "experts":
+        if not search.combines_experts:
             raise UserError(f"{folder} merges other models than its experts, expected a run that merges those")
         self.device = default_device()
         self.bounds, self.blocks = (search.low, search.high), search.blocks

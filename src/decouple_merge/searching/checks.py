@@ -40,7 +40,7 @@ def _check_rule(settings: Search, num_combined: int) -> None:
     if settings.method == "slerp" and num_combined > 2:
         raise UserError(f"search.method is slerp, which takes two models, found {num_combined}; take karcher")
     needs = [need for need in rule.needs if need != "seeds"]
-    if needs and (settings.over != "experts" or settings.checkpoints):
+    if needs and not settings.combines_experts:
         raise UserError(
             f"search.method {settings.method} needs {' and '.join(needs)} of the run's experts, and other models are "
             "combined; take another method, or merge them by deme merge"
