@@ -16,7 +16,7 @@ import torch
 
 from decouple_merge.config import Config, load_config
 from decouple_merge.experiment.plan import check, load_experts
-from decouple_merge.experiment.selection import open_merger, open_scorer
+from decouple_merge.experiment.selection import hashes_of, open_merger, open_scorer
 from decouple_merge.experiment.start import learn_start
 from decouple_merge.models.base import tensors_sha256
 from decouple_merge.searching.levels import ranked, search
@@ -58,7 +58,7 @@ def main() -> None:
     }
     plan = check(load_config(arguments.run / "config.yaml"), arguments.run)
     experts = load_experts(plan)
-    merger = open_merger(plan, experts)
+    merger = open_merger(plan, experts, hashes_of(experts))
     objective, known = open_scorer(plan, merger), dict[tuple[str, Weights], Score]()
 
     def scored(weights: Weights, level: Level) -> Score:

@@ -115,8 +115,18 @@ def test_gradients_that_agree_are_one_cluster(tmp_path: Path) -> None:
 
 def test_a_file_without_a_map_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no archive")
+    np.savez(tmp_path / "halves.npz", **{"halves-base": np.ones((2, 2))})
+    np.savez(tmp_path / "words.npz", timesteps=np.array(["a"]), **{"halves-base": np.ones((1, 1))})
+    np.savez(tmp_path / "nan.npz", timesteps=np.arange(1), **{"halves-base": np.full((1, 1), np.nan)})
     np.savez(tmp_path / "other.npz", timesteps=np.arange(3), **{"halves-base": np.ones((2, 2))})
-    for name, match in [("text", "no map of similarities"), ("other", r"a map \(2, 2\)"), ("none", "No such file")]:
+    for name, match in [
+        ("text", "can't be read as plain arrays"),
+        ("halves", "no array timesteps"),
+        ("words", "found timesteps of <U1"),
+        ("nan", "aren't finite"),
+        ("other", r"a map \(2, 2\)"),
+        ("none", "No such file"),
+    ]:
         with pytest.raises(ValueError, match=match):
             read_similarity(tmp_path / f"{name}.npz")
     with pytest.raises(ValueError, match="the cost gradient needs that file"):

@@ -75,6 +75,7 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
         ("finetune: {projection: {placement: both}}", "finetune.projection.placement: .*'folded', 'trunk' or 'none'"),
         ("search: {strategy: anneal}", "search.strategy: .*found 'anneal'"),
         ("data: {num_held_out: many}", "data.num_held_out: .*found 'many'"),
+        ("evaluate: {metrics: []}", "evaluate.metrics: .*at least 1 item"),
         ("[1, 2]", "found list, expected keys and values"),
         ("a: [", "is not valid YAML"),
     ],

@@ -79,6 +79,18 @@ def deme(*arguments: Any) -> Any:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+def test_a_run_is_analysed_by_one_process(claimed: Path) -> None:
+    # It needs no more than the base.
+    command = ["analyze", claimed, "--only", "gradient-similarity", "--set", "gradient_similarity.num_images=8"]
+    with another_process(lambda: hold(Run(claimed).lock("analyze"), "deme analyze")):
+        assert f"{claimed}: deme analyze holds it, process" in str(deme(*command).exception)
+        assert not (claimed / "analysis").exists()
+    with another_process(lambda: hold(Run(claimed).lock("analyze"), "deme analyze"), seconds=1):
+        found = deme(*command, "--wait", "--dry-run")
+    assert found.exit_code == 0, found.exception
+    assert "waiting: " in found.output
+
+
 @pytest.mark.parametrize("verb", ["run", "finetune", "search", "fisher", "gram"])
 def test_a_second_process_is_told_who_holds_the_folder(verb: str, claimed: Path) -> None:
     arguments = [claimed / "config.yaml", "--out", claimed] if verb in ("run", "finetune") else [claimed]

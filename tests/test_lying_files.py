@@ -31,6 +31,7 @@ from decouple_merge.data.sources import open_images
 from decouple_merge.errors import UserError
 from decouple_merge.evaluation.references import holds_statistics
 from decouple_merge.merging.recipes import describe_model, repeat_merge
+from decouple_merge.models.ranges import read_similarity
 from decouple_merge.storage.files import read_records
 from decouple_merge.storage.reading import read_record
 import decouple_merge.data.folder
@@ -38,6 +39,7 @@ import decouple_merge.data.folder
 READERS = {
     "images": lambda path: open_images(str(path)),
     "statistics": lambda path: holds_statistics(path),
+    "similarity": read_similarity,
     "weights": lambda path: list(describe_model(path)),
     "prompts": read_prompts,
     "records": read_records,
@@ -128,6 +130,8 @@ def lies(tmp_path: Path) -> list[tuple[str, Path]]:
         found += [
             (kind, zipped(tmp_path / name, "mu.npy", content, says=terabytes)) for kind in ("images", "statistics")
         ]
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        found.append(("similarity", zipped(tmp_path / "maps" / name, "timesteps.npy", content, says=terabytes)))
     return found
 
 

@@ -98,7 +98,7 @@ def test_both_text_encoders_count(text_config: MakeConfig, tiny_sdxl_base: Path)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_search_takes_what_is_said(text_config: MakeConfig, tmp_path: Path, precision: str, method: str) -> None:
     opened = prepare(text_config(sample={"precision": precision}, search={"method": method}), tmp_path / "run")
-    scorer = open_scorer(opened, open_merger(opened, [opened.base.network.state_dict()] * 2))
+    scorer = open_scorer(opened, open_merger(opened, [opened.base.network.state_dict()] * 2, ["0"] * 2))
     scorer.merger.write([0.5, 1.0])
     (stacked,), prompts = scorer.merger.stacks, scorer.prompts
     assert prompts is not None

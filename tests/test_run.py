@@ -26,7 +26,7 @@ from decouple_merge.experiment import finetuning, selection, workflow
 from decouple_merge.experiment.export import export_record
 from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.experiment.results import Row
-from decouple_merge.experiment.selection import open_merger, open_scorer
+from decouple_merge.experiment.selection import hashes_of, open_merger, open_scorer
 from decouple_merge.merging import recipes
 from decouple_merge.merging.arithmetic import merge
 from decouple_merge.merging.card import model_card
@@ -516,7 +516,7 @@ def test_blocks_are_merged_by_weights_of_their_own(method: str, done: Finished, 
         keys = [k for k in base if k.startswith("up_blocks.") == is_up]
         parts = [{k: t[k] for k in keys} for t in (base, *experts)]
         expected |= merge(parts[0], parts[1:], list(weights), method)
-    score = open_scorer(plan, open_merger(plan, experts))(sum(rows, ()), levels(plan.config, 3)[0])
+    score = open_scorer(plan, open_merger(plan, experts, hashes_of(experts)))(sum(rows, ()), levels(plan.config, 3)[0])
     assert score.merged_sha256 == tensors_sha256(expected)
     winner = Trial("final", 0, sum(rows, ()), score.value, score.merged_sha256, 1.0, "main")
     record = export_record(plan, [], levels(plan.config, 3)[-1], winner)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from decouple_merge.config import Config, Sample, Text
+from decouple_merge.config import Config, Protocol, Sample, Text
 from decouple_merge.diffusion.timesteps import TimestepRange
+from decouple_merge.evaluation.evaluate import evaluate_model
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.finetuning import finetune_experts
 from decouple_merge.experiment.plan import prepare
@@ -92,6 +93,8 @@ def test_another_shift_than_in_training_is_told_or_refused_before_images_are_dra
     # At shift 3 a quarter of the steps is above σ = 0.9, at shift 20 two thirds.
     assert len(lines) == 1
     assert re.search(r"\[900, 1000\) has 2[78] of 40 steps, 10 expected", lines[0])
+    scoring = Protocol(metrics=["kd_effnetlite0"], num_images=4, sample=settings)
+    assert next(evaluate_model(str(cut), None, scoring)) == lines[0]
     message = r"was finetuned on the timesteps \[0, 750\), and its range is \[0, 952\.381\)"
     with pytest.raises(ValueError, match=message):
         sample_model(str(default), tmp_path / "other", 1, settings=settings)

@@ -253,6 +253,10 @@ def test_a_run_merges_the_two_transformers_that_a_base_has(text_config: Callable
     config = whole_config(folder, text_config, experts="denoisers")
     planned = lines_of(describe(config, tmp_path / "run"))
     assert "experts: transformer_2 on [0, 875), transformer on [875, 1000), as the base has them" in planned
+    assert not any("finetuning" in line for line in planned)
+    # An expert is one of the two, and the base that they are merged into is one, too.
+    size = 4 * sum(p.numel() for p in tiny_wan().parameters())
+    assert any(f"2 of 2 networks in fp32 {2 * size / 1e3:.1f} kB" in line for line in planned)
     lines = lines_of(workflow.run(config, tmp_path / "run"))
     assert any("the cosine of their weights is 0.9" in line for line in lines)
     # The ensemble of the two is the base.

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from .numbers import NonNegativeInt, PositiveInt
 from .paths import FilePath, Name
@@ -40,7 +40,7 @@ class Evaluate(Section):
             folder of an image–text model, such as ``models/emoji-judge``.
     """
 
-    metrics: list[str] = ["fd_effnetlite0", "kd_effnetlite0"]
+    metrics: list[str] = Field(["fd_effnetlite0", "kd_effnetlite0"], min_length=1)
     num_images: PositiveInt = 5000
     num_seed_sets: PositiveInt = 3
     first_seed: NonNegativeInt = 0

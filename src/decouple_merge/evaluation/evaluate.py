@@ -67,6 +67,7 @@ def evaluate_model(
             f"warning: {name} holds JPEG files, whose compression moves every metric; compare only with images that "
             "were compressed alike, or store PNG"
         )
+    yield from scored.notes
     compared, sha256 = _open_compared(reference, scored, settings), scored.sha256()
     features = _features(model, scored, settings, [extractor for extractor, _ in compared.values()])
     values, num_images = score_features(features, settings.metrics, list(compared.values()))

@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import Evaluate, Stats
-from ..data.arrays import open_arrays, read_array
+from ..data.arrays import read_array
 from ..data.images import ArrayImages, Images
 from ..data.sources import open_images
 from ..errors import UserError
 from ..executors.devices import default_device
+from ..storage.arrays import open_arrays
 from ..storage.files import atomic_path, cache_folder, read_tensors, write_tensors
 from ..storage.locks import make_once
 from ..storage.outputs import STATISTICS, STATISTICS_COMMENT, check_output

@@ -30,6 +30,7 @@ class Scored:
         sampling: what the images depend on besides model and seed, as records carry it.
         prompts: all that images may be drawn from.
         texts: those of these images, in their order.
+        notes: what is to be known before a model draws.
         sha256: hashes the model, or says the hash of the images; None where they are only given.
     """
 
@@ -43,6 +44,7 @@ class Scored:
     num_batches: int = 1
     prompts: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     sha256: Callable[[], str | None] = lambda: None
 
 
@@ -96,6 +98,7 @@ def _open_drawn(name: str, settings: Protocol) -> Scored:
         num_batches=len(seed_batches(seeds, settings.sample.batch_size)),
         prompts=model.prompts,
         texts=model.prompts_of(seeds),
+        notes=list(model.notes()),
         sha256=lambda: model.sha256,
     )
 

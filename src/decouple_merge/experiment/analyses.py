@@ -76,9 +76,9 @@ def analyze(
     lock = plan.run.lock("analyze")
     yield from enter(lock, wait)
     with hold(lock, "deme analyze", wait):
-        waiting = []
-        for name, module in chosen.items():
-            if _is_done(plan, name, _depends_on(plan, subject, name, module.NEEDS)):
+        depends_on, waiting = _depends_on(plan, subject, chosen), []
+        for name in chosen:
+            if _is_done(plan, name, depends_on[name]):
                 yield f"{name}: done, {plan.run.analysis(f'{name}.csv')}"
             else:
                 waiting.append(name)
@@ -87,25 +87,29 @@ def analyze(
             speed = measure_speed(subject)
             yield from (describe(name, cost, speed) for name, cost in costs.items())
         for name in [] if dry_run else waiting:
-            yield from _analyze(plan, subject, name, chosen[name])
+            yield from _analyze(plan, subject, name, chosen[name], depends_on[name])
 
 
-def _depends_on(plan: Plan, subject: Subject, name: str, needs: Sequence[str]) -> dict[str, Any]:
-    """Say all that a finding depends on: settings, and hashes of what it was made from."""
-    settings, own = subject.settings, subject.settings.of(name)
-    values = {"seed": settings.seed, "batch_size": subject.batch_size}
-    record: dict[str, Any] = {
+def _depends_on(plan: Plan, subject: Subject, chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Say all that each finding depends on: settings, and hashes of what it was made from."""
+    settings, found = subject.settings, {}
+    common = {
         "base_sha256": plan.base.sha256,
         "data_sha256": plan.images.sha256,
         "ranges": [[r.low, r.high] for r in subject.ranges],
     }
-    if "experts" in needs:
-        record["experts_sha256"] = [tensors_sha256(e) for e in subject.experts]
-    if "merged" in needs:
-        assert subject.merged is not None
-        record["merged_sha256"] = tensors_sha256(subject.merged)
-    record |= subject.hashes.get(name, {}) | {"decouple_merge": __version__}
-    return {"settings": values | (own.model_dump(mode="json") if own else {}), "made_from": record}
+    # What no analysis needs isn't loaded.
+    loaded: dict[str, Any] = {"experts": [tensors_sha256(e) for e in subject.experts]}
+    if subject.merged is not None:
+        loaded["merged"] = tensors_sha256(subject.merged)
+    for name, module in chosen.items():
+        hashes = {f"{need}_sha256": loaded[need] for need in ("experts", "merged") if need in module.NEEDS}
+        own, values = settings.of(name), {"seed": settings.seed, "batch_size": subject.batch_size}
+        found[name] = {
+            "settings": values | (own.model_dump(mode="json") if own else {}),
+            "made_from": common | hashes | subject.hashes.get(name, {}) | {"decouple_merge": __version__},
+        }
+    return found
 
 
 def _is_done(plan: Plan, name: str, depends_on: dict[str, Any]) -> bool:
@@ -113,8 +117,9 @@ def _is_done(plan: Plan, name: str, depends_on: dict[str, Any]) -> bool:
     return found.exists() and depends_on.items() <= read_record(found, AGAIN).items()
 
 
-def _analyze(plan: Plan, subject: Subject, name: str, module: Any) -> Generator[str | Progress, None, None]:
-    depends_on = _depends_on(plan, subject, name, module.NEEDS)
+def _analyze(
+    plan: Plan, subject: Subject, name: str, module: Any, depends_on: dict[str, Any]
+) -> Generator[str | Progress, None, None]:
     digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
     kept = plan.run.analysis(f"{name}.parts") / digest
     finding: Finding = yield from module.compute(subject.with_kept(Kept(kept)))

@@ -10,7 +10,7 @@ from ..storage.files import write_json, write_tensors
 from ..storage.hub import pipeline_folder
 from ..storage.layouts import denoisers
 from .planned import Plan
-from .provenance import made_from
+from .provenance import trainings_made_from
 
 
 def describe_given(plan: Plan) -> Iterator[str]:
@@ -24,11 +24,11 @@ def describe_given(plan: Plan) -> Iterator[str]:
 def write_given(plan: Plan) -> Iterator[str]:
     """Write the denoisers into the run folder as its experts, the cleanest range's first."""
     yield from describe_given(plan)
-    places = _places(plan)
+    places, now = _places(plan), trainings_made_from(plan)
     for index, name in enumerate(plan.base.family.turns(plan.base.pipeline)):
         folder = plan.run.expert(index)
         if not (folder / "model.safetensors").exists():
-            write_json(folder / "expert.json", made_from(f"experts/{index}", plan))
+            write_json(folder / "expert.json", now[f"experts/{index}"])
             write_tensors(folder / "model.safetensors", {k: v.float() for k, v in load_network(places[name]).items()})
 
 

@@ -55,7 +55,9 @@ def estimate(config: Config) -> list[Stage]:
         OSError, SafetensorError, ValueError, KeyError: the base can't be read, or has no modules for the adapter.
     """
     folder = pipeline_folder(config.base)
-    family, network, settings = FAMILIES[read_index(folder)["_class_name"]], empty_network(folder), config.finetune
+    family, settings = FAMILIES[read_index(folder)["_class_name"]], config.finetune
+    is_trained = settings.experts == "trained"
+    network = empty_network(folder, is_single=not is_trained)
     size = _num_bytes([*network.parameters(), *network.buffers()])
     num_elements = sum(p.numel() for p in network.parameters())
     vae = {"VAE": _part_bytes(folder / "vae") if family.is_latent else 0}
@@ -68,12 +70,13 @@ def estimate(config: Config) -> list[Stage]:
         if settings.lora is not None:
             check_lora(network, settings.lora)
             attach_lora(network, settings.lora, "memory")
-    name = "finetuning an expert" if config.search.over == "experts" else "finetuning"
-    stages.append(Stage(name, _training(network, size, config)))
+    if is_trained:
+        name = "finetuning an expert" if config.search.over == "experts" else "finetuning"
+        stages.append(Stage(name, _training(network, size, config)))
     precision = config.sample.precision
     drawn = num_elements * DTYPES[precision].itemsize
     drawing = {f"network in {precision}": drawn} | vae
-    if settings.distance:
+    if is_trained and settings.distance:
         two = {f"expert and base in {precision}": 2 * drawn}
         stages.append(Stage("drawing with an expert besides", {"averaged weights": size} | two | vae))
     placement_size = size if settings.projection.placement != "trunk" else _num_bytes(network.parameters())

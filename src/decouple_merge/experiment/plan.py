@@ -30,7 +30,7 @@ from ..training.made_from import check_unchanged
 from .located import located
 from .manifest import check_owner, claim, manifest
 from .planned import Plan
-from .provenance import check_stages, made_from
+from .provenance import check_stages, trainings_made_from
 from .reported import report_references
 
 
@@ -119,6 +119,7 @@ def load_experts(plan: Plan) -> list[Tensors]:
     """
     folders = [plan.run.expert(i) for i in range(len(plan.ranges))]
     experts = [load_expert(folder, plan.base, own) for folder, own in zip(folders, plan.ranges, strict=True)]
+    now = trainings_made_from(plan)
     for folder in folders:
-        check_unchanged(folder, made_from(f"experts/{folder.name}", plan))
+        check_unchanged(folder, now[f"experts/{folder.name}"])
     return experts

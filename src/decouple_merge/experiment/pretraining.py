@@ -53,25 +53,24 @@ def convergence(log: list[dict[str, Any]]) -> str:
 
 def _build(config: Config, settings: Pretrain, out: Path) -> Plan:
     """Make an untrained base, or open the one to go on from, and open its data; writes nothing."""
-    base = with_density(_opened(settings.start) if settings.start else _created(config, settings), settings)
+    if settings.start:
+        base = load_base(settings.start)
+        if base.encoders is not None:
+            raise UserError(
+                f"pretrain.start is {settings.start!r}, a {type(base.pipeline).__name__}; expected one that draws "
+                "pixels from noise alone: deme finetune trains any other"
+            )
+    else:
+        base = create_base(settings.model, settings.scheduler, config.seed)
+    base = with_density(base, settings)
     _check(config, settings, base)
+    return _with_data(config, settings, base, out)
+
+
+def _with_data(config: Config, settings: Pretrain, base: Base, out: Path) -> Plan:
     images = load_images(config.data, base.channels, base.image_size)
     split(images, config.data)
     return image_plan(config, out, base, _ranges(settings, base), images)
-
-
-def _created(config: Config, settings: Pretrain) -> Base:
-    return create_base(settings.model, settings.scheduler, config.seed)
-
-
-def _opened(start: str) -> Base:
-    base = load_base(start)
-    if base.encoders is not None:
-        raise UserError(
-            f"pretrain.start is {start!r}, a {type(base.pipeline).__name__}; expected one that draws pixels from noise "
-            "alone: deme finetune trains any other"
-        )
-    return base
 
 
 @dataclass(frozen=True)
@@ -166,9 +165,7 @@ def open_pretrained(config: Config, folder: Path) -> Plan:
     if config.pretrain is None:
         raise UserError(f"{folder} has a pipeline, and its config no section pretrain: it is no base's training")
     base = with_density(load_base(str(folder / "pipeline")), config.pretrain)
-    images = load_images(config.data, base.channels, base.image_size)
-    split(images, config.data)
-    return image_plan(config, folder, base, _ranges(config.pretrain, base), images)
+    return _with_data(config, config.pretrain, base, folder)
 
 
 def pretrain(config: Config, out: Path, wait: bool = False) -> Iterator[str | StepRecord]:

@@ -30,10 +30,10 @@ def made_from(stage: str, plan: Plan) -> MadeFrom:
     Args:
         stage: the name of its folder in the run's: ``experts/0``, ``baselines/baseline-finetuned``, ``search``.
     """
-    return _search(plan) if stage == SEARCH else _trainings(plan)[stage]
+    return _search(plan) if stage == SEARCH else trainings_made_from(plan)[stage]
 
 
-def _trainings(plan: Plan) -> dict[str, MadeFrom]:
+def trainings_made_from(plan: Plan) -> dict[str, MadeFrom]:
     """Say it of every training that the run may hold, whether the config asks for it or not."""
     config = plan.config
     if config.finetune.experts == "denoisers":
@@ -102,7 +102,7 @@ def check_stages(plan: Plan) -> None:
 
 
 def _changed(plan: Plan) -> Iterator[tuple[str, list[str]]]:
-    now = _trainings(plan)
+    now = trainings_made_from(plan)
     for stage in now:
         if found := changes_of(plan.run.folder / stage, now[stage]):
             yield stage, found
@@ -117,7 +117,7 @@ def _changed(plan: Plan) -> Iterator[tuple[str, list[str]]]:
 
 def search_record(plan: Plan, experts_sha256: Sequence[str]) -> MadeFrom:
     """Say what a run's search is made from, with the hashes of the models that it combines."""
-    return made_from(SEARCH, plan) | {"experts_sha256": list(experts_sha256)}
+    return _search(plan) | {"experts_sha256": list(experts_sha256)}
 
 
 def begin_search(plan: Plan, experts_sha256: Sequence[str]) -> None:

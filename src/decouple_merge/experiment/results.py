@@ -25,7 +25,6 @@ from ..sampling.sampler import (
     Denoiser,
     choose_prompts,
     denoiser,
-    ensemble_denoiser,
     prompts_label,
     sample_images,
     sampling_copy,
@@ -91,7 +90,7 @@ def _weights_of(plan: Plan, model: str) -> Tensors:
 
 def denoiser_of(plan: Plan, model: str, device: torch.device) -> Denoiser:
     if model == "ensemble":
-        return ensemble_denoiser(plan.base, plan.ranges, load_experts(plan), plan.config.report_sample, device)
+        return plan.ensemble(load_experts(plan), device)
     network = build_network(plan.base, _weights_of(plan, model))
     return denoiser(plan.base, sampling_copy(network, plan.config.report_sample, device))
 
@@ -205,11 +204,11 @@ def _write_samples(plan: Plan, models: dict[str, str]) -> None:
             write_images(drawn, missing, folder, records)
 
 
-def result_table(plan: Plan, wanted: list[dict[str, Any]] | None = None) -> Iterator[Row]:
+def result_table(plan: Plan, wanted: list[dict[str, Any]]) -> Iterator[Row]:
     """Yield a row for each metric and model, from those of the run's records that are of its models as they are now.
 
     Args:
-        wanted: ``wanted_records``, where they are known.
+        wanted: ``wanted_records``.
     """
     values = {identity_of(record): record["value"] for record in read_records(plan.run.metrics, value=(int, float))}
     size = num_parameters(plan.base.network)
@@ -219,7 +218,7 @@ def result_table(plan: Plan, wanted: list[dict[str, Any]] | None = None) -> Iter
         merged_size = size
     sizes = {"ensemble": merged_size * len(plan.ranges), "merged": merged_size}
     found: dict[tuple[str, str], list[float]] = {}
-    for record in wanted or wanted_records(plan, report_models(plan)):
+    for record in wanted:
         if (identity := identity_of(record)) in values:
             found.setdefault((record["metric"], record["model"]), []).append(values[identity])
     for metric, model in product(plan.config.evaluate.metrics, report_models(plan)):

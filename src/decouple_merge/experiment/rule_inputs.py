@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
-from ..merging.arithmetic import Tensors
 from ..merging.rules import RULES
 from ..merging.rules.rule import Context, Settings
-from ..models.base import tensors_sha256
 from ..seeds import stream_seed
 from ..storage.reading import parse_json
 from ..storage.tensors import TensorFiles
@@ -61,8 +59,11 @@ def rule_files(plan: Plan) -> dict[str, list[Path]]:
     return {kind.need: [kind.path(i) for i in range(len(plan.ranges))] for kind in _kinds(plan)}
 
 
-def contexts(plan: Plan, experts: Sequence[Tensors]) -> Callable[[str], Context]:
+def contexts(plan: Plan, experts_sha256: Sequence[str]) -> Callable[[str], Context]:
     """Make the function that says what the search's rule needs for a key, besides the tensors.
+
+    Args:
+        experts_sha256: of what is combined, in its order.
 
     Raises:
         UserError: a file that it needs is missing.
@@ -72,7 +73,7 @@ def contexts(plan: Plan, experts: Sequence[Tensors]) -> Callable[[str], Context]
     paths = rule_files(plan)
     if missing := [path for each in paths.values() for path in each if not path.exists()]:
         raise UserError(f"{missing[0]} is missing, which method {search.method} needs; start the search's leader first")
-    identities = [tensors_sha256(e) for e in experts] if "seeds" in needs else []
+    identities = experts_sha256 if "seeds" in needs else []
     files = {need: [TensorFiles([path]) for path in each] for need, each in paths.items()}
 
     def context(key: str) -> Context:

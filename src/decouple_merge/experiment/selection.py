@@ -32,14 +32,14 @@ Event = str | Trial
 OpenLevel = Callable[[str], Study]
 
 
-def open_merger(plan: Plan, experts: list[Tensors]) -> Merger:
+def open_merger(plan: Plan, experts: list[Tensors], experts_sha256: list[str]) -> Merger:
     """Make what merges a run's candidates."""
     search = plan.config.search
     return Merger(
         plan.base.network.state_dict(),
         experts,
         method=search.method,
-        context_of=contexts(plan, experts),
+        context_of=contexts(plan, experts_sha256),
         patterns=search.blocks,
         dtype=plan.base.dtype,
         device=default_device(),
@@ -70,7 +70,7 @@ def search_weights(plan: Plan, wait: bool = False) -> Iterator[Event]:
     yield from enter(plan.run.lock("run"), wait)
     with hold(plan.run.lock("run"), "deme search", wait):
         check_claimed(plan.run, plan.config)
-        hashes = _hashes(load_combined(plan))
+        hashes = hashes_of(load_combined(plan))
         begin_search(plan, hashes)
         yield from write_rule_inputs(plan, hashes)
         first = level_opener(plan, hashes)("screen")
@@ -88,12 +88,17 @@ def help_search(plan: Plan) -> Iterator[Event]:
             for ``leader.LEADERLESS_SECONDS``.
     """
     experts = load_combined(plan)
-    scorer = _scorer_when_asked(plan, open_merger(plan, experts))
-    open_level = level_opener(plan, _hashes(experts))
+    yield from _help(plan, experts, hashes_of(experts))
+
+
+def _help(plan: Plan, experts: list[Tensors], hashes: list[str]) -> Iterator[Event]:
+    scorer = _scorer_when_asked(plan, open_merger(plan, experts, hashes))
+    open_level = level_opener(plan, hashes)
     yield from work(open_level, plan.config, len(experts), lambda weights, level: scorer()(weights, level))
 
 
-def _hashes(experts: list[Tensors]) -> list[str]:
+def hashes_of(experts: list[Tensors]) -> list[str]:
+    """Hash each of the models that a search combines."""
     return [tensors_sha256(e) for e in experts]
 
 
@@ -123,14 +128,14 @@ def _lead_or_help(plan: Plan, hashes: list[str], is_leader: bool) -> Iterator[Ev
         with leading(level_opener(plan, hashes)("screen")):
             yield from _lead(plan, hashes)
     else:
-        for _ in help_search(plan):
+        for _ in _help(plan, load_combined(plan), hashes):
             pass
 
 
 def _lead(plan: Plan, hashes: list[str]) -> Iterator[Event]:
     """Search; put the best merge on disk whenever there is a better one."""
     config, experts = plan.config, load_combined(plan)
-    merger, open_level = open_merger(plan, experts), level_opener(plan, hashes)
+    merger, open_level = open_merger(plan, experts, hashes), level_opener(plan, hashes)
     scorer, every = _scorer_when_asked(plan, merger), levels(plan.config, len(experts))
 
     def done() -> list[tuple[Level, list[Trial]]]:

@@ -42,14 +42,19 @@ def num_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def empty_network(folder: Path) -> nn.Module:
-    """Build the denoiser of a pipeline's folder from its configs alone, on the meta device: shapes without memory."""
+def empty_network(folder: Path, is_single: bool = False) -> nn.Module:
+    """Build the denoiser of a pipeline's folder from its configs alone, on the meta device: shapes without memory.
+
+    Args:
+        is_single: of two denoisers take the first alone.
+    """
     index, networks = read_index(folder), dict[str, Any]()
     for name, part in denoisers(folder).items():
         config = read_config(part)
         with torch.device("meta"):
             networks[name] = getattr(diffusers, config["_class_name"]).from_config(config)
-    return FAMILIES[index["_class_name"]].joined(str(folder), networks, index)
+    family = FAMILIES[index["_class_name"]]
+    return networks[family.component] if is_single else family.joined(str(folder), networks, index)
 
 
 def new_network(base: Base, projection: str = "none") -> nn.Module:

@@ -1,10 +1,8 @@
 """The ranges of a run's experts, and the density that it draws timesteps by."""
 
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +13,7 @@ from ..diffusion.process import Flow, Process
 from ..diffusion.ranges import cut_ranges, listed_ranges
 from ..diffusion.timesteps import TimestepRange
 from ..errors import UserError
+from ..storage.arrays import open_arrays
 from ..storage.reading import check_file
 from .base import Base
 
@@ -57,14 +56,18 @@ def read_similarity(path: Path) -> tuple[list[float], Float[Tensor, "n n"]]:
     """
     advice = "give the gradient-similarity.npz that deme analyze RUN --only gradient-similarity writes"
     check_file(path, advice)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            t, found = (torch.from_numpy(np.asarray(file[name], float)) for name in ("timesteps", "halves-base"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: no map of similarities ({error}); {advice}") from error
-    if t.dim() != 1 or found.shape != (len(t), len(t)) or not bool(found.isfinite().all()) or not len(t):
-        raise UserError(f"{path}: found {len(t)} timesteps and a map {tuple(found.shape)} of them; {advice}")
-    return t.tolist(), found
+    with open_arrays(path) as arrays:
+        if lacking := [name for name in ("timesteps", "halves-base") if name not in arrays]:
+            raise UserError(f"{path}: no map of similarities, it has no array {lacking[0]}; {advice}")
+        t, found = (arrays[name] for name in ("timesteps", "halves-base"))
+        if t.ndim != 1 or found.shape != (len(t), len(t)) or not len(t):
+            raise UserError(f"{path}: found timesteps {t.shape} and a map {found.shape} of them; {advice}")
+        if not {t.dtype.kind, found.dtype.kind} <= set("fiu"):
+            raise UserError(f"{path}: found timesteps of {t.dtype} and a map of {found.dtype}; {advice}")
+        similarity = torch.from_numpy(found.astype(float))
+        if not similarity.isfinite().all():
+            raise UserError(f"{path}: its map has numbers that aren't finite; {advice}")
+        return t.astype(float).tolist(), similarity
 
 
 def with_density(base: Base, settings: Training) -> Base:
