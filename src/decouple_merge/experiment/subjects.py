@@ -97,6 +97,12 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
     models = _others(plan, settings.loss_weights.run) if "loss-weights" in needs else {}
     runs = [_results(folder) for folder in (plan.run.folder, *others)] if others else []
     metric, screened = _screened(plan)
+    hashes = {
+        "gradient-similarity": {f"checkpoint_{n}_sha256": _file_sha256(path) for n, path in checkpoints.items()},
+        "qualitative": _drawn_from(plan) if "qualitative" in needs else {},
+        "loss-weights": {f"{name} sha256": tensors_sha256(tensors) for name, tensors in models.items()},
+        "sensitivity": {f"{run.name} sha256": _sha256(run) for run in runs},
+    }
     return Subject(
         base=plan.base,
         ranges=plan.ranges,
@@ -106,14 +112,7 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
         others=models,
         runs=runs,
         checkpoints={update: partial(_weights, path) for update, path in checkpoints.items()},
-        hashes={
-            "gradient-similarity": {
-                f"checkpoint_{update}_sha256": _file_sha256(path) for update, path in checkpoints.items()
-            },
-            "qualitative": _drawn_from(plan) if "qualitative" in needs else {},
-            "loss-weights": {f"{name} sha256": tensors_sha256(tensors) for name, tensors in models.items()},
-            "sensitivity": {f"{run.name} sha256": _sha256(run) for run in runs},
-        },
+        hashes=hashes,
         trials=screened,
         metric=metric,
         models=report_models(plan),
