@@ -1,8 +1,10 @@
 """What a path that the user gave may replace: an earlier result of the same kind that is no input, nothing else."""
 
+import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from decouple_merge.cli.main import app
+from decouple_merge.cli.main import app, main
 from decouple_merge.errors import UserError
 from decouple_merge.storage import files
 from decouple_merge.storage.files import append_record, atomic_path, remove_leftovers, write_text
@@ -189,12 +191,45 @@ def test_an_earlier_merge_is_replaced(place: Path) -> None:
         assert found.exit_code == 0, found.output
         assert json.loads((place / "out/merge.json").read_text())["weights"] == [float(weight)]
     assert sorted(p.name for p in place.iterdir()) == ["base", "expert", "out"]
-    assert json.loads((place / "out/merge.json").read_text())["files"] == [
+    assert [*json.loads((place / "out/merge.json").read_text())["files"]] == [
         "README.md",
         "config.json",
         "diffusion_pytorch_model.safetensors",
-        "merge.json",
     ]
+
+
+@pytest.mark.parametrize("name", ["README.md", "diffusion_pytorch_model.safetensors"])
+def test_a_merge_that_was_changed_by_hand_is_not_replaced(name: str, place: Path) -> None:
+    assert merge("out").exit_code == 0
+    if name.endswith(".md"):
+        (place / "out" / name).write_text("mine")
+    else:
+        # Trained on, and saved where it came from: names and sizes stay.
+        weights = load_file(place / "out" / name)
+        save_file({key: tensor + 1 for key, tensor in weights.items()}, place / "out" / name, {"format": "pt"})
+    before = snapshot(place)
+    for arguments in ([], ["--dry-run"]):
+        assert f"holds {name}, which was changed since" in str(merge("out", *arguments).exception)
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_what_a_terminal_cannot_show_is_escaped(encoding: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = os.fsdecode(b"m\xe9rge-\xc3\xa9")
+    shutil.copytree("base", name)
+    written = [io.BytesIO(), io.BytesIO()]
+    for stream, into in zip(("stdout", "stderr"), written, strict=True):
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(into, encoding=encoding, errors="strict", write_through=True))
+    monkeypatch.setattr(sys, "argv", ["deme", "info", name])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert written[1].getvalue().startswith(rb"deme: m\udce9rge-")
+
+
+def test_an_output_whose_name_is_no_utf8_is_refused(place: Path) -> None:
+    with pytest.raises(UserError, match="no UTF-8"):
+        check_output(place / os.fsdecode(b"m\xe9rge"), MERGED_FOLDER)
 
 
 @pytest.mark.parametrize("dangling", [False, True])
@@ -292,7 +327,9 @@ def test_images_of_the_same_are_kept_and_the_missing_are_drawn(tiny_base: Path, 
     assert "3 were drawn now" in sample(tiny_base, out, "--num-images", "6").output
     assert {name: (out / name).stat().st_mtime_ns for name in made} == made
     assert snapshot(out) == snapshot(tmp_path / "all")
-    assert "0 were drawn now" in sample(tiny_base, out, "--num-images", "2").output
+    found = sample(tiny_base, out, "--num-images", "2").output
+    assert "0 were drawn now" in found
+    assert "holds 4 images besides, of seeds that aren't asked for: 2 to 5" in found
     # Whatever is changed of what the images depend on, nothing is mixed.
     for more in (["--num-steps", "3"], ["--sampler", "DDPM"], ["--set", "sample.timestep_spacing=trailing"]):
         assert "was drawn otherwise" in str(sample(tiny_base, out, "--num-images", "8", *more).exception), more

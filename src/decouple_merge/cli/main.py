@@ -1,6 +1,7 @@
 """The command ``deme``: each verb is one function of the library. Heavy imports stay inside the handlers."""
 
 import errno
+import io
 import os
 import sys
 import time
@@ -75,6 +76,10 @@ def _at_home(argument: str) -> str:
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit status 2."""
+    # Names of files may be no text, and a terminal may not know what our lines are written with.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.argv[1:] = map(_at_home, sys.argv[1:])
     try:
         _check_processes(sys.argv[1:])

@@ -43,7 +43,7 @@ class Recipe(Merge):
     projection: str | None = None
     delta: dict[str, Any] | None = None
     merged_sha256: str | None = None
-    files: list[str] | None = None
+    files: dict[str, str] | None = None
     decouple_merge: str | None = None
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..storage.files import atomic_path
 from ..storage.layouts import PROJECTIONS_FILE, STALE, plain_name, weight_files
+from ..storage.outputs import hashes_of_files
 from ..storage.tensors import (
     NAMES,
     Layout,
@@ -84,19 +85,10 @@ def merge_files(
             replace_metadata(temporary, metadata | {"merge": json.dumps(record)})
         else:
             places = {name: temporary / at.relative_to(base) for name, at in sources.parts.items()}
-            record = {
-                **record,
-                "merged_sha256": open_expert(temporary, places).files.sha256(),
-                "files": _files(temporary),
-            }
-            (temporary / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
+            record = {**record, "merged_sha256": open_expert(temporary, places).files.sha256()}
             (temporary / "README.md").write_text(card(record))
-
-
-def _files(folder: Path) -> list[str]:
-    """List what a merged folder holds, so that a later merge replaces these files and nobody's else."""
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    return sorted(found | {"merge.json", "README.md"})
+            record = {**record, "files": hashes_of_files(temporary)}
+            (temporary / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _with_hashes(record: dict[str, Any], found: list[str]) -> dict[str, Any]:

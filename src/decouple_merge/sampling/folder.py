@@ -61,7 +61,10 @@ def sample_model(
     for line in opened.notes():
         say(line)
     records = _records(opened, seeds)
-    missing = _missing(out, records)
+    there = _seeds_in(out, records)
+    missing = [seed for seed in records if seed not in there]
+    if others := there - records.keys():
+        say(f"{out} holds {len(others)} images besides, of seeds that aren't asked for: {min(others)} to {max(others)}")
     dealt = shares(len(seed_batches(missing, settings.batch_size)), num_processes)
     if len(dealt) == 1:
         _draw(opened, out, missing, records, dealt[0])
@@ -100,8 +103,8 @@ def _records(opened: OpenedModel, seeds: range) -> Records:
     return {s: {**common, "prompt": prompt} for s, prompt in zip(seeds, prompts, strict=True)}
 
 
-def _missing(out: Path, records: Records) -> list[int]:
-    """List the seeds whose images are not in a folder.
+def _seeds_in(out: Path, records: Records) -> set[int]:
+    """List the seeds whose images are in a folder.
 
     Raises:
         UserError: an image in it was drawn from something else.
@@ -116,7 +119,7 @@ def _missing(out: Path, records: Records) -> list[int]:
                 f"--out is {out}, whose {seed}.png was drawn otherwise: {differing[0]} is {found.get(differing[0])!r}, "
                 f"expected {wanted[differing[0]]!r}; give another folder, or remove it"
             )
-    return [seed for seed in records if seed not in there]
+    return {*there}
 
 
 def _images_in(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """What a path that the user gave may replace: an earlier result of the same kind that is no input, and nothing else."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -53,6 +54,8 @@ def check_output(out: Path, kind: Kind, inputs: Iterable[str | Path] = ()) -> No
     """
     try:
         target = out.resolve()
+        if any("\udc80" <= c <= "\udcff" for c in str(target)):
+            raise OSError("its name is no UTF-8, and safetensors opens no other")
         if target.is_symlink():
             raise OSError("a link that leads to itself")
         _check_inputs(out, target, kind, inputs)
@@ -107,11 +110,26 @@ def _check_movable(folder: Path) -> None:
 
 
 def _foreign_to_merge(folder: Path) -> str | None:
-    """Name a file that ``merge.json`` doesn't list; hidden ones count, since the folder is replaced as a whole."""
+    """Name a file that isn't as ``merge.json`` lists it; hidden ones count, since the folder is replaced as a whole."""
     listed = _read_json(folder / "merge.json").get("files")
-    known = set(listed) if isinstance(listed, list) else set()
-    found = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir())
-    return next((name for name in found if name not in known), None)
+    known = listed if isinstance(listed, dict) else {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not path.is_file() or not (name in known or (known and name == "merge.json")):
+            return name
+        if name in known and _sha256_of(path) != known[name]:
+            return f"{name}, which was changed since"
+    return None
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes_of_files(folder: Path) -> dict[str, str]:
+    """Hash every file of a folder, so that a later merge replaces these and nobody else's."""
+    return {p.relative_to(folder).as_posix(): _sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _foreign_to_merged_file(file: Path) -> str | None:
