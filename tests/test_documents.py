@@ -186,6 +186,7 @@ def merge_bomb(levels: int, width: int) -> str:
         "a: &a {b: *a}",
         merge_bomb(9, 9),
         "[" * 5000,
+        "[" * (MAX_BYTES - 1),
         "{a: " * 200 + "1" + "}" * 200,
         "\n".join(" " * i + "a:" for i in range(300)),
         "a: [" + "1, " * (MAX_BYTES // 3) + "1]",
@@ -321,3 +322,8 @@ def test_the_home_folder_is_put_in_the_place_of_a_tilde(tmp_path: Path, monkeypa
 def test_protocols_do_not_share_what_is_changed() -> None:
     assert load_protocol("coco-30k", {}, ["sample.num_steps=3"]).sample.num_steps == 3
     assert load_protocol("coco-30k", {}).sample.num_steps != 3
+
+
+@pytest.mark.parametrize("metrics", ["[]", "[kd_effnetlite0, fd_effnetlite0, kd_effnetlite0]"])
+def test_metrics_are_some_and_each_is_named_once(tmp_path: Path, metrics: str) -> None:
+    assert "evaluate.metrics" in refused(tmp_path, f"evaluate: {{metrics: {metrics}}}")

@@ -16,10 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from decouple_merge.config import Data
+from decouple_merge.config import Data, Protocol
 from decouple_merge.data import decoded, decoding
 from decouple_merge.data.decoding import DamagedError, decode
 from decouple_merge.data.sources import load_images, open_images
+from decouple_merge.errors import UserError
+from decouple_merge.evaluation import evaluate
+from decouple_merge.evaluation.scored_images import Scored
 
 RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
 IN_8_BITS = np.rint(RAMP / 257).astype(np.uint8)
@@ -236,6 +239,12 @@ def test_what_can_not_be_decoded_is_one_error_and_is_skipped_where_asked(tmp_pat
     with pytest.raises(DamagedError, match=r"b\.png: can't be decoded .*; mend or remove it, or set data.skip_damaged"):
         load_images(Data(source=str(tmp_path)), 1, 8)
     assert len(load_images(Data(source=str(tmp_path), skip_damaged=True), 1, 8)) == 1
+    # Where size and channels aren't known before, the first in the folder may be the damaged one.
+    (tmp_path / "0.png").write_bytes(content)
+    for skipped in (open_images(str(tmp_path), skip_damaged=True), open_images(str(tmp_path), 4, skip_damaged=True)):
+        assert len(skipped) == 1
+    with pytest.raises(DamagedError, match=r"skip_damaged of deme stats and evaluate"):
+        open_images(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["png", "gif", "bmp", "tiff", "webp", "jpeg", "avif", "ppm"])
@@ -329,6 +338,13 @@ def test_rows_without_an_image_and_columns_of_something_else_are_named(tmp_path:
         load_images(Data(source=source, column="n"), 1, 8)
 
 
+@pytest.mark.parametrize("shape", [(4, 0, 0), (4, 0, 8, 3), (4, 8, 0, 1)])
+def test_arrays_without_pixels_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match="which have no pixels"):
+        open_images(str(tmp_path / "a.npy"))
+
+
 @pytest.mark.parametrize("shape", [(4, 8, 8, 2), (4, 8, 8, 5), (4, 8, 8, 0), (4, 1, 8, 8, 3)])
 def test_arrays_of_other_channels_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     np.savez(tmp_path / "a.npz", np.zeros(shape, np.uint8))
@@ -359,3 +375,10 @@ def test_an_array_that_claims_more_than_memory_is_one_error(tmp_path: Path, suff
             archive.writestr("arr_0.npy", content)
     with pytest.raises(ValueError, match=r"a\.np[yz]: an array says [\d,]+ bytes of uint8, and has at most"):
         load_images(Data(source=str(path)), 1, 8)
+
+
+def test_a_reference_in_colour_is_not_turned_grey_for_what_is_scored(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    scored = Scored(lambda share: [], channels=1, size=8)
+    with pytest.raises(UserError, match=r"found images 8×8 with 3 channel\(s\), expected 8×8 with 1"):
+        evaluate._open_reference(str(tmp_path), scored, Protocol(image_size=8))

@@ -27,6 +27,12 @@ _KEPT = {
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {first: list(forms) for first, forms in _KEPT.items()}
 
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        # For every bracket the scanner looks at all that are open.
+        if self.flow_level >= MAX_DEPTH:
+            raise RecursionError
+        super().fetch_flow_collection_start(token)
+
 
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = {first: list(forms) for first, forms in _KEPT.items()}

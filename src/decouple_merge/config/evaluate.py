@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from .numbers import NonNegativeInt, PositiveInt
 from .paths import FilePath, Name
 from .section import Section
+from .stats import Metrics
 
 
 class Reference(Section):
@@ -40,7 +41,7 @@ class Evaluate(Section):
             folder of an image–text model, such as ``models/emoji-judge``.
     """
 
-    metrics: list[str] = Field(["fd_effnetlite0", "kd_effnetlite0"], min_length=1)
+    metrics: Metrics = ["fd_effnetlite0", "kd_effnetlite0"]
     num_images: PositiveInt = 5000
     num_seed_sets: PositiveInt = 3
     first_seed: NonNegativeInt = 0

@@ -10,7 +10,7 @@ from .document import read_document
 from .loader import validate
 from .numbers import Integer, NonNegativeInt, PositiveInt
 from .sample import Sample, Text
-from .stats import Stats
+from .stats import Metrics, Stats
 
 
 class Protocol(Stats):
@@ -30,7 +30,7 @@ class Protocol(Stats):
         text: prompts and guidance, where models are text-to-image; of images, what the CLIP score says that they show.
     """
 
-    metrics: list[str] = Field(["fd_effnetlite0"], min_length=1)
+    metrics: Metrics = ["fd_effnetlite0"]
     num_images: Integer | None = Field(None, ge=2)
     num_reference_images: PositiveInt | None = None
     seed: NonNegativeInt = 0

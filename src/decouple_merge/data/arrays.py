@@ -87,4 +87,6 @@ def read_array(path: Path) -> UInt8[np.ndarray, "n c h w"]:
             f"{path}: found {pixels.dtype} of shape {pixels.shape}, expected uint8 [N, H, W] or [N, H, W, C] with 1, 3 "
             "or 4 channels"
         )
+    if 0 in pixels.shape[1:3]:
+        raise UserError(f"{path}: found images of shape {pixels.shape[1:]}, which have no pixels; make it again")
     return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,13 +41,22 @@ class EncodedSource(Source):
         raise NotImplementedError
 
     def natural_shape(self) -> tuple[int, int]:
-        found = _remembered(repr((self.identity, VERSION)), self._look)
+        found = _remembered(repr((self.identity, self.data.skip_damaged, VERSION)), self._look)
         return found["channels"], found["width"]
 
     def _look(self) -> dict[str, int]:
         # One colour file makes all colour: the first may be a grey one by chance.
-        channels = 3 if any(has_colour(self[i]) for i in range(len(self))) else 1
-        return {"channels": channels, "width": open_image(self[0]).image.width}
+        channels = 3 if any(self._readable(has_colour)) else 1
+        return {"channels": channels, "width": next((o.image.width for o in self._readable(open_image)), 0)}
+
+    def _readable(self, read: Callable[[Any], Any]) -> Iterator[Any]:
+        """Read the images one after the other; those that can't be are left out where asked."""
+        for index in range(len(self)):
+            try:
+                yield read(self[index])
+            except DamagedError:
+                if not self.data.skip_damaged:
+                    raise
 
     def images(self, channels: int, size: int) -> "DecodedImages":
         return DecodedImages(self, channels, size)

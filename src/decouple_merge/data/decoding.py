@@ -132,7 +132,8 @@ def _reading(item: Any) -> Iterator[Image.Image]:
         if is_ours(error):
             raise
         raise DamagedError(
-            f"{_name(item)}: can't be decoded ({error}); mend or remove it, or set data.skip_damaged"
+            f"{_name(item)}: can't be decoded ({error}); mend or remove it, or set data.skip_damaged (skip_damaged of "
+            "deme stats and evaluate)"
         ) from error
 
 

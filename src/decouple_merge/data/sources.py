@@ -73,7 +73,9 @@ def load_images(data: Data, channels: int, size: int) -> Images:
     return open_source(data).images(channels, size)
 
 
-def open_images(source: str, size: int | None = None, channels: int | None = None) -> Images:
+def open_images(
+    source: str, size: int | None = None, channels: int | None = None, skip_damaged: bool = False
+) -> Images:
     """Open images whose size and channels are whatever the first of them has, or are brought to.
 
     Raises:
@@ -82,7 +84,7 @@ def open_images(source: str, size: int | None = None, channels: int | None = Non
     kind = kind_of(source)
     if kind is None:
         raise UserError(f"{source} is no model and holds no images; expected a pipeline, {_forms()}")
-    data = Data(source=source, fit="exact" if size is None else "resize")
+    data = Data(source=source, fit="exact" if size is None else "resize", skip_damaged=skip_damaged)
     if size is None or channels is None:
         found = kind(data).natural_shape()
         channels, size = channels or found[0], size or found[1]

@@ -132,17 +132,19 @@ def _open_reference(reference: str | Iterable[Tensor], scored: Scored, settings:
         first = scored.seeds.stop if scored.seeds else 0
         others = settings.model_copy(update={"num_images": scored.num_images, "seed": first})
         return reference, _collect(open_scored(reference, others).batches(slice(None)))
-    images = open_images(reference, settings.image_size, scored.channels if settings.image_size else None)
+    # Grey shows the same in colour; a reference in colour would be another one in grey.
+    channels = 3 if settings.image_size and scored.channels == 3 else None
+    images = open_images(reference, settings.image_size, channels, settings.skip_damaged)
     num_expected = settings.num_reference_images
     if num_expected is not None and len(images) != num_expected:
         raise UserError(
             f"--reference {reference}: found {len(images)} images, expected {num_expected}; give the whole data set, "
             "or say with --set num_reference_images=N that another is meant"
         )
-    channels, height, width = images[0].shape
-    if (channels, height, width) != (scored.channels, scored.size, scored.size):
+    found, height, width = images[0].shape
+    if (found, height, width) != (scored.channels, scored.size, scored.size):
         raise UserError(
-            f"--reference {reference}: found images {width}×{height} with {channels} channel(s), expected "
+            f"--reference {reference}: found images {width}×{height} with {found} channel(s), expected "
             f"{scored.size}×{scored.size} with {scored.channels}, as what is scored: resize or convert one of them"
         )
     return reference, images

@@ -201,7 +201,8 @@ def write_reference(images: str, out: Path, metric: str, settings: Stats) -> Non
     if METRICS[metric].needs == "texts":
         raise UserError(f"{metric} compares images with texts, for which there are no statistics; take another metric")
     extractor = load_extractor(name, default_device(), weights_of(name, settings))
-    write_statistics(make_reference(images, open_images(images, settings.image_size), extractor), out)
+    opened = open_images(images, settings.image_size, skip_damaged=settings.skip_damaged)
+    write_statistics(make_reference(images, opened, extractor), out)
 
 
 def holds_statistics(path: Path) -> bool:

@@ -104,7 +104,7 @@ def _open_drawn(name: str, settings: Protocol) -> Scored:
 
 
 def _open_files(name: str, settings: Protocol, with_texts: bool) -> Scored:
-    images = open_images(name, settings.image_size)
+    images = open_images(name, settings.image_size, skip_damaged=settings.skip_damaged)
     num = settings.num_images or len(images)
     if num > len(images):
         raise UserError(f"{name}: found {len(images)} images, expected at least --num-images {num}")
