@@ -246,6 +246,18 @@ def test_a_link_is_written_through(dangling: bool, place: Path, tmp_path: Path) 
     assert sorted(p.name for p in place.iterdir()) == ["base", "expert", "out"]
 
 
+def test_integers_that_are_not_the_bases_are_told(place: Path) -> None:
+    names = []
+    for name, numbers in (("a", [0, 1]), ("same", [0, 1]), ("other", [0, 2])):
+        save_file({"ids": torch.tensor(numbers), "w": torch.ones(2)}, place / f"{name}.safetensors")
+        names.append(str(place / f"{name}.safetensors"))
+    base, same, other = names
+    told = [merge("m.safetensors", base=base, expert=expert).output for expert in (same, other)]
+    assert "integers" not in told[0]
+    assert "other.safetensors: ids are of integers and not the base's" in told[1].replace("\n", "")
+    assert load_file("m.safetensors")["ids"].tolist() == [0, 1]
+
+
 def test_of_files_only_merged_ones_are_replaced(place: Path) -> None:
     base, expert = (str(place / f"{n}/diffusion_pytorch_model.safetensors") for n in ("base", "expert"))
     Path("mine.safetensors").write_bytes(Path(base).read_bytes())

@@ -1,6 +1,6 @@
 """What a merge doesn't merge and an expert has otherwise than the base: other parts of a pipeline, configs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,20 @@ from ..errors import UserError
 from ..storage.layouts import weight_files
 from ..storage.reading import read_record
 from ..storage.tensors import TensorFiles
+from .sources import Sources
 
 ADVICE = "mend it, or fetch the model again"
 CONFIGS = ("config.json", "scheduler_config.json")
 # What says nothing of how a part computes.
 SILENT = ("dtype", "torch_dtype", "transformers_version", "architectures")
+
+
+def differing_integers(sources: Sources, names: Iterable[Path]) -> Iterator[str]:
+    """Say which tensors of integers an expert has otherwise: they can't be added, and the base's stay."""
+    numbers = [key for key, entry in sources.base.entries.items() if not entry.dtype.is_floating_point]
+    for name, expert in zip(names, sources.experts, strict=True):
+        if other := [k for k in numbers if not torch.equal(expert.tensor(k, start := sources.base[k]), start)]:
+            yield f"warning: {name}: {', '.join(other)} are of integers and not the base's, which the merge has"
 
 
 def differences(base: Path, expert: Path, merged: dict[str, Path]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from ..storage.outputs import MERGED_FILE, MERGED_FOLDER, Kind, check_output
 from ..storage.reading import parse_json, read_record, read_text
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
-from .differences import differences
+from .differences import differences, differing_integers
 from .experts import Checkpoint, open_expert, open_model
 from .files import NUM_AHEAD, Progress, merge_files
 from .joining import describe_joined
@@ -85,6 +85,7 @@ def _merge(
     for expert, path in zip(sources.experts, experts, strict=True):
         yield from expert.notes
         yield from differences(folder, path, sources.parts)
+    yield from differing_integers(sources, experts)
     if sources.joined:
         yield from describe_joined(sources.joined, {name: open_model(at) for name, at in sources.joined.items()})
     yield from _merge_plan(sources, settings)
