@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from decouple_merge.cli.main import app, main
 from decouple_merge.errors import UserError
+from decouple_merge.merging import recipes
 from decouple_merge.storage import files
 from decouple_merge.storage.files import append_record, atomic_path, remove_leftovers, write_text
 from decouple_merge.storage.outputs import MERGED_FOLDER, RECORDS, check_output
@@ -225,6 +226,20 @@ def test_what_a_terminal_cannot_show_is_escaped(encoding: str, place: Path, monk
         main()
     assert ended.value.code == 2
     assert written[1].getvalue().startswith(rb"deme: m\udce9rge-")
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(model: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "describe_model", interrupted)
+    monkeypatch.setattr(sys, "argv", ["deme", "info", "model"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "deme: interrupted; run the same command again to go on\n"
 
 
 def test_an_output_whose_name_is_no_utf8_is_refused(place: Path) -> None:

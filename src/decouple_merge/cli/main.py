@@ -53,6 +53,8 @@ PATH_ERRORS = {
     errno.ELOOP: "mend the link, which leads to itself",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
+# The status of what SIGINT ended.
+INTERRUPTED = 130
 TRAINING = ("run", "finetune", "pretrain")
 # Until another of torchrun's processes than the first says what is wrong.
 SECONDS_OF_THE_FIRST = 5
@@ -84,9 +86,12 @@ def main() -> None:
     try:
         _check_processes(sys.argv[1:])
         app(standalone_mode=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        # Typer makes an exit of an interrupt, and says nothing.
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
+            raise
         print("deme: interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if RANK > 0:
             # The first of torchrun's processes says the same first, and torchrun then ends the others.
