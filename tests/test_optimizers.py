@@ -154,8 +154,6 @@ def test_an_8_bit_optimiser_that_is_not_installed_is_refused(
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"adamw8bit, which needs bitsandbytes, .* pip install 'decouple-merge\[8bit\]'"
-    ):
+    with pytest.raises(ValueError, match=r"adamw8bit needs bitsandbytes, .* pip install 'decouple-merge\[8bit\]'"):
         check(tiny_config(finetune={"optimizer": "adamw8bit"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -17,6 +17,17 @@ class NotFiniteError(UserError):
     """A model draws NaN or infinity: what a search takes for a lost candidate, and everything else for an error."""
 
 
+def not_installed(who: str, library: str, extra: str, otherwise: str = "") -> UserError:
+    """Say that a library of an extra is missing, and how it is had.
+
+    Args:
+        who: needs it.
+        otherwise: what else helps.
+    """
+    how = f"pip install 'decouple-merge[{extra}]'{otherwise and ', or '}{otherwise}"
+    return UserError(f"{who} needs {library}, which isn't installed: {how}")
+
+
 def is_ours(error: BaseException) -> bool:
     """Say whether a line of this package raised an error, and not a library that was given what a user gave.
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
+from ..errors import not_installed
 from .console import console
 
 
@@ -30,9 +30,7 @@ def explore(
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "sklearn"):
             raise
-        raise UserError(
-            f"deme explore needs {error.name}, which isn't installed: pip install 'decouple-merge[explore]'"
-        ) from error
+        raise not_installed("deme explore", str(error.name), "explore") from error
     from ..exploring.explorer import Explorer
 
     opened = page.open_page(Explorer(run, num_steps), run.parent / f"{run.name}-explored")

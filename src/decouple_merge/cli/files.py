@@ -33,7 +33,7 @@ RecipeOption = Annotated[
 def merge(
     out: Annotated[Path, typer.Option(help="Folder where BASE is one, .safetensors file where BASE is one")],
     base: Annotated[
-        str | None, typer.Argument(metavar="BASE", help="Pipeline, network folder or file, hub name")
+        str | None, typer.Argument(metavar="BASE", help="Pipeline, network folder or file, or a name")
     ] = None,
     experts: Annotated[
         list[Path] | None, typer.Argument(metavar="EXPERT…", help="The same, runs' experts, LoRAs")
@@ -59,7 +59,7 @@ def merge(
 ) -> None:
     """Merge experts into their base, one tensor at a time, whatever their size.
 
-    Example: `deme merge models/fashion-ddpm runs/fashion-quick/experts/0 runs/fashion-quick/experts/1
+    Example: `deme merge fashion-ddpm runs/fashion-quick/experts/0 runs/fashion-quick/experts/1
     --weights 0.5,0.5 --out merged`
 
     With other weights in a part of the network, in half precision: add `--block 'up_blocks.*=1,0' --set dtype=F16`
@@ -85,7 +85,7 @@ def info(
 ) -> None:
     """Say what a model's files hold, and how it was merged.
 
-    Example: `deme info models/fashion-ddpm`
+    Example: `deme info fashion-ddpm`
     """
     from ..merging import recipes
 

@@ -11,7 +11,7 @@ from .options import PromptFile
 
 def sample(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Pipeline folder, hub name, or run folder (its ensemble)")
+        str, typer.Argument(metavar="MODEL", help="Pipeline folder or name, or run folder (its ensemble)")
     ],
     out: Annotated[Path, typer.Option(help="Folder for PNGs, each named by its seed")],
     num_images: Annotated[int | None, typer.Option(min=1, help="As many as prompts where not given")] = None,
@@ -30,7 +30,7 @@ def sample(
 ) -> None:
     """Draw images from a model, or from a run's ensemble of experts.
 
-    Example: `deme sample models/fashion-ddpm --out samples --num-images 16`
+    Example: `deme sample fashion-ddpm --out samples --num-images 16`
 
     Of a text-to-image model: `deme sample CompVis/stable-diffusion-v1-4 --out samples --prompts prompts.txt
     --sampler PNDM --set text.guidance_scale=5 --set sample.batch_size=8`

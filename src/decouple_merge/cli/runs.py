@@ -7,7 +7,7 @@ import typer
 
 from .console import console, show
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, see configs/")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, or the name of one that we ship")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/<config name> where not given")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait until no other process works on the folder")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config")]
@@ -25,7 +25,7 @@ def run(
 
     Run it again to resume: what is finished is not done twice.
 
-    Example: `deme run configs/fashion-quick.yaml`
+    Example: `deme run fashion-quick`
     """
     from ..experiment import workflow
     from ..experiment.dry_run import describe
@@ -47,7 +47,7 @@ def finetune(
 ) -> None:
     """Finetune the experts, or one of them.
 
-    Example: `deme finetune configs/fashion-quick.yaml --range 2`
+    Example: `deme finetune fashion-quick --range 2`
     """
     from ..experiment import finetuning, plan
 
@@ -145,7 +145,7 @@ def analyze(
 
 
 def study(
-    study_file: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML study, see configs/")],
+    study_file: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML study, or the name of one that we ship")],
     out: Annotated[Path | None, typer.Option(help="Folder of the study; runs/<study name> where not given")] = None,
     overrides: Set = None,
     executor: Annotated[str | None, typer.Option(metavar="NAME", help="Where its pieces run, such as local")] = None,
@@ -156,7 +156,7 @@ def study(
 
     Run it again to resume: what is finished is not done twice, and what arms share is done once.
 
-    Example: `deme study configs/study-fashion.yaml --dry-run`
+    Example: `deme study study-fashion --dry-run`
     """
     from ..config import load_study
     from ..experiment.study import run_study
@@ -170,7 +170,7 @@ def study(
 def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None, wait: Wait = False) -> None:
     """Train a base model from nothing; run it again to resume.
 
-    Example: `deme pretrain configs/fashion-base.yaml`
+    Example: `deme pretrain fashion-base`
     """
     from ..experiment import pretraining
 

@@ -40,7 +40,7 @@ def evaluate(
 ) -> None:
     """Score a model or images against a reference; the records go to a metrics file.
 
-    Example: `deme evaluate models/fashion-ddpm --reference fashion-mnist --num-images 500`
+    Example: `deme evaluate fashion-ddpm --reference fashion-mnist --num-images 500`
 
     As papers do it, but for the settings: `deme evaluate runs/sd14/merged --protocol coco-30k --reference val2014
     --prompts captions_val2014.json --set clip=laion/CLIP-ViT-g-14-laion2B-s12B-b42K

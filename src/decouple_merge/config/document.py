@@ -49,7 +49,7 @@ def read_document(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, too large, empty, in another encoding, or not YAML as ``parse`` wants it.
     """
-    advice = "give the path of a YAML file, see configs/"
+    advice = "give the path of a YAML file, or the name of a config that we ship"
     if check_file(path, advice) > MAX_BYTES:
         raise UserError(f"{path} is longer than {MAX_BYTES:,} bytes; {advice}")
     values = parse(read_text(path, advice), str(path))

@@ -36,9 +36,9 @@ class Evaluate(Section):
         sampler, num_steps: how the images are drawn; None is as ``sample`` says, as the search draws.
         num_sample_images: written as PNG for each model.
         inception_weights: the file ``pt_inception-2015-12-05-6726825d.pth``.
-        judge: folder of a small classifier of the data's kind of images, such as ``models/fashion-judge``.
+        judge: folder of a small classifier of the data's kind of images, such as ``fashion-judge``.
         dinov2, clip: folder or hub name of such a model; for ``clip_score`` and ``r_precision`` clip may also be the
-            folder of an image–text model, such as ``models/emoji-judge``.
+            folder of an image–text model, such as ``emoji-judge``.
     """
 
     metrics: Metrics = ["fd_effnetlite0", "kd_effnetlite0"]

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from ..errors import UserError
+from ..storage.shipped import find_config
 from .document import dump, parse, read_document
 from .run import Config
 from .section import Section
@@ -17,13 +18,13 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML config, apply ``a.b=c`` overrides, validate.
+    """Read a YAML config, by path or by the name of one that we ship, apply ``a.b=c`` overrides, validate.
 
     Raises:
         UserError: the file is missing, empty or not YAML, a key is unknown (the nearest valid one is named) or stands
             twice, or a value has the wrong type or range.
     """
-    return validate(Config, read_document(path), f"config {path}", overrides)
+    return validate(Config, read_document(find_config(path)), f"config {path}", overrides)
 
 
 def dump_config(config: Config) -> str:

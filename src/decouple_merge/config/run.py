@@ -20,13 +20,13 @@ class Config(Section):
     """A whole run.
 
     Attributes:
-        base: a pipeline folder or a hub name.
+        base: a pipeline folder, the name of a base that we ship, or a hub name.
         num_processes: experts or shards that run at once.
         executor: where they run, a file of ``executors/`` by name: ``local`` is this machine.
     """
 
     seed: NonNegativeInt = 0
-    base: Name = "models/fashion-ddpm"
+    base: Name = "fashion-ddpm"
     num_processes: PositiveInt = 1
     executor: str = "local"
     data: Data = Data()

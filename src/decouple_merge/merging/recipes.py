@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..storage.hub import pipeline_folder
 from ..storage.outputs import MERGED_FILE, MERGED_FOLDER, Kind, check_output
 from ..storage.reading import parse_json, read_record, read_text
+from ..storage.shipped import base_names, find_model
 from ..storage.tensors import NAMES, num_bytes_of
 from .card import model_card
 from .differences import differences, differing_integers
@@ -129,7 +130,17 @@ def _merge_plan(sources: Sources, settings: Merge) -> Iterator[str]:
 
 
 def describe_model(model: Path) -> Iterator[str]:
-    """Say what a model's files hold, and how it was merged if it was."""
+    """Say what a model's files hold, and how it was merged if it was.
+
+    Raises:
+        UserError: there is no such path and no base of that name that we ship, or it holds no weights.
+    """
+    found = find_model(str(model))
+    if found is None:
+        raise UserError(
+            f"{model} doesn't exist; check the path, or take a base that we ship: {', '.join(base_names())}"
+        )
+    model = found
     opened = open_expert(model)
     files, kind = opened.files, "LoRA" if isinstance(opened, Lora) else "weights"
     sizes: dict[str, int] = {}

@@ -47,7 +47,7 @@ def inherited(folder: Path, name: str) -> str:
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = re.match(r"---\n(.*?\n)---\s*\n", text, re.DOTALL)
     found = "".join(m[0] for m in INHERITED.finditer(front[1])) if front else ""
-    is_hubs = not name.startswith((".", "/"))
+    is_hubs = "/" in name and not name.startswith((".", "/"))
     return found + (f"base_model: {name}\n" if is_hubs and "base_model:" not in found else "")
 
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UserError, is_ours
+from ..errors import UserError, is_ours, not_installed
 from ..storage.tensors import hash_tensors
 
 
@@ -131,7 +131,7 @@ def load_encoder(name: str, path: str) -> Encoder:
     """
     kind = ENCODERS[name]
     network = _load(kind, path, "CLIPVisionModelWithProjection" if kind.part else "AutoModel")
-    transformers = import_transformers("dinov2 and clip need")
+    transformers = import_transformers("an encoder of dinov2 or clip")
     try:
         found, _ = transformers.ImageProcessingMixin.get_image_processor_dict(path)
     except OSError:
@@ -149,7 +149,7 @@ def load_text_encoder(path: str) -> TextEncoder:
     kind = ENCODERS["clip_text"]._replace(part="text")
     network = _load(kind, path, "CLIPTextModelWithProjection")
     try:
-        tokenizer = import_transformers("dinov2 and clip need").AutoTokenizer.from_pretrained(path)
+        tokenizer = import_transformers("an encoder of dinov2 or clip").AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if is_ours(error):
             raise
@@ -164,19 +164,19 @@ def load_text_encoder(path: str) -> TextEncoder:
 
 
 def import_transformers(who: str) -> Any:
-    """Import transformers, silenced; ``who needs`` it is said where it isn't installed."""
+    """Import transformers, silenced; ``who`` needs it is said where it isn't installed."""
     # Imported when it is asked for: it takes seconds.
     try:
         import transformers
     except ImportError as error:
-        raise UserError(f"{who} transformers: pip install 'decouple-merge[encoders]'") from error
+        raise not_installed(who, "transformers", "text") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
 
 
 def _load(kind: Kind, path: str, cls: str) -> Any:
-    transformers = import_transformers("dinov2 and clip need")
+    transformers = import_transformers("an encoder of dinov2 or clip")
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type not in kind.model_types:

@@ -87,7 +87,7 @@ def load_image_text(folder: Path) -> ImageTextModel:
         UserError: the folder is none, or a file is damaged.
     """
     if not holds_image_text(str(folder)):
-        raise UserError(f"{folder} has no {WEIGHTS}; expected an image–text model, such as models/emoji-judge")
+        raise UserError(f"{folder} has no {WEIGHTS}; expected an image–text model, such as emoji-judge")
     tensors, _ = read_tensors(folder / WEIGHTS)
     try:
         num_features, width = len(tensors["image_projection.0.weight"]), len(tensors["text_projection.weight"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Lora
-from ..errors import UserError
+from ..errors import UserError, not_installed
 from ..seeds import stream_seed
 from .family import Family
 
@@ -24,7 +24,7 @@ def check_lora(network: nn.Module, settings: Lora) -> None:
         UserError: as said.
     """
     if find_spec("peft") is None:
-        raise UserError("finetune.lora needs peft, which isn't installed: pip install decouple-merge[lora]")
+        raise not_installed("finetune.lora", "peft", "lora")
     names = [name for name, _ in network.named_modules()]
     missing = [t for t in settings.target_modules if not any(f".{name}".endswith(f".{t}") for name in names)]
     if missing:

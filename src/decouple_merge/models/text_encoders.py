@@ -55,7 +55,7 @@ def create_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     Raises:
         UserError: transformers isn't installed.
     """
-    transformers = import_transformers("a text encoder needs")
+    transformers = import_transformers("a text encoder")
     from tokenizers.pre_tokenizers import ByteLevel
 
     def clip_tokenizer(merges: list[tuple[str, str]]) -> Any:
@@ -83,7 +83,7 @@ def create_text_encoder(tokenizer: Any, arguments: dict[str, Any], seed: int) ->
     Raises:
         UserError: transformers doesn't accept the arguments.
     """
-    transformers = import_transformers("a text encoder needs")
+    transformers = import_transformers("a text encoder")
     ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -111,7 +111,7 @@ def load_text_parts(folder: Path) -> tuple[Any, Any]:
     Raises:
         OSError, ValueError: a file is missing or damaged.
     """
-    transformers = import_transformers("a text encoder needs")
+    transformers = import_transformers("a text encoder")
     config = transformers.CLIPTextConfig.from_pretrained(folder, local_files_only=True)
     tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
     with torch.random.fork_rng(devices=[]):

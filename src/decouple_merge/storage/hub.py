@@ -1,20 +1,28 @@
-"""Find a model's files: on this disk, or on the hub."""
+"""Find a model's files: on this disk, among those that come with the package, or on the hub."""
 
 from pathlib import Path
 
 from ..errors import UserError, is_ours
+from .shipped import base_names, find_model
 
 
 def pipeline_folder(name: str) -> Path:
-    """Find a model's files: the path itself where there is one, else the hub's, downloaded.
+    """Find a model's files: the path itself where there is one, else a base that we ship, else the hub's, downloaded.
 
     Raises:
-        UserError: it is a path that isn't there, or a name that the hub doesn't have or that it can't be asked for.
+        UserError: it is a path that isn't there, or a name that neither we nor the hub have or that the hub can't be
+            asked for.
     """
-    if Path(name).exists():
-        return Path(name)
+    if (found := find_model(name)) is not None:
+        return found
     if Path(name).is_absolute() or name.startswith("."):
         raise UserError(f"{name} doesn't exist; check the path, which for a run stands in its config.yaml")
+    shipped = f"the bases that we ship are {', '.join(base_names())}"
+    if "/" not in name:
+        raise UserError(
+            f"{name!r} is no path here and no base that we ship; check the path or the name: {shipped}, and the hub's "
+            "names are OWNER/NAME"
+        )
     # Only a hub name needs diffusers, which takes longer to import than a small model to merge.
     from diffusers import DiffusionPipeline
 
@@ -25,5 +33,5 @@ def pipeline_folder(name: str) -> Path:
             raise
         raise UserError(
             f"{name!r} is no path here, and can't be had from the hub ({str(error).splitlines()[0]}); check the path "
-            "or the name, and the network"
+            f"or the name, and the network; {shipped}"
         ) from error

@@ -7,7 +7,7 @@ import torch
 from ..config import Finetune, Training
 from ..diffusion.timesteps import TimestepRange
 from ..diffusion.weightings import check_weighting
-from ..errors import UserError
+from ..errors import UserError, not_installed
 from ..models.base import Base
 from ..models.lora import check_lora
 from ..models.projection import check_placement
@@ -60,15 +60,15 @@ def _check_precision(settings: Training, device: torch.device) -> None:
 def _check_optimizer(settings: Training) -> None:
     """Require that the optimiser is installed."""
     if settings.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
-        raise UserError(
-            "optimizer is adamw8bit, which needs bitsandbytes, and that isn't installed: pip install "
-            "'decouple-merge[8bit]', or set it to adamw"
-        )
+        raise not_installed("optimizer adamw8bit", "bitsandbytes", "8bit", "set it to adamw")
 
 
 def _check_tracker(settings: Training) -> None:
     """Require that the tracker is installed."""
-    if settings.tracker != "none" and find_spec(settings.tracker) is None:
-        raise UserError(
-            f"tracker is {settings.tracker}, which isn't installed: pip install {settings.tracker}, or set it to none"
-        )
+    if settings.tracker == "none" or find_spec(settings.tracker) is not None:
+        return
+    if settings.tracker == "tensorboard":
+        raise not_installed("tracker tensorboard", "tensorboard", "tensorboard", "set it to none")
+    raise UserError(
+        f"tracker is {settings.tracker}, which isn't installed: pip install {settings.tracker}, or set it to none"
+    )
