@@ -19,8 +19,9 @@ from decouple_merge.config.loader import _keys
 from decouple_merge.data.prompts import read_prompts
 from decouple_merge.errors import UserError
 from decouple_merge.evaluation.compare import compare
+from decouple_merge.merging.described import describe_model
 from decouple_merge.merging.experts import open_expert, open_model
-from decouple_merge.merging.recipes import describe_model, repeat_merge
+from decouple_merge.merging.recipes import repeat_merge
 from decouple_merge.models.base import load_base
 from decouple_merge.storage.files import read_records, read_tensors
 from decouple_merge.storage.reading import read_record

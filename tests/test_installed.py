@@ -13,7 +13,7 @@ from decouple_merge.data.sources import open_source
 from decouple_merge.errors import UserError
 from decouple_merge.evaluation.extractors import weights_of
 from decouple_merge.evaluation.scored_images import is_model
-from decouple_merge.merging.recipes import describe_model
+from decouple_merge.merging.described import describe_model
 from decouple_merge.storage import shipped
 from decouple_merge.storage.hub import pipeline_folder
 from decouple_merge.training import checks

@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from decouple_merge.cli import main as cli
 from decouple_merge.config import Merge
 from decouple_merge.errors import UserError
-from decouple_merge.merging.recipes import describe_model, merge_models, repeat_merge
+from decouple_merge.merging.described import describe_model
+from decouple_merge.merging.recipes import merge_models, repeat_merge
 from decouple_merge.storage.layouts import denoisers, weight_files
 from decouple_merge.storage.tensors import TensorFiles
 

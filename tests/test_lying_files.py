@@ -30,7 +30,8 @@ from decouple_merge.data.prompts import read_prompts
 from decouple_merge.data.sources import open_images
 from decouple_merge.errors import UserError
 from decouple_merge.evaluation.references import holds_statistics
-from decouple_merge.merging.recipes import describe_model, repeat_merge
+from decouple_merge.merging.described import describe_model
+from decouple_merge.merging.recipes import repeat_merge
 from decouple_merge.models.ranges import read_similarity
 from decouple_merge.storage.files import read_records
 from decouple_merge.storage.reading import read_record

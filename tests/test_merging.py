@@ -18,8 +18,9 @@ from decouple_merge.cli import main as cli
 from decouple_merge.config import Merge
 from decouple_merge.merging import files as merging
 from decouple_merge.merging.arithmetic import merge
+from decouple_merge.merging.described import describe_model
 from decouple_merge.merging.experts import open_expert
-from decouple_merge.merging.recipes import describe_model, merge_models, repeat_merge
+from decouple_merge.merging.recipes import merge_models, repeat_merge
 from decouple_merge.merging.rules import RULES
 from decouple_merge.merging.rules.rule import Context, Rule
 from decouple_merge.merging.rules.sums import Coefficients

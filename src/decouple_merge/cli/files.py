@@ -87,9 +87,9 @@ def info(
 
     Example: `deme info fashion-ddpm`
     """
-    from ..merging import recipes
+    from ..merging.described import describe_model
 
-    for line in recipes.describe_model(model):
+    for line in describe_model(model):
         console.print(line)
 
 

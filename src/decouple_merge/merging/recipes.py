@@ -1,6 +1,5 @@
 """Merge files by a recipe, and read back what a model is made of; needs neither diffusers nor a network."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +9,13 @@ from ..config import Merge
 from ..errors import UserError
 from ..storage.hub import pipeline_folder
 from ..storage.outputs import MERGED_FILE, MERGED_FOLDER, Kind, check_output
-from ..storage.reading import parse_json, read_record, read_text
-from ..storage.shipped import base_names, find_model
-from ..storage.tensors import NAMES, num_bytes_of
+from ..storage.reading import read_record
+from ..storage.tensors import num_bytes_of
 from .card import model_card
 from .differences import differences, differing_integers
-from .experts import Checkpoint, open_expert, open_model
+from .experts import Checkpoint, open_model
 from .files import NUM_AHEAD, Progress, merge_files
 from .joining import describe_joined
-from .lora import Lora
 from .record import merge_record, name_from, read_recipe
 from .rules import RULES, check_method
 from .sources import Sources, widened_sha256
@@ -127,33 +124,3 @@ def _merge_plan(sources: Sources, settings: Merge) -> Iterator[str]:
         f"{num_bytes / 1e9:.3g} GB to write, {sum(e.files.num_bytes for e in sources.experts) / 1e9:.3g} GB of experts "
         f"to read, about {memory / 1e9:.2g} GB of memory"
     )
-
-
-def describe_model(model: Path) -> Iterator[str]:
-    """Say what a model's files hold, and how it was merged if it was.
-
-    Raises:
-        UserError: there is no such path and no base of that name that we ship, or it holds no weights.
-    """
-    found = find_model(str(model))
-    if found is None:
-        raise UserError(
-            f"{model} doesn't exist; check the path, or take a base that we ship: {', '.join(base_names())}"
-        )
-    model = found
-    opened = open_expert(model)
-    files, kind = opened.files, "LoRA" if isinstance(opened, Lora) else "weights"
-    sizes: dict[str, int] = {}
-    for entry in files.entries.values():
-        name = NAMES[entry.dtype]
-        sizes[name] = sizes.get(name, 0) + math.prod(entry.shape)
-    yield f"{model}: {kind}, {len(files.entries):,} tensors, {files.num_bytes:,} bytes"
-    yield "elements: " + ", ".join(f"{n:,} {name}" for name, n in sorted(sizes.items()))
-    yield f"sha256 of the tensors: {files.sha256()}"
-    recipe = model / "merge.json"
-    advice = "remove the record, or merge again"
-    text = read_text(recipe, advice) if recipe.is_file() else files.metadata.get("merge")
-    if text is None:
-        yield "no record of a merge"
-    else:
-        yield json.dumps(parse_json(text, model, advice), indent=2)

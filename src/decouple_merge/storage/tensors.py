@@ -9,27 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import UserError
-from .reading import check_file
+from .headers import DTYPE_NAMES, read_headers
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of_torch) for name, of_torch in DTYPE_NAMES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Attention layers of checkpoints older than diffusers 0.15, by what every diffusers since calls them.
-OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 # Key to dtype and shape, in the order in which tensors lie in a file.
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -59,31 +45,10 @@ class TensorFiles:
     """
 
     def __init__(self, files: list[Path]) -> None:
-        self.entries: dict[str, Entry] = {}
-        self.metadata: dict[str, str] = {}
-        self._open = {}
-        unknown = []
-        for path in files:
-            check_file(path, "give a .safetensors file")
-            try:
-                file = self._open[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: no whole safetensors file ({error}); fetch or copy it again") from error
-            self.metadata = self.metadata or file.metadata() or {}
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                if part.get_dtype() not in DTYPES:
-                    unknown.append(f"{name} ({part.get_dtype()})")
-                    continue
-                self.entries[name] = Entry(path, name, DTYPES[part.get_dtype()], tuple(part.get_shape()))
-        if unknown:
-            raise UserError(
-                f"{files[0]}: {len(unknown)} tensors are of a kind that can't be added, {unknown[0]} among them; "
-                f"expected {', '.join(DTYPES)}: merge the unquantised model and quantise the result"
-            )
-        if any(".proj_attn." in name for name in self.entries):
-            self.entries = {_renamed(name): entry for name, entry in self.entries.items()}
-        self.entries = dict(sorted(self.entries.items()))
+        headers = read_headers(files)
+        self.metadata = headers.metadata
+        self.entries = {k: Entry(p.path, p.name, DTYPES[p.dtype], p.shape) for k, p in headers.places.items()}
+        self._open = {path: safe_open(path, framework="pt") for path in files}
 
     @classmethod
     def side_by_side(cls, parts: Mapping[str, "TensorFiles"]) -> "TensorFiles":
@@ -124,12 +89,6 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """View a tensor's bytes, on the CPU and contiguous."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _renamed(name: str) -> str:
-    for old, new in OLD_NAMES.items():
-        name = name.replace(old, new)
-    return name
 
 
 def write_stream(
