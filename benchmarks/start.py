@@ -1,4 +1,4 @@
-"""How long whole processes take: the command's help, a look at a model, a small merge, beside Python's and torch's start.
+"""How long whole processes take: the command's help, a look at a model, a small merge; beside Python and torch.
 
     python benchmarks/start.py --repeats 15
 
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from decouple_merge.storage.shipped import find_model
 from interleaved import interleaved, ratios
 
 DEME = [sys.executable, "-m", "decouple_merge.cli"]
@@ -27,13 +28,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--base", default="fashion-ddpm")
     arguments = parser.parse_args()
+    base = str(find_model(arguments.base))
     with tempfile.TemporaryDirectory() as folder:
-        merged = [arguments.base, arguments.base, "--weights", "0.5", "--out"]
+        merged = [base, base, "--weights", "0.5", "--out"]
         commands = {
             NOTHING: [sys.executable, "-c", "pass"],
             TORCH: [sys.executable, "-c", "import torch"],
             "deme --help": [*DEME, "--help"],
-            "deme info": [*DEME, "info", arguments.base],
+            "deme info": [*DEME, "info", base],
             "deme merge": [*DEME, "merge", *merged, str(Path(folder) / "merged")],
         }
         run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)

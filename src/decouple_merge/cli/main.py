@@ -13,13 +13,12 @@ from .console import NUM_PROCESSES, RANK
 from .explore import explore
 from .files import info, merge
 from .images import sample
+from .init import init
 from .reports import report
 from .runs import analyze, finetune, fisher, gram, pretrain, run, search, study
 from .scores import evaluate, stats
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 for verb in (
     run,
     finetune,
@@ -36,6 +35,7 @@ for verb in (
     explore,
     pretrain,
     study,
+    init,
 ):
     app.command()(verb)
 

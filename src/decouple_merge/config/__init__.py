@@ -6,6 +6,7 @@ Imports errors, seeds, storage.
 from .analyze import Analyze
 from .balancing import Balancing, Clusters
 from .data import Data
+from .document import dump_commented
 from .evaluate import Evaluate, Reference
 from .finetune import Finetune, Lora, Projection, Ranges
 from .loader import dump_config, load_config, validate
@@ -54,6 +55,7 @@ __all__ = [
     "Training",
     "Vae",
     "arm_configs",
+    "dump_commented",
     "dump_config",
     "dump_study",
     "load_config",

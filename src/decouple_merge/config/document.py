@@ -94,6 +94,20 @@ def dump(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def dump_commented(values: dict[str, Any], comments: dict[str, str]) -> str:
+    """Write sections of plain values as YAML with a comment behind some keys, which are named with dots."""
+    lines, parents = list[str](), list[tuple[int, str]]()
+    for line in dump(values).splitlines():
+        found = re.match(r"( *)(\w+):", line)
+        if found is not None:
+            depth, key = len(found[1]), found[2]
+            parents = [*(p for p in parents if p[0] < depth), (depth, key)]
+            if comment := comments.get(".".join(name for _, name in parents)):
+                line = f"{line:<31} # {comment}"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
 def _check(node: Any, where: str, sizes: dict[int, int], above: tuple[int, ...]) -> int:
     """Count the values below a node, aliases as often as they are used, and refuse what a config doesn't have."""
     line = f"{where}, line {node.start_mark.line + 1}"
