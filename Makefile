@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 FASHION := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 
-.PHONY: run test lint data clean
+.PHONY: run test lint data release clean
 
 run: $(INSTALLED) data
 	$(BIN)/deme run configs/fashion-quick.yaml
@@ -30,6 +30,20 @@ data:
 		apt-get install --yes --quiet dataset-fashion-mnist; } || \
 		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update --quiet && \
 		apt-get install --yes --quiet dataset-fashion-mnist; } || true
+
+# All of a release but its publication.
+release: $(INSTALLED)
+	@test -n "$(VERSION)" || { echo "expected make release VERSION=1.2.3" && false; }
+	@git diff --quiet HEAD || { echo "expected a tree without changes: commit them first" && false; }
+	$(BIN)/pip install --quiet build twine
+	sed -i 's/^__version__ = .*/__version__ = "$(VERSION)"/' src/decouple_merge/__init__.py
+	sed -i "s/^## \[Unreleased\]$$/&\n\n## [$(VERSION)] - $$(date +%F)/" CHANGELOG.md
+	$(MAKE) lint test
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	git commit --all --message "Version $(VERSION)"
+	git tag --annotate v$(VERSION) --message "Version $(VERSION)"
 
 clean:
 	rm -rf $(VENV) runs
