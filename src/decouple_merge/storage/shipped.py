@@ -28,17 +28,18 @@ def find_config(name: Path, folder: Path = Path()) -> Path:
         folder: which a relative path is counted from.
 
     Raises:
-        UserError: there is neither.
+        UserError: it is a name and no path, and there is neither; a path that leads nowhere is its reader's to refuse.
     """
     path = folder / name
-    if not os.path.isfile(path) and str(name) in config_names():
+    if os.path.isfile(path) or name.suffix in (".yaml", ".yml") or name.parts != (str(name),):
+        return path
+    if str(name) in config_names():
         return CONFIGS / f"{name}.yaml"
-    if os.path.isdir(path) or not os.path.lexists(path):
-        found = "is a folder" if os.path.isdir(path) else "is no file, and no config of that name is shipped"
-        raise UserError(
-            f"{path} {found}; give the path of a YAML file, or one of the names {', '.join(config_names())}"
-        )
-    return path
+    found = "is a folder" if os.path.isdir(path) else "is no file"
+    raise UserError(
+        f"{name} {found}, and no config of that name is shipped; give the path of a YAML file, or one of the names "
+        f"{', '.join(config_names())}"
+    )
 
 
 def find_model(name: str) -> Path | None:
