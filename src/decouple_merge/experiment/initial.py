@@ -16,6 +16,7 @@ from ..models.family import Encoders, Family, read_index
 from ..models.network import empty_network, num_parameters
 from ..storage.files import write_text
 from ..storage.hub import pipeline_folder
+from ..storage.reading import read_record
 
 # By the parameters of the network, at most: what a training and its images are sized by, and where that is from.
 SMALL = {"num_updates": 1000, "batch_size": 64, "learning_rate": 4e-4, "schedule": "cosine", "consistency_weight": 0.0}
@@ -41,7 +42,7 @@ MIN_IMAGES_FOR_FRECHET = 5000
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a base says of itself, without its weights."""
+    """What a base says of itself, without its weights; ``num_steps`` is how many its sampler takes, at most 50."""
 
     name: str
     kind: str
@@ -51,6 +52,7 @@ class _Asked:
     image_size: int
     encoders: Encoders | None
     has_two: bool
+    num_steps: int
 
     @property
     def told(self) -> str:
@@ -121,8 +123,10 @@ def _ask(name: str) -> _Asked:
     encoders = family.find_encoders(name, folder, network)
     channels, _, side = (encoders.channels, 0, encoders.image_size) if encoders else family.shape(network, None)
     has_two = family.second_component is not None and index.get(family.second_component, [None])[0] is not None
+    schedule = read_record(folder / "scheduler" / "scheduler_config.json", "fetch or copy it again")
+    num_steps = min(50, int(schedule.get("num_train_timesteps", 1000)))
     located = str(Path(name).absolute()) if Path(name).exists() else name
-    return _Asked(located, kind, family, num_parameters(network), channels, side, encoders, has_two)
+    return _Asked(located, kind, family, num_parameters(network), channels, side, encoders, has_two, num_steps)
 
 
 def _settings(asked: _Asked, num: int, data: Data) -> dict[str, Any]:
@@ -143,7 +147,7 @@ def _settings(asked: _Asked, num: int, data: Data) -> dict[str, Any]:
     return {
         "data": data.model_dump(exclude_unset=True) | {"num_held_out": held_out},
         "finetune": {"experts": "denoisers", "baseline": False} if asked.has_two else trained,
-        "sample": {"num_steps": 50, "batch_size": batch_size, "precision": precision},
+        "sample": {"num_steps": asked.num_steps, "batch_size": batch_size, "precision": precision},
         **({} if scale is None else {"text": {"guidance_scale": scale}}),
         "search": {
             **{"method": "ties", "density": 0.7, "low": -0.6, "high": 2.2, "num_trials": 20, "num_images": 500},
