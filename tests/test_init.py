@@ -1,5 +1,6 @@
 """``deme init``: what base and data are is found, and the config that it writes runs."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from decouple_merge.experiment.initial import write_config
 
 
 def init(base: Path, source: Path, folder: Path, *overrides: str) -> tuple[str, str, str]:
-    """Write a config; returns what was said, the file, and what a dry run of it says."""
+    """Write a config; returns what was said, the file with single spaces, and what a dry run of it says."""
     out = folder / "config.yaml"
     said = "\n".join(write_config(str(base), str(source), out, [*overrides]))
-    return said, out.read_text(), "\n".join(describe(load_config(out), folder / "run"))
+    return said, re.sub(" +", " ", out.read_text()), "\n".join(describe(load_config(out), folder / "run"))
 
 
 def test_grey_pixels(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_grey_pixels(tiny_base: Path, tiny_images: Path, tmp_path: Path) -> None
     assert " 8 x 8, 1 channel(s), told nothing" in said
     assert "48 images, the first 8 wide" in said
     assert "fit:" not in text
-    assert "metric: kd_effnetlite0          # the Fréchet distance to so few images is mostly bias" in text
+    assert "metric: kd_effnetlite0 # the Fréchet distance to so few images is mostly bias" in text
     assert "evaluation: 3 x 20 images a model" in dry
     assert load_config(tmp_path / "config.yaml").seed == 3
     with pytest.raises(UserError, match=r"config\.yaml is there already"):
@@ -35,7 +36,7 @@ def test_captioned_colour_for_latents(tiny_text_base: Path, tiny_captioned: Path
     said, text, dry = init(tiny_text_base, tiny_captioned, tmp_path)
     assert "told texts" in said
     assert "24 images, the first 16 wide, 3 channel(s), such as 'red cat'" in said
-    assert "guidance_scale: 3.0           # 1 is none" in text
+    assert "guidance_scale: 3.0 # 1 is none" in text
     assert "prompts: 24, guidance 3" in dry
 
 

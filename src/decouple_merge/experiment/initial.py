@@ -42,7 +42,7 @@ MIN_IMAGES_FOR_FRECHET = 5000
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a base says of itself, without its weights; ``num_steps`` is how many its sampler takes, at most 50."""
+    """What a base says of itself, without its weights; ``num_steps`` is how many its sampler takes."""
 
     name: str
     kind: str
@@ -124,7 +124,8 @@ def _ask(name: str) -> _Asked:
     channels, _, side = (encoders.channels, 0, encoders.image_size) if encoders else family.shape(network, None)
     has_two = family.second_component is not None and index.get(family.second_component, [None])[0] is not None
     schedule = read_record(folder / "scheduler" / "scheduler_config.json", "fetch or copy it again")
-    num_steps = min(50, int(schedule.get("num_train_timesteps", 1000)))
+    # An offset of the scheduler must not lead out of a short schedule.
+    num_steps = max(1, min(50, int(schedule.get("num_train_timesteps", 1000)) // 2))
     located = str(Path(name).absolute()) if Path(name).exists() else name
     return _Asked(located, kind, family, num_parameters(network), channels, side, encoders, has_two, num_steps)
 
