@@ -58,13 +58,11 @@ def sample_model(
         raise UserError(f"{model}: no prompts say how many images there are; give --num-images, or --prompts")
     seeds = range(seed, seed + num)
     opened.check(seeds)
-    for line in opened.notes():
-        say(line)
     records = _records(opened, seeds)
     there = _seeds_in(out, records)
+    for line in (*opened.notes(), *_besides(out, there - records.keys())):
+        say(line)
     missing = [seed for seed in records if seed not in there]
-    if others := there - records.keys():
-        say(f"{out} holds {len(others)} images besides, of seeds that aren't asked for: {min(others)} to {max(others)}")
     dealt = shares(len(seed_batches(missing, settings.batch_size)), num_processes)
     if len(dealt) == 1:
         _draw(opened, out, missing, records, dealt[0])
@@ -75,6 +73,11 @@ def sample_model(
         for _ in run_all(_open_and_draw, calls, num_processes):
             pass
     return missing
+
+
+def _besides(out: Path, others: set[int]) -> Iterator[str]:
+    if others:
+        yield f"{out} holds {len(others)} images besides, of seeds not asked for: {min(others)} to {max(others)}"
 
 
 def _open_and_draw(
