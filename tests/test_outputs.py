@@ -356,7 +356,7 @@ def test_images_of_the_same_are_kept_and_the_missing_are_drawn(tiny_base: Path, 
     assert snapshot(out) == snapshot(tmp_path / "all")
     found = sample(tiny_base, out, "--num-images", "2").output
     assert "0 were drawn now" in found
-    assert "holds 4 images besides, of seeds that aren't asked for: 2 to 5" in found
+    assert "holds 4 images besides, of seeds not asked for: 2 to 5" in found
     # Whatever is changed of what the images depend on, nothing is mixed.
     for more in (["--num-steps", "3"], ["--sampler", "DDPM"], ["--set", "sample.timestep_spacing=trailing"]):
         assert "was drawn otherwise" in str(sample(tiny_base, out, "--num-images", "8", *more).exception), more
