@@ -23,6 +23,7 @@ from decouple_merge.models.base import Base, load_base, tensors_sha256
 from decouple_merge.models.export import export_pipeline
 from decouple_merge.models.network import load_network, new_network
 from decouple_merge.sampling.sampler import denoiser, sample_images
+from decouple_merge.storage.shipped import find_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -254,7 +255,8 @@ def test_shipped_configs_hold_the_papers_settings(name: str) -> None:
 )
 def test_a_shipped_base_is_a_stock_pipeline_of_the_size_that_its_card_says(name: str, config: str, most: float) -> None:
     folder = CONFIGS.parent / "models" / name
-    assert load_config(CONFIGS / config).base == f"models/{name}"
+    assert load_config(CONFIGS / config).base == name
+    assert find_model(name) == folder
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < most
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
