@@ -44,7 +44,7 @@ def of_archive(folder: Path, patch: pytest.MonkeyPatch) -> Any:
 
 def of_arrays(folder: Path, patch: pytest.MonkeyPatch) -> Any:
     np.savez(folder / "a.npz", np.zeros(3))
-    patch.setattr(arrays, "MAX_DEFLATED", "x")
+    patch.setattr("decouple_merge.storage.arrays.MAX_DEFLATED", "x")
     arrays.read_array(folder / "a.npz")
 
 
