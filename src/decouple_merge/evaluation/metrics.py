@@ -67,10 +67,6 @@ def _density_coverage(found: Tensor, real: Tensor) -> tuple[float, float]:
     return density_coverage(real, found)
 
 
-def _mind(found: Tensor, real: Tensor) -> float:
-    return monge_distance(found, real)
-
-
 def _cmmd(found: Tensor, real: Tensor) -> float:
     return 1000 * gaussian_kernel_distance(found, real)
 
@@ -92,7 +88,7 @@ def _infinity_of(extractor: str) -> Metric:
 
 
 def _mind_of(extractor: str) -> Metric:
-    return Metric(_mind, extractor, needs="neighbours")
+    return Metric(monge_distance, extractor, needs="neighbours")
 
 
 def _neighbours_of(extractor: str) -> dict[str, Metric]:

@@ -21,6 +21,7 @@ from ..storage.arrays import open_arrays
 from ..storage.files import atomic_path, cache_folder, read_tensors, write_tensors
 from ..storage.locks import make_once
 from ..storage.outputs import STATISTICS, STATISTICS_COMMENT, check_output
+from ..storage.reading import file_sha256
 from .distances import FeatureStats, Moments, matrix_root
 from .extractors import Extractor, load_extractor, weights_of
 from .metrics import METRICS, check_metrics
@@ -235,8 +236,7 @@ def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -
                     raise UserError(f"{path}: there is no array {array}, expected an npz file with mu and sigma")
                 if array in file:
                     arrays[array] = _as_numbers(file[array], f"{path}: {array}")
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = file_sha256(path)
     moments = {}
     for output, width in extractor.outputs.items():
         mean, covariance = (arrays.get(array) for array in NPZ_NAMES[output])

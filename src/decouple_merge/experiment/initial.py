@@ -17,6 +17,7 @@ from ..models.network import empty_network, num_parameters
 from ..storage.files import write_text
 from ..storage.hub import pipeline_folder
 from ..storage.reading import read_record
+from .located import located_name
 
 # By the parameters of the network, at most: what a training and its images are sized by, and where that is from.
 SMALL = {"num_updates": 1000, "batch_size": 64, "learning_rate": 4e-4, "schedule": "cosine", "consistency_weight": 0.0}
@@ -126,8 +127,9 @@ def _ask(name: str) -> _Asked:
     schedule = read_record(folder / "scheduler" / "scheduler_config.json", "fetch or copy it again")
     # An offset of the scheduler must not lead out of a short schedule.
     num_steps = max(1, min(50, int(schedule.get("num_train_timesteps", 1000)) // 2))
-    located = str(Path(name).absolute()) if Path(name).exists() else name
-    return _Asked(located, kind, family, num_parameters(network), channels, side, encoders, has_two, num_steps)
+    return _Asked(
+        located_name(name), kind, family, num_parameters(network), channels, side, encoders, has_two, num_steps
+    )
 
 
 def _settings(asked: _Asked, num: int, data: Data) -> dict[str, Any]:

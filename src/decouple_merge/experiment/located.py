@@ -18,7 +18,7 @@ def located(config: Config) -> Config:
     """
     return _changed(
         config,
-        base=_located_name(config.base),
+        base=located_name(config.base),
         data=_changed(config.data, source=located_source(config.data.source), path=_absolute(config.data.path)),
         finetune=_located_training(config.finetune),
         pretrain=_located_pretrain(config.pretrain),
@@ -26,16 +26,16 @@ def located(config: Config) -> Config:
         text=_changed(config.text, prompts=_absolute(config.text.prompts)),
         search=_changed(
             config.search,
-            checkpoints=[_located_name(name) for name in config.search.checkpoints],
+            checkpoints=[located_name(name) for name in config.search.checkpoints],
             storage=_located_url(config.search.storage),
         ),
         evaluate=_changed(
             config.evaluate,
             reference=_located_reference(config.evaluate.reference),
             inception_weights=_absolute(config.evaluate.inception_weights),
-            judge=_located_name(config.evaluate.judge),
-            dinov2=_located_name(config.evaluate.dinov2),
-            clip=_located_name(config.evaluate.clip),
+            judge=located_name(config.evaluate.judge),
+            dinov2=located_name(config.evaluate.dinov2),
+            clip=located_name(config.evaluate.clip),
         ),
     )
 
@@ -45,7 +45,7 @@ def _located_run(settings: LossWeights) -> LossWeights:
 
 
 def _located_pretrain(settings: Pretrain | None) -> Pretrain | None:
-    return settings and _located_training(_changed(settings, start=_located_name(settings.start)))
+    return settings and _located_training(_changed(settings, start=located_name(settings.start)))
 
 
 def _located_training(settings: Any) -> Any:
@@ -64,7 +64,8 @@ def _absolute(path: Path | None) -> Path | None:
     return path.absolute() if path and path.exists() else path
 
 
-def _located_name(name: Any) -> Any:
+def located_name(name: Any) -> Any:
+    """Make a model's path absolute; a name that is no path stays."""
     return str(Path(name).absolute()) if name and Path(name).exists() else name
 
 

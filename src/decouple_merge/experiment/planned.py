@@ -10,7 +10,7 @@ from ..data.images import Images
 from ..diffusion.timesteps import TimestepRange
 from ..merging.arithmetic import Tensors
 from ..models.base import Base
-from ..sampling.sampler import Denoiser, Prompts, ensemble_denoiser, open_prompts
+from ..sampling.sampler import Denoiser, Prompts, ensemble_denoiser, open_prompts, prompts_label
 from ..storage.run_folder import Run
 
 BASELINE = "baseline-finetuned"
@@ -33,6 +33,11 @@ class Plan:
     ranges: tuple[TimestepRange, ...]
     references: Images
     prompts: list[str]
+
+    @property
+    def prompts_label(self) -> str | None:
+        """What a text-to-image model is asked for, as records carry it; None of other models."""
+        return prompts_label(self.prompts, self.config.text) if self.prompts else None
 
     def open_prompts(self, device: torch.device) -> Prompts | None:
         """Load what a text-to-image model needs to draw a run's images; None for other models."""

@@ -11,7 +11,6 @@ from ..models.base import tensors_sha256
 from ..models.identity import base_parts
 from ..models.network import load_network
 from ..models.schedulers import sampler_of
-from ..sampling.sampler import prompts_label
 from ..storage.files import write_json
 from ..storage.made_from import MadeFrom, differences, digest_of, plain, told
 from ..storage.reading import read_record
@@ -80,7 +79,7 @@ def _search(plan: Plan) -> MadeFrom:
             | {"final_seeds": [final.start, final.stop]},
             "sample": config.sample.model_dump(mode="json", exclude={"batch_size", "one_resident"})
             | {"sampler": sampler_of(plan.base, config.sample.sampler)},
-            "prompts": prompts_label(plan.prompts, config.text) if plan.prompts else None,
+            "prompts": plan.prompts_label,
             "extractor": label_of(extractor, weights_of(extractor, config.evaluate)),
             "num_reference_images": config.evaluate.num_reference_images,
         }

@@ -25,7 +25,6 @@ from ..sampling.sampler import (
     Denoiser,
     choose_prompts,
     denoiser,
-    prompts_label,
     sample_images,
     sampling_copy,
     sampling_fields,
@@ -114,8 +113,7 @@ def wanted_records(plan: Plan, models: list[str]) -> list[dict[str, Any]]:
     are now; ``records.identity_of`` tells which of a metrics file they are.
     """
     evaluate = plan.config.evaluate
-    label = prompts_label(plan.prompts, plan.config.text) if plan.prompts else None
-    drawn, found = sampling_fields(plan.base, plan.config.report_sample, label), []
+    drawn, found = sampling_fields(plan.base, plan.config.report_sample, plan.prompts_label), []
     compared = {metric: drawn | names for metric, names in _names(plan).items()}
     for model in models:
         sha256 = sha256_of(plan, model)

@@ -9,7 +9,6 @@ from typing import Any
 from ..config import Finetune
 from ..evaluation.records import identity_of
 from ..models.identity import base_parts
-from ..sampling.sampler import prompts_label
 from ..storage.files import atomic_path, read_records, write_records
 from ..storage.locks import hold
 from ..storage.made_from import digest_of
@@ -31,7 +30,7 @@ def training_key(plan: Plan, task: Task, settings: Finetune) -> str:
     config = plan.config
     record = training_record(plan.base, plan.images, config.data, task, settings, config.seed)
     if settings.distance is not None:
-        watched = [_plain(config.sample), _plain(config.evaluate), list(config.distance_seeds), _prompts(plan)]
+        watched = [_plain(config.sample), _plain(config.evaluate), list(config.distance_seeds), plan.prompts_label]
         record |= {"watched": watched}
     return digest_of(record)
 
@@ -50,7 +49,7 @@ def drawing_key(plan: Plan, model: str) -> str | None:
     return digest_of(
         {
             "base": base_parts(plan.base),
-            "prompts": _prompts(plan),
+            "prompts": plan.prompts_label,
             "model": model,
             "trainings": [training_key(plan, task, settings) for task, settings, _ in made_of[model]],
             "sample": _plain(plan.config.sample, "batch_size"),
@@ -58,10 +57,6 @@ def drawing_key(plan: Plan, model: str) -> str | None:
             "reference": references.sha256,
         }
     )
-
-
-def _prompts(plan: Plan) -> str | None:
-    return prompts_label(plan.prompts, plan.config.text) if plan.prompts else None
 
 
 def _plain(section: Any, *excluded: str) -> Record:

@@ -21,10 +21,10 @@ from ..merging.arithmetic import Tensors
 from ..models.base import tensors_sha256
 from ..models.network import load_network
 from ..sampling.model import drawn_with
-from ..sampling.sampler import Denoiser, Prompts, choose_prompts, prompts_label, sample_images
+from ..sampling.sampler import Denoiser, Prompts, choose_prompts, sample_images
 from ..seeds import stream_seed
 from ..storage.files import read_records, read_tensors
-from ..storage.reading import read_record
+from ..storage.reading import file_sha256, read_record
 from ..storage.run_folder import Run, kept_checkpoints
 from .plan import load_experts
 from .planned import BASELINE, Plan
@@ -98,7 +98,7 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
     runs = [_results(folder) for folder in (plan.run.folder, *others)] if others else []
     metric, screened = _screened(plan)
     hashes = {
-        "gradient-similarity": {f"checkpoint_{n}_sha256": _file_sha256(path) for n, path in checkpoints.items()},
+        "gradient-similarity": {f"checkpoint_{n}_sha256": file_sha256(path) for n, path in checkpoints.items()},
         "qualitative": _drawn_from(plan) if "qualitative" in needs else {},
         "loss-weights": {f"{name} sha256": tensors_sha256(tensors) for name, tensors in models.items()},
         "sensitivity": {f"{run.name} sha256": _sha256(run) for run in runs},
@@ -182,17 +182,12 @@ def _drawn_from(plan: Plan) -> dict[str, Any]:
         "first_seed": config.evaluate.first_seed,
         "models": {model: sha256_of(plan, model) for model in report_models(plan)},
         "drawn_with": drawn_with(plan.base, config.report_sample, config.text),
-        "prompts": prompts_label(plan.prompts, config.text) if plan.prompts else None,
+        "prompts": plan.prompts_label,
     }
 
 
 def _weights(path: Path) -> Tensors:
     return read_tensors(path)[0]
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _results(folder: Path) -> RunResults:

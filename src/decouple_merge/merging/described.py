@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..storage.headers import read_headers, side_by_side
-from ..storage.layouts import PROJECTIONS_FILE, denoisers, weight_files
+from ..storage.layouts import files_of_parts
 from ..storage.reading import parse_json, read_text
 from ..storage.shipped import base_names, find_model
 from .adapter_keys import is_adapter
@@ -23,7 +23,7 @@ def describe_model(name: Path) -> Iterator[str]:
     model = find_model(str(name))
     if model is None:
         raise UserError(f"{name} doesn't exist; check the path, or take a base we ship: {', '.join(base_names())}")
-    headers = side_by_side({part: read_headers(_files(model, place)) for part, place in denoisers(model).items()})
+    headers = side_by_side({part: read_headers(files) for part, files in files_of_parts(model).items()})
     kind = "LoRA" if is_adapter(headers.places) else "weights"
     yield f"{model}: {kind}, {len(headers.places):,} tensors, {headers.num_bytes:,} bytes"
     yield "elements: " + ", ".join(f"{num:,} {dtype}" for dtype, num in sorted(headers.num_elements.items()))
@@ -34,10 +34,3 @@ def describe_model(name: Path) -> Iterator[str]:
         yield "no record of a merge"
     else:
         yield json.dumps(parse_json(text, model, ADVICE), indent=2)
-
-
-def _files(model: Path, place: Path) -> list[Path]:
-    """Find the files of a part, with the projections of a model that has one part."""
-    projections = model / PROJECTIONS_FILE
-    with_projections = projections.is_file() and len(denoisers(model)) == 1
-    return [*weight_files(place), *([projections] if with_projections else [])]

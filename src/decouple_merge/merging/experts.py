@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import Merge
 from ..errors import UserError
-from ..storage.layouts import PROJECTIONS_FILE, denoisers, weight_files
+from ..storage.layouts import PROJECTIONS_FILE, denoisers, files_of_parts, weight_files
 from ..storage.tensors import Entry, TensorFiles
 from .adapter_keys import is_adapter
 from .keys import compare_keys, describe
@@ -98,10 +98,7 @@ def open_model(path: Path) -> TensorFiles:
     Raises:
         UserError: there are none, or they are damaged or a pickle.
     """
-    parts, projections = denoisers(path), path / PROJECTIONS_FILE
-    if projections.is_file() and len(parts) == 1:
-        return TensorFiles([*weight_files(next(iter(parts.values()))), projections])
-    return open_parts(parts)
+    return TensorFiles.side_by_side({name: TensorFiles(files) for name, files in files_of_parts(path).items()})
 
 
 def open_expert(path: Path, parts: Mapping[str, Path] | None = None) -> Expert:

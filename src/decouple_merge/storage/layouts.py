@@ -88,6 +88,17 @@ def _of_folder(path: Path) -> Path:
     )
 
 
+def files_of_parts(path: Path) -> dict[str, list[Path]]:
+    """Find the weight files of a pipeline's denoisers, by name; those of one alone have its projections with them.
+
+    Any other path is one part. Raises as ``weight_files``.
+    """
+    files = {name: weight_files(place) for name, place in denoisers(path).items()}
+    if len(files) == 1 and (path / PROJECTIONS_FILE).is_file():
+        files = {name: [*found, path / PROJECTIONS_FILE] for name, found in files.items()}
+    return files
+
+
 def plain_name(path: Path) -> str:
     """Say what a weights file is called without its ending, its variant and its number among shards."""
     stem = re.sub(r"-\d+-of-\d+(?=\.|$)", "", path.name.removesuffix(".safetensors"))

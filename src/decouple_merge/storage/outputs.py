@@ -1,6 +1,5 @@
 """What a path that the user gave may replace: an earlier result of the same kind that is no input, and nothing else."""
 
-import hashlib
 import json
 import os
 import tempfile
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from .files import remove_leftovers
+from .reading import file_sha256
 
 # Of our npz files, which are zip archives.
 STATISTICS_COMMENT = b"deme stats"
@@ -117,19 +117,14 @@ def _foreign_to_merge(folder: Path) -> str | None:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not path.is_file() or not (name in known or (known and name == "merge.json")):
             return name
-        if name in known and _sha256_of(path) != known[name]:
+        if name in known and file_sha256(path) != known[name]:
             return f"{name}, which was changed since"
     return None
 
 
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def hashes_of_files(folder: Path) -> dict[str, str]:
     """Hash every file of a folder, so that a later merge replaces these and nobody else's."""
-    return {p.relative_to(folder).as_posix(): _sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _foreign_to_merged_file(file: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Files that a user may have given: anything may lie at a path, and anything may be in it."""
 
+import hashlib
 import json
 import stat
 from pathlib import Path
@@ -29,6 +30,12 @@ def check_file(path: Path, advice: str) -> int:
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "a device")
         raise UserError(f"{path} is {kind}; {advice}")
     return found.st_size
+
+
+def file_sha256(path: Path) -> str:
+    """Hash the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, advice: str, max_bytes: int = MAX_BYTES) -> str:
