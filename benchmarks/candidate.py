@@ -1,6 +1,6 @@
 """Time one candidate of the search: python benchmarks/candidate.py --millions 36 --experts 4.
 
-``stacked.Stacked.merge`` against the loop over state dicts that one would write (a dict of scaled differences for each
+``Merger.merge`` against the loop over state dicts that one would write (a dict of scaled differences for each
 expert, summed, added, loaded), and against the memory's bandwidth: a copy of as many bytes as a candidate reads and
 writes. Contenders run in turn; ratios to the copy are medians of the repeats.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from decouple_merge.merging.stacked import Stacked
+from decouple_merge.merging.merger import Merger
 from interleaved import interleaved, ratios
 
 WEIGHTS = [0.3, 0.9, -0.2, 1.4]
@@ -23,13 +23,11 @@ def compare(num_millions: int, num_experts: int, num_repeats: int, dtype: torch.
     names = [f"blocks.{i}.weight" for i in range(num_millions)]
     base: dict[str, Tensor] = {k: torch.randn(1000, 1000).to(dtype) for k in names}
     weights = WEIGHTS[:num_experts]
-    stacked = Stacked(base, [base] * num_experts, torch.device("cpu"), dtype)
-    del base
-    # The loop's dicts are the matrix's own rows, or two copies of everything would not fit.
-    versions = [stacked.views(row) for row in stacked.matrix]
-    network = stacked.views(stacked.merged)
+    versions = [base] + [{k: v.clone() for k, v in base.items()} for _ in range(num_experts)]
+    network = {k: torch.empty_like(v) for k, v in base.items()}
+    merger = Merger(base, versions[1:], dtype=dtype, device=torch.device("cpu"))
     # Half of the bytes are read, half written; in parts, or large networks would leave no memory for it.
-    num_copied = (num_experts + 2) * stacked.merged.numel() // 2
+    num_copied = (num_experts + 2) * num_millions * 1_000_000 // 2
     source = torch.zeros(min(num_copied, 1 << 26), dtype=dtype)
     target = torch.zeros_like(source)
 
@@ -47,7 +45,7 @@ def compare(num_millions: int, num_experts: int, num_repeats: int, dtype: torch.
 
     contenders: dict[str, Callable[[], object]] = {
         "copy of as many bytes": copy,
-        "ours": lambda: stacked.merge(weights),
+        "ours": lambda: merger.merge(weights, network),
         "loop over state dicts": loop,
     }
     interleaved(contenders, 1)

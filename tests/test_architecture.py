@@ -23,7 +23,7 @@ MATHS = [
     "merging.keys",
     "merging.order",
     "merging.arithmetic",
-    "merging.stacked",
+    "merging.adapted",
     "merging.survival",
     "evaluation.distances",
     "evaluation.neighbours",

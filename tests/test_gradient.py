@@ -29,7 +29,6 @@ from decouple_merge.experiment.planned import Plan
 from decouple_merge.experiment.provenance import made_from
 from decouple_merge.merging.arithmetic import Tensors, merge
 from decouple_merge.merging.keys import group_keys
-from decouple_merge.merging.stacked import Stacked
 from decouple_merge.models.base import Base
 from decouple_merge.models.families.unet import UNet
 from decouple_merge.models.projection import attach_projections
@@ -114,15 +113,11 @@ def test_the_gradient_is_that_of_central_differences(unet: Base, prediction_type
         assert float(gradient.flatten()[index]) == pytest.approx((up - down) / 2e-5, rel=1e-5, abs=1e-10)
 
 
-def test_a_matrix_in_memory_is_not_made_again(unet: Base) -> None:
-    experts, weights = moved(unet, 2), torch.tensor([[0.3, 0.6]])
-    held = Stacked(unet.network.state_dict(), experts, CPU, torch.float64)
-    loss = DenoisingLoss(unet, experts, CPU, stacks=[held])
-    assert {v.untyped_storage().data_ptr() for v in loss.merge(weights).values()} == {held.merged.data_ptr()}
-    value, gradient = loss(weights, batch_of(unet))
-    same, its_gradient = DenoisingLoss(unet, experts, CPU)(weights, batch_of(unet))
-    assert value == same
-    assert torch.equal(gradient, its_gradient)
+def test_every_merge_is_in_the_same_memory(unet: Base) -> None:
+    loss = DenoisingLoss(unet, moved(unet, 2), CPU)
+    first, second = (loss.merge(torch.tensor([weights])) for weights in ([0.3, 0.6], [1.0, 0.0]))
+    assert {k: v.data_ptr() for k, v in first.items()} == {k: v.data_ptr() for k, v in second.items()}
+    assert all(p.is_meta for p in loss.network.parameters())
 
 
 def test_the_loss_is_that_of_the_merged_network(unet: Base) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decouple_merge.merging.arithmetic import merge
+from decouple_merge.merging.merger import Merger
 from decouple_merge.merging.rules import RULES, order_statistics, sums
 from decouple_merge.merging.rules.rule import Context, Settings, merge_tensor
-from decouple_merge.merging.stacked import Ruled, Stacked
 
 PLAIN = sorted(name for name, rule in RULES.items() if not rule.needs and name != "slerp")
 
@@ -267,17 +268,17 @@ def test_what_needs_more_than_tensors_is_refused_in_memory() -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_the_chunks_of_a_merge_and_of_a_stack_dont_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunks_of_a_merge_and_of_a_merger_dont_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = versions((31, 17), dtype=torch.float32)
     base, *experts = [{"w": t, "bias": t[0].clone()} for t in tensors]
     weights, chosen = [0.3, 0.7, 1.9, 0.011], Settings(0.5)
     whole = merge(base, experts, weights, name, chosen)
-    stack = Stacked(base, experts, torch.device("cpu"))
     for size in (1, 7, 64, 4096):
         monkeypatch.setattr(sums, "CHUNK", size)
         monkeypatch.setattr(sums, "SMALL_CHUNK", size)
-        ruled = Ruled(stack, RULES[name], lambda key: Context(key, chosen))
-        for found in (merge(base, experts, weights, name, chosen), ruled.merge(weights), ruled.merge(weights)):
+        context_of, device = partial(Context, settings=chosen), torch.device("cpu")
+        merger = Merger(base, experts, method=name, context_of=context_of, device=device)
+        for found in (merge(base, experts, weights, name, chosen), merger.merge(weights), merger.merge(weights)):
             assert all(torch.equal(found[key], whole[key]) for key in whole)
 
 

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from decouple_merge.merging.arithmetic import Tensors, merge, task_vector_norms
+from decouple_merge.merging import arithmetic
+from decouple_merge.merging.arithmetic import Tensors, inner_products, merge, task_vector_norms
 from decouple_merge.merging.keys import check_same_keys
-from decouple_merge.merging.rules import RULES, sums
+from decouple_merge.merging.merger import Merger
+from decouple_merge.merging.rules import sums
 from decouple_merge.merging.rules.rule import Context, Settings
-from decouple_merge.merging.stacked import Ruled, Stacked
+from decouple_merge.storage.tensors import hash_tensors
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -32,8 +34,15 @@ def same_bits(a: Tensors, b: Tensors) -> bool:
     )
 
 
-def trimmed_stack(stack: Stacked, density: float) -> Ruled:
-    return Ruled(stack, RULES["ties"], lambda key: Context(key, Settings(density)))
+def merger_of(base: Tensors, experts: list[Tensors], method: str = "linear", density: float = 1.0) -> Merger:
+    return Merger(
+        base,
+        experts,
+        method=method,
+        context_of=lambda key: Context(key, Settings(density)),
+        dtype=base["conv.weight"].dtype if "conv.weight" in base else torch.float32,
+        device=torch.device("cpu"),
+    )
 
 
 @st.composite
@@ -85,15 +94,12 @@ def test_the_order_of_experts_does_not_matter(tensors: list[Tensors], order: lis
 @pytest.mark.parametrize("weights", [[0.1, 0.2, 0.3, 0.4], [0.25] * 4])
 @pytest.mark.parametrize("name", FLOATS)
 @pytest.mark.parametrize("method", ["linear", "ties"])
-def test_a_stack_is_merged_alike_in_any_order(name: str, method: str, weights: list[float]) -> None:
+def test_a_merger_merges_alike_in_any_order(name: str, method: str, weights: list[float]) -> None:
     base, *experts = [random_tensors(i, FLOATS[name]) for i in range(5)]
     found = []
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
-        chosen, given_weights = [experts[i] for i in order], [weights[i] for i in order]
-        stack = Stacked(base, chosen, torch.device("cpu"))
-        found.append({k: v.clone() for k, v in stack.merge(given_weights).items()})
-        if method == "ties":
-            found[-1] = {k: v.clone() for k, v in trimmed_stack(stack, 0.7).merge(given_weights).items()}
+        merger = merger_of(base, [experts[i] for i in order], method, 0.7)
+        found.append(merger.merge([weights[i] for i in order]))
     assert same_bits(found[0], found[1])
     assert same_bits(found[0], found[2])
 
@@ -101,97 +107,82 @@ def test_a_stack_is_merged_alike_in_any_order(name: str, method: str, weights: l
 @pytest.mark.parametrize("weights", [[math.nan, 1.0], [1.0, -math.inf]])
 def test_weights_that_are_no_numbers_are_refused(weights: list[float]) -> None:
     base, *experts = [random_tensors(i) for i in range(3)]
-    stacked = Stacked(base, experts, torch.device("cpu"))
-    calls = (
-        lambda: merge(base, experts, weights),
-        lambda: stacked.merge(weights),
-        lambda: trimmed_stack(stacked, 1.0).merge(weights),
-    )
-    for call in calls:
+    for call in (lambda: merge(base, experts, weights), lambda: merger_of(base, experts).merge(weights)):
         with pytest.raises(ValueError, match=r"weights are \[.*\], expected finite numbers"):
             call()
-
-
-@settings(deadline=None, max_examples=100)
-@given(state_dicts(4), st.lists(st.sampled_from([0.0, 1.0, -0.2, 0.3, 1.7]), min_size=3, max_size=3))
-def test_a_stacked_merge_is_the_merge_bit_for_bit(tensors: list[Tensors], w: list[float]) -> None:
-    base, *experts = [{**t, "ids": torch.arange(3)} for t in tensors]
-    stacked = Stacked(base, experts, torch.device("cpu"))
-    stacked.merge([0.5, 0.5, 0.5])
-    assert same_bits(stacked.merge(w), merge(base, experts, w))
 
 
 @settings(deadline=None, max_examples=100)
 @given(
     state_dicts(4),
     st.lists(st.sampled_from([0.0, 1.0, -0.2, 0.3, 1.7]), min_size=3, max_size=3),
+    st.sampled_from(["linear", "ties"]),
     st.sampled_from([0.2, 0.5, 1.0]),
 )
-def test_a_trimmed_stack_merges_by_ties_bit_for_bit(tensors: list[Tensors], w: list[float], density: float) -> None:
-    base, *experts = tensors
+def test_a_mergers_merge_is_the_merge_bit_for_bit(
+    tensors: list[Tensors], w: list[float], method: str, density: float
+) -> None:
+    base, *experts = [{**t, "ids": torch.arange(3)} for t in tensors]
     experts[0] = experts[0] | {"mid_block.projection.weight": torch.tensor([[3.0, 0.5], [0.0, 1.0]])}
-    trimmed = trimmed_stack(Stacked(base, experts, torch.device("cpu")), density)
-    trimmed.merge([0.5, 0.5, 0.5])
-    assert same_bits(trimmed.merge(w), merge(base, experts, w, "ties", Settings(density)))
+    merger = merger_of(base, experts, method, density)
+    merger.merge([0.5, 0.5, 0.5])
+    assert same_bits(merger.merge(w), merge(base, experts, w, method, Settings(density)))
 
 
-def test_a_trimmed_stack_trims_once_and_holds_no_more_than_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = [random_tensors(i) for i in range(3)]
-    stacked = Stacked(tensors[0], tensors[1:], torch.device("cpu"))
-    trimmed, held = (
-        trimmed_stack(stacked, 0.5),
-        {t.untyped_storage().data_ptr() for t in (stacked.matrix, stacked.merged)},
-    )
+def test_a_merger_trims_once_and_keeps_two_numbers_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, *experts = [random_tensors(i) for i in range(3)]
+    merger = merger_of(base, experts, "ties", 0.5)
+    expected = merge(base, experts, [0.0, 1.0], "ties", Settings(0.5))
+    merger.merge([1.0, 0.0])
     monkeypatch.setattr(torch.Tensor, "kthvalue", None)
-    for weights in ([1.0, 0.0], [0.0, 1.0]):
-        assert {t.untyped_storage().data_ptr() for t in trimmed.merge(weights).values()} <= held
-    assert {t.untyped_storage().data_ptr() for row in trimmed.rows for t in row.values()} <= held
-    assert all(type(end) is float for c in trimmed.contexts.values() for ends in c.statistics for end in ends)
+    assert same_bits(merger.merge([0.0, 1.0]), expected)
+    kept = [context.statistics for context, _ in merger.known.values()]
+    assert [[len(ends) for ends in each] for each in kept] == [[2, 2]] * len(base)
+    assert all(type(end) is float for each in kept for ends in each for end in ends)
     with pytest.raises(ValueError, match="1 weights for 2 experts"):
-        trimmed.merge([1.0])
+        merger.merge([1.0])
 
 
-def test_the_chunks_of_a_stacked_merge_dont_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunks_of_a_mergers_merge_dont_show(monkeypatch: pytest.MonkeyPatch) -> None:
     base, *experts = [{"w": torch.randn(1009, generator=torch.Generator().manual_seed(i))} for i in range(5)]
     weights = [0.3, -0.7, 1.9, 0.011]
     whole = {method: merge(base, experts, weights, method, Settings(0.5)) for method in ("linear", "ties")}
-    stacked = Stacked(base, experts, torch.device("cpu"))
     for size in (1, 7, 64, 1009, 4096):
         monkeypatch.setattr(sums, "CHUNK", size)
         monkeypatch.setattr(sums, "SMALL_CHUNK", size)
-        assert same_bits(stacked.merge(weights), whole["linear"])
-        assert same_bits(trimmed_stack(stacked, 0.5).merge(weights), whole["ties"])
         for method, expected in whole.items():
+            assert same_bits(merger_of(base, experts, method, 0.5).merge(weights), expected)
             assert same_bits(merge(base, experts, weights, method, Settings(0.5)), expected)
 
 
-def test_a_stacked_merge_reuses_its_memory() -> None:
-    tensors = [random_tensors(i) for i in range(3)]
-    stacked = Stacked(tensors[0], tensors[1:], torch.device("cpu"))
-    first, second = stacked.merge([1.0, 0.0]), stacked.merge([0.0, 1.0])
-    assert all(first[k].data_ptr() == second[k].data_ptr() for k in first)
-    with pytest.raises(ValueError, match="1 weights for 2 experts"):
-        stacked.merge([1.0])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_merge_is_written_into_the_networks_memory(precision: torch.dtype) -> None:
+    base, one, two = ({"weight": torch.randn(3, 5)} for _ in range(3))
+    network = torch.nn.Linear(5, 3, bias=False).to(precision)
+    memory, merger = network.weight.data_ptr(), Merger(base, [one, two], device=torch.device("cpu"))
+    merger.attach(network)
+    assert torch.equal(network.weight, base["weight"].to(precision))
+    expected = merge(base, [one, two], [0.3, 0.6])
+    assert merger.write([0.3, 0.6]) == hash_tensors(expected.items())
+    assert network.weight.data_ptr() == memory
+    assert torch.equal(network.weight, expected["weight"].to(precision))
 
 
 def test_a_task_vector_far_smaller_than_the_weights_keeps_its_gradient() -> None:
     # ⟨g, θ_i⟩ - ⟨g, θ⟩ in float32 would be 0.
     base, expert = {"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([1.0 + 2**-22, 1.0])}
     gradient = {"w": torch.tensor([1.0, 3.0])}
-    assert Stacked(base, [expert, base], torch.device("cpu")).inner_products(gradient).tolist() == [2**-22, 0.0]
+    assert inner_products(base, [expert, base], gradient, ["w"], torch.device("cpu")).tolist() == [2**-22, 0.0]
 
 
 def test_inner_products_are_sums_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = torch.Generator().manual_seed(0)
     shapes = {"a": (10, 7), "b": (3,)}
-    base, one, two, gradient = (
-        {k: torch.randn(s, generator=draws) for k, s in shapes.items()} | {"n": torch.arange(2)} for _ in range(4)
-    )
+    base, one, two, gradient = ({k: torch.randn(s, generator=draws) for k, s in shapes.items()} for _ in range(4))
     expected = [sum(float(((e[k] - base[k]) * gradient[k]).double().sum()) for k in "ab") for e in (one, two)]
-    for size in (1, 16, 1000):
-        monkeypatch.setattr(sums, "CHUNK", size)
-        monkeypatch.setattr(sums, "SMALL_CHUNK", size)
-        found = Stacked(base, [one, two], torch.device("cpu")).inner_products(gradient)
+    for size in (1, 16, 73, 1000):
+        monkeypatch.setattr(arithmetic, "CHUNK", size)
+        found = inner_products(base, [one, two], gradient, ["a", "b"], torch.device("cpu"))
         assert found.tolist() == pytest.approx(expected, rel=1e-4)
 
 

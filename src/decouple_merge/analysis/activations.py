@@ -102,7 +102,7 @@ def channels_first(found: Tensor) -> Float[Tensor, "n c p"]:
 
 @torch.no_grad()
 def _activations(subject: Subject, weights: Tensors, images: FixedImages, t: float) -> dict[str, Tensor]:
-    network, device = build_network(subject.base, weights).requires_grad_(False).eval(), subject.device
+    network, device = build_network(subject.base, weights), subject.device
     times = torch.full((len(images),), t).to(subject.base.process.spread(subject.ranges[0], 1).dtype)
     network.to(device)
     with recorded(_layers(subject, network)) as found:

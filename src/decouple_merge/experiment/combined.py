@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from ..config import Config
 from ..errors import UserError
-from ..merging.arithmetic import Tensors
+from ..merging.arithmetic import Model, Tensors
 from ..merging.keys import check_same_keys
 from ..models.ensemble import load_expert
+from ..models.lora import FILE, as_adapted
 from ..searching.checkpoints import load_checkpoints
 from ..storage.files import read_tensors
 from ..storage.run_folder import kept_weights
@@ -43,6 +45,23 @@ def load_combined(plan: Plan) -> list[Tensors]:
     if search.over == "baseline":
         return [final]
     return [_load_kept(plan, update) for update in plan.config.kept_updates]
+
+
+def are_adapters(config: Config) -> bool:
+    """Say whether what a run's search combines was finetuned by adapters."""
+    return config.search.combines_experts and config.finetune.lora is not None
+
+
+def held_models(plan: Plan, models: list[Tensors]) -> list[Model]:
+    """Take the models that the search combines as it holds them: adapters as these, others memory-mapped as they are.
+
+    Raises:
+        UserError: an adapter isn't that of its expert.
+    """
+    if not are_adapters(plan.config):
+        return [*models]
+    paths = [plan.run.expert(i) / "lora" / FILE for i in range(len(models))]
+    return [as_adapted(plan.base, m, read_tensors(p)[0], str(p)) for m, p in zip(models, paths, strict=True)]
 
 
 def _load_kept(plan: Plan, update: int) -> Tensors:

@@ -14,7 +14,7 @@ from ..storage.files import read_tensors, write_tensors
 from ..storage.hub import pipeline_folder
 from ..storage.made_from import digest_of
 from ..storage.reading import AGAIN, read_record
-from .combined import combined_names
+from .combined import are_adapters, combined_names
 from .planned import Plan
 from .provenance import search_record
 from .rule_inputs import rule_files
@@ -75,6 +75,4 @@ def _rule_of(plan: Plan) -> dict[str, Any]:
 
 def _is_one_lora(plan: Plan) -> bool:
     """Say whether the merge is a sum of adapters, each with one weight: an adapter itself."""
-    search = plan.config.search
-    sums = search.method == "linear" and len(search.blocks) == 1
-    return sums and search.combines_experts and plan.config.finetune.lora is not None
+    return plan.config.search.method == "linear" and len(plan.config.search.blocks) == 1 and are_adapters(plan.config)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import Config, Training
 from ..data.latents import DTYPES
+from ..merging.rules import RULES
 from ..models.base import stored_dtype
 from ..models.families import FAMILIES
 from ..models.family import read_index
@@ -20,6 +21,7 @@ from ..models.projection import attach_projections
 from ..storage.hub import pipeline_folder
 from ..storage.layouts import PICKLES, weight_files
 from ..storage.tensors import TensorFiles, num_bytes_of
+from .combined import are_adapters
 
 # Of bitsandbytes: smaller tensors keep moments of 32 bits, of larger ones a block shares a scale.
 MIN_8BIT_SIZE, BLOCK_SIZE, CODEBOOK_SIZE = 4096, 256, 256
@@ -59,7 +61,8 @@ def estimate(config: Config) -> list[Stage]:
     is_trained = settings.experts == "trained"
     network = empty_network(folder, is_single=not is_trained)
     size = _num_bytes([*network.parameters(), *network.buffers()])
-    num_elements = sum(p.numel() for p in network.parameters())
+    shapes = [tuple(p.shape) for p in network.parameters()]
+    drawn = sum(map(math.prod, shapes)) * DTYPES[config.sample.precision].itemsize
     vae = {"VAE": _part_bytes(folder / "vae") if family.is_latent else 0}
     texts = {name: num for name in family.text_encoders if (num := _part_bytes(folder / name))}
     stages = [Stage("encoding texts", texts)] if texts else []
@@ -73,45 +76,53 @@ def estimate(config: Config) -> list[Stage]:
     if is_trained:
         name = "finetuning an expert" if config.search.over == "experts" else "finetuning"
         stages.append(Stage(name, _training(network, size, config)))
-    precision = config.sample.precision
-    drawn = num_elements * DTYPES[precision].itemsize
-    drawing = {f"network in {precision}": drawn} | vae
     if is_trained and settings.distance:
-        two = {f"expert and base in {precision}": 2 * drawn}
+        two = {f"expert and base in {config.sample.precision}": 2 * drawn}
         stages.append(Stage("drawing with an expert besides", {"averaged weights": size} | two | vae))
-    placement_size = size if settings.projection.placement != "trunk" else _num_bytes(network.parameters())
-    return stages + _merging(config, size, placement_size, num_elements, stored_dtype(folder), drawing, vae)
+    expert = size
+    if are_adapters(config):
+        expert = _num_bytes(p for p in network.parameters() if p.requires_grad)
+    elif settings.projection.placement == "trunk":
+        expert = _num_bytes(network.parameters())
+    stored = stored_dtype(folder)
+    stages += _merging(config, size, shapes, {f"network in {config.sample.precision}": drawn} | vae, stored)
+    # Weights that are stored in float32 are used as they lie in their files.
+    is_mapped = stored == torch.float32
+    stages.append(Stage("besides on the CPU", {"base": 0 if is_mapped else size}))
+    files = {"base": size if is_mapped else 0, f"{config.num_combined} experts": config.num_combined * expert}
+    stages.append(Stage("in files that are mapped, as far as memory is left", files))
+    return [stage for stage in stages if stage.total]
 
 
 def _merging(
-    config: Config,
-    size: int,
-    placement_size: int,
-    num_elements: int,
-    stored: torch.dtype,
-    drawing: dict[str, int],
-    vae: dict[str, int],
+    config: Config, size: int, shapes: list[tuple[int, ...]], drawing: dict[str, int], stored: torch.dtype
 ) -> list[Stage]:
-    """List the stages after the trainings, where an expert has ``placement_size`` bytes."""
-    num, sampled = config.num_combined, DTYPES[config.sample.precision]
-    searching = {f"base and {num} experts": (num + 1) * placement_size, "merge": placement_size} | drawing
-    if stored != torch.float32:
-        searching["merge as it is written"] = num_elements * stored.itemsize
-    elif sampled == torch.float32:
-        # Its parameters are views of the merge.
-        searching |= {f"network in {config.sample.precision}": 0}
-    stages = [Stage("searching, each worker", searching)] if num else []
+    """List the stages after the trainings.
+
+    Args:
+        size: of the network in float32, in bytes.
+        shapes: of its parameters.
+        drawing: what is held to draw with one model.
+    """
+    num, rule, (network, drawn) = config.num_combined, RULES[config.search.method], next(iter(drawing.items()))
+    # Of the largest tensor the models' versions, their task vectors, votes and the rule's own. A CPU works in chunks.
+    one = (2 * num + 4 + rule.num_tensors) * 4 * max(map(math.prod, shapes))
+    kept = 4 * sum(rule.kept(shape, num) for shape in shapes)
+    searching = drawing | {"merging a tensor": one, f"what {config.search.method} keeps": kept}
+    written = {"merge as it is written": sum(map(math.prod, shapes)) * stored.itemsize}
+    learning = {"network to learn with": size, "gradients": size}
+    stages = []
+    if num:
+        stages.append(Stage("searching, each worker", searching))
+        stages.append(Stage("writing the merged model", searching | written))
     if num and config.search.learns_start:
-        learning = {"network to learn with": size, "gradients": 2 * size}
         stages.append(Stage("learning a start of the search", searching | learning))
     stages.append(Stage("drawing, one model", drawing))
     if config.search.over == "experts":
         num_held = 1 if config.sample.one_resident else num
-        held = {
-            f"{num_held} of {num} networks in {config.sample.precision}": num_held * num_elements * sampled.itemsize
-        }
-        stages.append(Stage("drawing, the ensemble", held | vae))
-    return [*stages, Stage("besides on the CPU", {"base": size, "experts in search": num * placement_size})]
+        held = {f"{num_held} of {num} networks{network.removeprefix('network')}": num_held * drawn}
+        stages.append(Stage("drawing, the ensemble", held | {"VAE": drawing["VAE"]}))
+    return stages
 
 
 def _training(network: nn.Module, size: int, config: Config) -> dict[str, int]:

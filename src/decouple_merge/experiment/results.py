@@ -18,7 +18,7 @@ from ..executors import run_all
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..models.identity import model_sha256
-from ..models.network import build_network, load_network, num_parameters
+from ..models.network import load_network, num_parameters
 from ..sampling.folder import drawn_from, write_images
 from ..sampling.model import drawn_with
 from ..sampling.sampler import (
@@ -26,8 +26,8 @@ from ..sampling.sampler import (
     choose_prompts,
     denoiser,
     sample_images,
-    sampling_copy,
     sampling_fields,
+    sampling_network,
 )
 from ..storage.files import append_record, read_records, read_tensors
 from ..training.made_from import is_finished
@@ -90,8 +90,8 @@ def _weights_of(plan: Plan, model: str) -> Tensors:
 def denoiser_of(plan: Plan, model: str, device: torch.device) -> Denoiser:
     if model == "ensemble":
         return plan.ensemble(load_experts(plan), device)
-    network = build_network(plan.base, _weights_of(plan, model))
-    return denoiser(plan.base, sampling_copy(network, plan.config.report_sample, device))
+    network = sampling_network(plan.base, _weights_of(plan, model), plan.config.report_sample, device)
+    return denoiser(plan.base, network)
 
 
 def sha256_of(plan: Plan, model: str) -> str:

@@ -17,7 +17,7 @@ from ..searching.study import Study, open_storage, open_study, trials
 from ..searching.trial import Level, Trial
 from ..storage.locks import enter, hold
 from ..storage.made_from import digest_of
-from .combined import load_combined
+from .combined import held_models, load_combined
 from .costs import timed
 from .export import export_merge
 from .manifest import check_claimed
@@ -37,7 +37,7 @@ def open_merger(plan: Plan, experts: list[Tensors], experts_sha256: list[str]) -
     search = plan.config.search
     return Merger(
         plan.base.network.state_dict(),
-        experts,
+        held_models(plan, experts),
         method=search.method,
         context_of=contexts(plan, experts_sha256),
         patterns=search.blocks,

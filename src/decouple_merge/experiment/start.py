@@ -34,7 +34,7 @@ def learn_start(plan: Plan, merger: Merger, experts_sha256: list[str]) -> Weight
     batches = training_batches(plan.images, config.data, config.finetune.batch_size, seed, 0, num)
     low, high = config.search.low, config.search.high
     start = torch.full((len(blocks), len(experts)), min(max(1 / len(experts), low), high))
-    loss_of = DenoisingLoss(plan.base, experts, merger.device, blocks, _loss_scale(plan), merger.stacks)
+    loss_of = DenoisingLoss(plan.base, experts, merger.device, blocks, _loss_scale(plan))
     *_, last = learn_weights(loss_of, batches, start, num, seed, (low, high))
     weights = [w for row in last.weights for w in row]
     write_json(path, record | {"weights": weights})

@@ -14,8 +14,7 @@ from ..executors.devices import default_device
 from ..executors.distributed import is_first, world_size
 from ..merging.arithmetic import Tensors
 from ..models.ensemble import TimestepEnsemble
-from ..models.network import build_network
-from ..sampling.sampler import denoiser, sample_images, sampling_copy
+from ..sampling.sampler import denoiser, sample_images, sampling_copy, sampling_network
 from ..training.loop import train
 from ..training.records import StepRecord
 from ..training.trainer import Task
@@ -54,7 +53,7 @@ def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Cal
     others = sampling_copy(base.network, drawing, device) if len(ranges) > 1 else base.network
 
     def distance(weights: Tensors) -> float:
-        trained = sampling_copy(build_network(base, weights), drawing, device)
+        trained = sampling_network(base, weights, drawing, device)
         networks = [trained if r == own else others for r in ranges]
         model = denoiser(base, TimestepEnsemble(networks, ranges, base.num_train_timesteps, None, base.timestep_of))
         seeds = config.distance_seeds[: settings.num_images]

@@ -16,9 +16,16 @@ from ..merging.merger import Merger
 from ..merging.recipes import merge_models
 from ..merging.rules.rule import Context, Settings
 from ..models.ensemble import open_run
-from ..models.network import build_network
 from ..sampling.model import run_prompts
-from ..sampling.sampler import Denoiser, denoiser, ensemble_denoiser, open_prompts, sample_images, sampling_copy
+from ..sampling.sampler import (
+    Denoiser,
+    blank_sampling_network,
+    denoiser,
+    ensemble_denoiser,
+    open_prompts,
+    sample_images,
+    sampling_copy,
+)
 from ..searching.strategies import Weights
 from ..storage.reading import AGAIN, read_record
 from ..storage.run_folder import Run
@@ -123,7 +130,7 @@ class Explorer:
                 dtype=self.base.dtype,
                 device=self.device,
             )
-            network = sampling_copy(build_network(self.base, merger.merge(merger.zeros)), self.sample, self.device)
+            network = blank_sampling_network(self.base, merger.has_trunk, self.sample, self.device)
             merger.attach(network)
             self._mergers[key] = merger, network
         return self._mergers[key]

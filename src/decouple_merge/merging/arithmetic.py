@@ -1,16 +1,19 @@
 """Merge experts by task arithmetic; pure functions of tensors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .keys import group_keys
+from .adapted import Adapted
 from .rules import RULES, check_method, check_weights
 from .rules.rule import Context, Settings, merge_tensor
+from .rules.sums import CHUNK, wide_dtype
 
 Tensors = dict[str, Tensor]
+# The tensors of a model, which may be made when they are asked for.
+Model = Mapping[str, Tensor]
 
 
 def merge(
@@ -47,30 +50,55 @@ def merge(
     return merged
 
 
-def _all_keys(base: Tensors, experts: list[Tensors]) -> list[str]:
+def all_keys(base: Model, experts: Sequence[Model]) -> list[str]:
     """List the base's keys, then those of projections."""
     return [*base, *sorted({k for e in experts for k in e} - base.keys())]
 
 
-def versions(base: Tensors, experts: list[Tensors]) -> Iterator[tuple[str, list[Tensor]]]:
+def versions(base: Model, experts: Sequence[Model]) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield each tensor of the base and of every expert; a projection that one of them lacks is the identity."""
-    for key in _all_keys(base, experts):
-        start = base[key] if key in base else torch.eye(len(next(e[key] for e in experts if key in e)))
-        yield key, [start, *(e[key] if key in base else e.get(key, start) for e in experts)]
+    for key in all_keys(base, experts):
+        yield key, versions_of(key, base, experts)
 
 
-def cut_blocks(base: Tensors, experts: list[Tensors], patterns: Sequence[str]) -> list[tuple[Tensors, list[Tensors]]]:
-    """Cut base and experts into the blocks of ``group_keys``, which have merging weights of their own.
+def versions_of(key: str, base: Model, experts: Sequence[Model], device: torch.device | None = None) -> list[Tensor]:
+    """Read a tensor of the base and of every expert, as ``versions`` does, onto a device where one is given."""
+    if key not in base:
+        start = torch.eye(len(next(e[key] for e in experts if key in e)), device=device)
+        return [start, *(e.get(key, start).to(device=device) for e in experts)]
+    start = base[key].to(device=device)
+    return [start, *(e.version(key, start) if isinstance(e, Adapted) else e[key].to(device=device) for e in experts)]
 
-    Raises:
-        UserError: as ``group_keys``.
+
+def inner_products(
+    base: Model, experts: Sequence[Model], gradients: Model, keys: Sequence[str], device: torch.device
+) -> Tensor:
+    """Compute ⟨g, θ_i - θ⟩ of each expert over some floating tensors: by the chain rule, ∂L/∂w_i of their merge.
+
+    Args:
+        gradients: g, by key.
+
+    Returns:
+        float64 [N] on the CPU. Task vectors are subtracted first: ⟨g, θ_i⟩ - ⟨g, θ⟩ would cancel.
     """
+    total = torch.zeros(len(experts), dtype=torch.float64)
+    dtype = wide_dtype(next(iter(gradients.values())))
+    # Base, experts and gradient, as many entries at once whatever the tensors' sizes.
+    rows, num_filled = torch.empty(len(experts) + 2, CHUNK, dtype=dtype, device=device), 0
 
-    def part(tensors: Tensors, keys: list[str]) -> Tensors:
-        return {k: tensors[k] for k in keys if k in tensors}
+    def product(found: Tensor) -> Tensor:
+        return ((found[1:-1] - found[0]) @ found[-1]).cpu().double()
 
-    groups = group_keys(_all_keys(base, experts), patterns)
-    return [(part(base, keys), [part(e, keys) for e in experts]) for keys in groups]
+    for key in keys:
+        flat = [t.reshape(-1) for t in (*versions_of(key, base, experts, device), gradients[key])]
+        while len(flat[0]):
+            num = min(CHUNK - num_filled, len(flat[0]))
+            for row, piece in zip(rows, flat, strict=True):
+                row[num_filled : num_filled + num] = piece[:num]
+            flat, num_filled = [t[num:] for t in flat], num_filled + num
+            if num_filled == CHUNK:
+                total, num_filled = total + product(rows), 0
+    return total + product(rows[:, :num_filled]) if num_filled else total
 
 
 def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:

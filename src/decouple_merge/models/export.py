@@ -9,11 +9,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..merging.arithmetic import cast
 from ..merging.joining import leave_out
 from ..storage.files import atomic_path
 from ..storage.layouts import PROJECTIONS_FILE
 from .base import Base
-from .network import new_network
+from .network import blank_network
 
 
 def save_pipeline(base: Base, folder: Path) -> None:
@@ -33,10 +34,9 @@ def export_pipeline(
     """
     stock = base.network.state_dict()
     extra = {k: v for k, v in weights.items() if k not in stock}
-    # A copy: the caller's base stays what it was.
-    network: Any = new_network(base)
-    network.load_state_dict({k: weights[k] for k in stock})
-    network.to(base.dtype)
+    # Weights in the base's dtype are written from where they are.
+    network: Any = blank_network(base, base.dtype, "cpu", without_memory=True)
+    network.load_state_dict(cast({k: weights[k] for k in stock}, base.dtype), assign=True)
     networks = base.family.parted(network)
     for each in networks.values():
         # Where it was loaded from says nothing of what it is now.

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from ..config import Lora
 from ..errors import UserError, not_installed
+from ..merging.adapted import Adapted
+from ..merging.arithmetic import Tensors
 from ..seeds import stream_seed
+from .base import Base
 from .family import Family
 
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"
+AGAIN = "remove the expert's folder to finetune it again"
 
 
 def check_lora(network: nn.Module, settings: Lora) -> None:
@@ -82,13 +86,43 @@ def lora_factors(network: nn.Module, family: Family, parameters: dict[str, Tenso
     Args:
         parameters: values for its named parameters, for example their average.
     """
-    factors = {}
+    factors, start = {}, _prefix(network, family)
     for name, down, up in _factors(network, parameters):
-        # Of two denoisers in one the name begins with whose layer it is.
-        key = name if len(family.parted(network)) > 1 else f"{family.component}.{name}"
-        factors[f"{key}.lora_A.weight"] = down.clone()
-        factors[f"{key}.lora_B.weight"] = up
+        factors[f"{start}{name}.lora_A.weight"] = down.clone()
+        factors[f"{start}{name}.lora_B.weight"] = up
     return factors
+
+
+def _prefix(network: nn.Module, family: Family) -> str:
+    """Say what keys of factors begin with. Of two denoisers in one a layer's name says whose it is."""
+    return "" if len(family.parted(network)) > 1 else f"{family.component}."
+
+
+def as_adapted(base: Base, weights: Tensors, factors: Tensors, name: str) -> Adapted:
+    """Take a model that was finetuned by an adapter as the base with its factors.
+
+    Args:
+        weights: the whole model's, memory-mapped: of each tensor that the adapter changes one row is compared.
+        factors: as ``lora_factors`` names them.
+        name: of the model, for messages.
+
+    Raises:
+        UserError: the factors change other tensors than the base's, or the weights are others than theirs.
+    """
+    start, prefix, found = base.network.state_dict(), _prefix(base.network, base.family), {}
+    for key, down in factors.items():
+        if key.endswith(".lora_A.weight"):
+            module = key.removesuffix(".lora_A.weight")
+            found[f"{module.removeprefix(prefix)}.weight"] = down, factors.get(f"{module}.lora_B.weight", down)
+    for key, (down, up) in found.items():
+        if key not in start or (len(up), down[0].numel()) != (len(start[key]), start[key][0].numel()):
+            raise UserError(f"{name}: its adapter doesn't fit {key} of the base; {AGAIN}")
+        row, change = start[key][0].flatten(), (up[:1].flatten(1) @ down.flatten(1))[0]
+        # As large as its rounding may be, and that of a product in TF32.
+        allowed = 1e-6 * row.norm() + 1e-2 * change.norm()
+        if not (weights[key][0].flatten() - row - change).norm() <= allowed:
+            raise UserError(f"{name}: its adapter isn't what {key} of its weights was changed by; {AGAIN}")
+    return Adapted(start, found)
 
 
 def unadapted_state_dict(network: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Networks of a base: new ones, with weights, and what they say of noisy images."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,34 @@ def new_network(base: Base, projection: str = "none") -> nn.Module:
     return network
 
 
-def build_network(base: Base, weights: dict[str, Tensor]) -> nn.Module:
-    """Build the network that holds some weights, trunk projections included."""
-    network = new_network(base, "trunk" if has_trunk(weights) else "none")
+def blank_network(
+    base: Base, dtype: torch.dtype, device: torch.device | str, has_trunk: bool = False, without_memory: bool = False
+) -> nn.Module:
+    """Copy the base's network but for its weights, whose memory holds nothing yet; to draw with, not to be trained.
+
+    Args:
+        without_memory: its weights are on the meta device, until others are put in their place.
+    """
+    place = "meta" if without_memory else device
+
+    def blank(parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=place), requires_grad=False)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_meta else tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    # What a deep copy finds in its memo it doesn't copy.
+    network: Any = copy.deepcopy(base.network, {id(p): blank(p) for p in base.network.parameters()}).eval()
+    base.family.prepare(network)
+    attach_projections(network, base.family, "trunk" if has_trunk else "none")
+    return network.requires_grad_(False)._apply(moved)
+
+
+def build_network(
+    base: Base, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Build the network that holds some weights, trunk projections included, to draw with; it alone is held."""
+    network = blank_network(base, dtype, device, has_trunk(weights))
     network.load_state_dict(weights)
     return network
 

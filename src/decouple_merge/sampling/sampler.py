@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..errors import NotFiniteError, UserError
 from ..models.base import Base
 from ..models.ensemble import TimestepEnsemble
 from ..models.family import Encoders
-from ..models.network import build_network, cast_inputs, predict
+from ..models.network import blank_network, build_network, cast_inputs, predict
 from ..models.parts import load_vae, texts_to_encode
 from ..models.schedulers import make_scheduler, sampler_of
 
@@ -29,9 +29,23 @@ Denoiser = Callable[..., Tensor]
 def sampling_copy(network: nn.Module, settings: Sample, device: torch.device) -> nn.Module:
     """Copy a network in the precision it will sample in, compiled where the settings ask for it."""
     copied = copy.deepcopy(network).to(device, DTYPES[settings.precision]).requires_grad_(False).eval()
+    return _compiled(copied, settings)
+
+
+def sampling_network(base: Base, weights: Mapping[str, Tensor], settings: Sample, device: torch.device) -> nn.Module:
+    """Build the network that holds some weights in the precision it will sample in, compiled where it is asked for."""
+    return _compiled(build_network(base, weights, DTYPES[settings.precision], device), settings)
+
+
+def blank_sampling_network(base: Base, has_trunk: bool, settings: Sample, device: torch.device) -> nn.Module:
+    """Build the same, whose weights are still to be written."""
+    return _compiled(blank_network(base, DTYPES[settings.precision], device, has_trunk), settings)
+
+
+def _compiled(network: nn.Module, settings: Sample) -> nn.Module:
     if settings.compile:
-        copied.compile()
-    return copied
+        network.compile()
+    return network
 
 
 def denoiser(base: Base, network: nn.Module) -> Denoiser:
@@ -49,7 +63,7 @@ def ensemble_denoiser(
 ) -> Denoiser:
     """Combine experts, one for each range, all in memory or one at a time, as the settings say."""
     held = experts[:1] if settings.one_resident else experts
-    networks = [sampling_copy(build_network(base, e), settings, device) for e in held]
+    networks = [sampling_network(base, e, settings, device) for e in held]
     kept = experts if settings.one_resident else None
     return denoiser(base, TimestepEnsemble(networks, ranges, base.num_train_timesteps, kept, base.timestep_of))
 

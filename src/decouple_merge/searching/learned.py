@@ -11,12 +11,13 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..diffusion.timesteps import TimestepRange
 from ..errors import UserError
-from ..merging.arithmetic import Tensors, cut_blocks
+from ..merging.arithmetic import Tensors, inner_products
 from ..merging.keys import check_same_keys
-from ..merging.stacked import Stacked
+from ..merging.merger import Merger
 from ..models.base import Base
+from ..models.network import blank_network
 from ..seeds import generator
-from ..training.gradient import NoisyBatch, dtype_of, frozen_copy, loss_and_gradients, noisy_batch, with_leaves
+from ..training.gradient import NoisyBatch, dtype_of, loss_and_gradients, noisy_batch, with_leaves
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ class DenoisingLoss:
         timestep_weights: λ >= 0, [T], of a flow's timesteps rounded down; 1 where not given. An ε-model's loss is
             largest at the cleanest timesteps, which then decide; the inverse of the base's loss on each range lets
             every range count alike.
-        stacks: base and experts in float32, one for each pattern, where they are in memory already.
 
     Raises:
         UserError: an expert doesn't have the base's keys and shapes, the patterns don't fit the keys, or the timestep
@@ -67,7 +67,6 @@ class DenoisingLoss:
         device: torch.device,
         patterns: Sequence[str] = ("*",),
         timestep_weights: Float[Tensor, " T"] | None = None,
-        stacks: list[Stacked] | None = None,
     ) -> None:
         num = base.num_train_timesteps
         self.timestep_weights = torch.ones(num) if timestep_weights is None else timestep_weights
@@ -79,10 +78,11 @@ class DenoisingLoss:
         start = base.network.state_dict()
         for index, expert in enumerate(experts):
             check_same_keys(start, expert, f"expert {index}")
-        self.base, self.num_experts, self.device = base, len(experts), device
-        cut = cut_blocks(start, experts, patterns)
-        self.stacks = stacks or [Stacked(*block, device, dtype_of(base)) for block in cut]
-        self.network = frozen_copy(base, experts, device)
+        self.base, self.experts, self.num_experts, self.device = base, experts, len(experts), device
+        self.merger = Merger(start, experts, patterns=patterns, dtype=dtype_of(base), device=device)
+        # Its weights are those of each merge.
+        self.network = blank_network(base, dtype_of(base), device, self.merger.has_trunk, without_memory=True)
+        self.merged: Tensors = {}
 
     def merge(self, weights: Float[Tensor, "patterns experts"]) -> Tensors:
         """Merge the experts; the next call overwrites the tensors.
@@ -90,16 +90,14 @@ class DenoisingLoss:
         Raises:
             UserError: there are not as many rows as patterns and columns as experts.
         """
-        expected = (len(self.stacks), self.num_experts)
+        expected = (len(self.merger.patterns), self.num_experts)
         if weights.shape != expected:
             raise UserError(
                 f"weights are {tuple(weights.shape)}, expected {expected}: a row for each pattern, a column for each "
                 "expert"
             )
-        merged: Tensors = {}
-        for stack, row in zip(self.stacks, weights.tolist(), strict=True):
-            merged |= stack.merge(row)
-        return merged
+        self.merged = self.merger.merge(weights.flatten().tolist(), self.merged)
+        return self.merged
 
     def __call__(
         self, weights: Float[Tensor, "patterns experts"], batch: NoisyBatch
@@ -109,7 +107,13 @@ class DenoisingLoss:
         scale = self.timestep_weights[batch.t.long()]
         loss, found = loss_and_gradients(self.base, self.network, tensors, leaves, batch, scale, self.device)
         gradients = dict(zip(leaves, found, strict=True))
-        return loss, torch.stack([s.inner_products(gradients) for s in self.stacks])
+        start = self.base.network.state_dict()
+        return loss, torch.stack(
+            [
+                inner_products(start, self.experts, gradients, [k for k in keys if k in gradients], self.device)
+                for keys in self.merger.keys
+            ]
+        )
 
 
 def learn_weights(

@@ -4,7 +4,6 @@ import math
 import time
 
 import torch
-from torch import nn
 
 from ..config import Sample
 from ..errors import NotFiniteError
@@ -13,8 +12,7 @@ from ..evaluation.references import Reference
 from ..evaluation.score import score
 from ..merging.merger import Merger
 from ..models.base import Base
-from ..models.network import build_network
-from ..sampling.sampler import Denoiser, Prompts, denoiser, sample_images, sampling_copy
+from ..sampling.sampler import Denoiser, Prompts, blank_sampling_network, denoiser, sample_images
 from .strategies import Weights
 from .trial import Level, Score
 
@@ -39,8 +37,7 @@ class Scorer:
     ) -> None:
         self.base, self.merger, self.metric, self.compared = base, merger, metric, compared
         self.sample, self.prompts, self.device = sample, prompts, merger.device
-        untouched = build_network(base, merger.merge(merger.zeros))
-        self.network: nn.Module = sampling_copy(untouched, sample, self.device)
+        self.network = blank_sampling_network(base, merger.has_trunk, sample, self.device)
         merger.attach(self.network)
 
     def __call__(self, weights: Weights, level: Level) -> Score:

@@ -42,7 +42,7 @@ RULES: dict[str, Rule] = {
     "emr": Rule(elections.emr, SCALE),
     "sce": Rule(selecting.sce, DENSITY | SCALE, num_tensors=5),
     "iso_c": Rule(spectral.iso_c, SCALE, num_tensors=9),
-    "tsv_m": Rule(spectral.tsv_m, SCALE, measure=spectral.leading_factors, num_tensors=12),
+    "tsv_m": Rule(spectral.tsv_m, SCALE, measure=spectral.leading_factors, kept=spectral.num_leading, num_tensors=12),
     "model_stock": Rule(averages.model_stock),
     "geometric_median": Rule(averages.geometric_median, low=0.0),
     "karcher": Rule(averages.karcher, low=0.0),

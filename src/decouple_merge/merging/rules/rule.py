@@ -100,6 +100,7 @@ class Rule:
         low: the least weight that it takes.
         measure: what it needs to know of an expert whatever the weights, of base, experts, context and the expert's
             place. Where the same experts are merged again and again, it is computed once.
+        kept: how many numbers that is, of a tensor's shape and the number of experts; ends of intervals don't count.
         num_tensors: how many float32 tensors of the parameter's size a merge holds, the result and its cast included.
     """
 
@@ -108,6 +109,7 @@ class Rule:
     needs: Sequence[Literal["seeds", "fishers", "grams"]] = ()
     low: float = -math.inf
     measure: Callable[[Tensor, Sequence[Tensor], Context, int], Any] | None = None
+    kept: Callable[[Sequence[int], int], int] = lambda shape, num: 0
     num_tensors: int = 3
 
     def measured(self, base: Tensor, experts: Sequence[Tensor], context: Context) -> Context:

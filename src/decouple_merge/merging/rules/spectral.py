@@ -1,5 +1,6 @@
 """Rules on the singular values of task matrices. A tensor of more than two dimensions counts as [out, all others]."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,14 @@ def leading_factors(base: Tensor, experts: Sequence[Tensor], context: Context, p
     num = max(1, min(len(base), base[0].numel()) // len(experts))
     u, s, vh = _decompose(task_vector(base, experts[place]))
     return u[:, :num].clone(), s[:num], vh[:num].clone()
+
+
+def num_leading(shape: Sequence[int], num_experts: int) -> int:
+    """Count the numbers of ``leading_factors`` of all experts, of a tensor's shape."""
+    if len(shape) < 2:
+        return 0
+    rows, columns = shape[0], math.prod(shape[1:])
+    return num_experts * max(1, min(rows, columns) // num_experts) * (rows + columns + 1)
 
 
 def tsv_m(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Tensor:
