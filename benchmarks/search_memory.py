@@ -65,7 +65,8 @@ def write_models(folder: Path, width: int, num_experts: int) -> None:
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     }
     network: Any = UNet2DModel(8, 1, 1, block_out_channels=(width, 2 * width), attention_head_dim=64, **attention)
-    DDPMPipeline(network, DDPMScheduler(num_train_timesteps=40)).save_pretrained(folder / "base")
+    pipeline: Any = DDPMPipeline(network, DDPMScheduler(num_train_timesteps=40))
+    pipeline.save_pretrained(folder / "base")
     for index in range(num_experts):
         draws = torch.Generator().manual_seed(index)
         moved = {k: v + 1e-3 * torch.randn(v.shape, generator=draws) for k, v in network.state_dict().items()}
@@ -119,7 +120,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.folder, *arguments.measure, arguments.experts)))
+        case, precision = arguments.measure
+        print(json.dumps(measure(arguments.folder, case, precision, arguments.experts)))
         return
     arguments.folder.mkdir(parents=True)
     try:

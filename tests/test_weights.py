@@ -40,7 +40,7 @@ def merger_of(base: Tensors, experts: list[Tensors], method: str = "linear", den
         experts,
         method=method,
         context_of=lambda key: Context(key, Settings(density)),
-        dtype=base["conv.weight"].dtype if "conv.weight" in base else torch.float32,
+        dtype=torch.promote_types(next(iter(base.values())).dtype, torch.float32),
         device=torch.device("cpu"),
     )
 

@@ -129,9 +129,10 @@ class Merger:
                 yield key, found[0] if target is None else target.copy_(found[0])
                 continue
             # A target in the files' dtype is merged into as it is: nothing of its size is made.
-            fits = target is not None and (target.dtype, target.device) == (self.dtype, found[0].device)
-            out = target if fits and target.is_contiguous() else None
-            if out is None:
+            made = (self.dtype, found[0].device)
+            if target is not None and (target.dtype, target.device) == made and target.is_contiguous():
+                out = target
+            else:
                 out = torch.empty(found[0].shape, dtype=self.dtype, device=self.device)
             self._merge_into(out, key, found, row)
             if target is not None and out is not target:
