@@ -30,7 +30,7 @@ def leading_factors(base: Tensor, experts: Sequence[Tensor], context: Context, p
         return None
     num = max(1, min(len(base), base[0].numel()) // len(experts))
     u, s, vh = _decompose(task_vector(base, experts[place]))
-    return u[:, :num].clone(), s[:num], vh[:num].clone()
+    return u[:, :num].clone(), s[:num].clone(), vh[:num].clone()
 
 
 def num_leading(shape: Sequence[int], num_experts: int) -> int:
