@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..diffusion.timesteps import TimestepRange
 from ..errors import UserError
-from ..merging.arithmetic import Tensors, inner_products
+from ..merging.arithmetic import Model, Tensors, inner_products
 from ..merging.keys import check_same_keys
 from ..merging.merger import Merger
 from ..models.base import Base
@@ -63,7 +63,7 @@ class DenoisingLoss:
     def __init__(
         self,
         base: Base,
-        experts: list[Tensors],
+        experts: Sequence[Model],
         device: torch.device,
         patterns: Sequence[str] = ("*",),
         timestep_weights: Float[Tensor, " T"] | None = None,
