@@ -47,6 +47,7 @@ ADAPTERS = {
     "filelock": ["storage"],
     "jinja2": ["reporting.page"],
     "gradio": ["exploring.page"],
+    "ray": ["executors.ray"],
     "sklearn": ["exploring.estimate"],
 }
 

@@ -10,6 +10,8 @@ from .console import console, show
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, or the name of one that we ship")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/<config name> where not given")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait until no other process works on the folder")]
+Executor = Annotated[str | None, typer.Option(metavar="NAME", help="Where the pieces run, local or ray")]
+Address = Annotated[str | None, typer.Option(help="The cluster of --executor ray, host:port, or auto for this one's")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config")]
 
 
@@ -17,6 +19,8 @@ def run(
     config: ConfigFile,
     out: Out = None,
     overrides: Set = None,
+    executor: Executor = None,
+    address: Address = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done")] = False,
     wait: Wait = False,
     no_report: Annotated[bool, typer.Option("--no-report", help="Don't write report.html at the end")] = False,
@@ -30,7 +34,7 @@ def run(
     from ..experiment import workflow
     from ..experiment.dry_run import describe
 
-    settings, folder = _load(config, out, overrides)
+    settings, folder = _load(config, out, _chosen(overrides, executor, address))
     if dry_run:
         show(describe(settings, folder))
         return
@@ -42,6 +46,8 @@ def finetune(
     config: ConfigFile,
     out: Out = None,
     overrides: Set = None,
+    executor: Executor = None,
+    address: Address = None,
     only: Annotated[int | None, typer.Option("--range", metavar="I", help="Only the expert of this range")] = None,
     wait: Wait = False,
 ) -> None:
@@ -51,7 +57,8 @@ def finetune(
     """
     from ..experiment import finetuning, plan
 
-    show(finetuning.finetune_experts(plan.prepare(*_load(config, out, overrides), wait), only, wait))
+    settings, folder = _load(config, out, _chosen(overrides, executor, address))
+    show(finetuning.finetune_experts(plan.prepare(settings, folder, wait), only, wait))
 
 
 def search(
@@ -148,7 +155,8 @@ def study(
     study_file: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML study, or the name of one that we ship")],
     out: Annotated[Path | None, typer.Option(help="Folder of the study; runs/<study name> where not given")] = None,
     overrides: Set = None,
-    executor: Annotated[str | None, typer.Option(metavar="NAME", help="Where its pieces run, such as local")] = None,
+    executor: Executor = None,
+    address: Address = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what it would take")] = False,
     wait: Wait = False,
 ) -> None:
@@ -162,7 +170,7 @@ def study(
     from ..experiment.study import run_study
     from ..experiment.study_plan import describe_study
 
-    settings = load_study(study_file, [*(overrides or []), *([f"executor={executor}"] if executor else [])])
+    settings = load_study(study_file, _chosen(overrides, executor, address))
     folder = out or Path("runs") / study_file.stem
     show(describe_study(settings, folder) if dry_run else run_study(settings, folder, wait))
 
@@ -175,6 +183,12 @@ def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None, wait: W
     from ..experiment import pretraining
 
     show(pretraining.pretrain(*_load(config, out, overrides), wait))
+
+
+def _chosen(overrides: list[str] | None, executor: str | None, address: str | None) -> list[str]:
+    """Add what the options of an executor change to the values that ``--set`` changes."""
+    given = {"executor": executor, "ray.address": address}
+    return [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
 
 
 def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Path]:

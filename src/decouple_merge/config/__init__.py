@@ -13,6 +13,7 @@ from .loader import dump_config, load_config, validate
 from .merge import Merge
 from .pretrain import PartTraining, Pretrain, TextEncoder, Vae
 from .protocol import Protocol, load_protocol
+from .ray import Ray
 from .recipe import Origin, Recipe, parse_recipe
 from .run import Config
 from .sample import Drawing, Sample, Text
@@ -43,6 +44,7 @@ __all__ = [
     "Projection",
     "Protocol",
     "Ranges",
+    "Ray",
     "Recipe",
     "Reference",
     "Sample",

@@ -13,6 +13,7 @@ from .document import dump, read_document
 from .loader import validate
 from .numbers import NonNegativeInt, PositiveInt
 from .paths import FilePath
+from .ray import Ray
 from .run import Config
 from .section import Section
 
@@ -39,7 +40,13 @@ class Study(Section):
     seeds: list[NonNegativeInt] = Field(min_length=1)
     num_processes: PositiveInt = 1
     executor: str = "local"
+    ray: Ray = Ray()
     num_resamples: PositiveInt = 10_000
+
+    @property
+    def executor_options(self) -> dict[str, Any]:
+        """What the executor is told besides: the section of its name."""
+        return self.ray.model_dump() if self.executor == "ray" else {}
 
     @field_validator("arms")
     @classmethod
@@ -70,7 +77,7 @@ def load_study(path: Path, overrides: list[str] | None = None) -> Study:
 def arm_configs(study: Study) -> dict[tuple[str, int], Config]:
     """Make the config of each arm on each training seed, in the order of arms.
 
-    How many processes work is the study's to say: a run of it is one process.
+    How many processes work, and where, is the study's to say: a run of it is one process.
 
     Raises:
         UserError: the config can't be read, or an arm has an unknown key or a wrong value; the arm is named.
@@ -82,7 +89,7 @@ def arm_configs(study: Study) -> dict[tuple[str, int], Config]:
             values = copy.deepcopy(document)
             for given in (study.settings, changes or {}):
                 merge_settings(values, given, f"arm {arm}")
-            values |= {"seed": seed, "num_processes": 1}
+            values |= {"seed": seed, "num_processes": 1, "executor": "local"}
             found[arm, seed] = validate(Config, values, f"arm {arm} of {study.config}")
     return found
 

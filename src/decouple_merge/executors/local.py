@@ -148,10 +148,10 @@ def _work(sender: Connection, packed: Path, number: int, num_threads: int, place
             sender.send_bytes(pack(("item", item)))
         sender.send_bytes(pack(("done", None)))
     except Exception as error:
-        sender.send_bytes(pack(("error", _told(error))))
+        sender.send_bytes(pack(("error", told(error))))
 
 
-def _told(error: Exception) -> Exception:
+def told(error: Exception) -> Exception:
     """Add the traceback, which pickling loses; what can't be pickled is told by its text."""
     error.add_note(f"In a worker process:\n{''.join(traceback.format_exception(error))}")
     try:

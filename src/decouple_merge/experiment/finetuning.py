@@ -73,4 +73,7 @@ def _finetune(plan: Plan, calls: list[tuple[Plan, Task, Finetune, Path]]) -> Ite
     if world_size() > 1:
         yield from run_all(train_watched, unfinished, 1)
     else:
-        yield from run_all(train_watched, unfinished, plan.config.num_processes, plan.config.executor)
+        config = plan.config
+        yield from run_all(
+            train_watched, unfinished, config.num_processes, config.executor, config.executor_options, plan.run.folder
+        )

@@ -172,10 +172,16 @@ def evaluate_models(plan: Plan, wanted: list[dict[str, Any]]) -> Iterator[dict[s
         if not EXTRACTORS[name].reads_texts:
             reported_with(plan, name)
     calls = [(plan, records) for records in together.values()]
-    scored = run_all(_evaluate_model, calls, plan.config.num_processes, plan.config.executor)
+    config = plan.config
+    scored = run_all(
+        _evaluate_model, calls, config.num_processes, config.executor, config.executor_options, plan.run.folder
+    )
     for record in timed(plan.run, "evaluate", scored):
-        append_record(plan.run.metrics, record)
-        yield record
+        # A piece that was lost and done again may tell a number twice.
+        if identity_of(record) not in done:
+            done.add(identity_of(record))
+            append_record(plan.run.metrics, record)
+            yield record
 
 
 def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:

@@ -77,7 +77,9 @@ def search_weights(plan: Plan, wait: bool = False) -> Iterator[Event]:
         # Whoever helps waits for candidates; nobody need wait for a search that is finished.
         num = 1 if first.user_attrs.get("finished") else plan.config.num_processes
         calls = [(plan, hashes, i == 0) for i in range(num)]
-        yield from timed(plan.run, "search", run_all(_lead_or_help, calls, num, plan.config.executor))
+        options, folder = plan.config.executor_options, plan.run.folder
+        events = run_all(_lead_or_help, calls, num, plan.config.executor, options, folder)
+        yield from timed(plan.run, "search", events)
 
 
 def help_search(plan: Plan) -> Iterator[Event]:
@@ -128,8 +130,10 @@ def _lead_or_help(plan: Plan, hashes: list[str], is_leader: bool) -> Iterator[Ev
         with leading(level_opener(plan, hashes)("screen")):
             yield from _lead(plan, hashes)
     else:
-        for _ in _help(plan, load_combined(plan), hashes):
-            pass
+        for event in _help(plan, load_combined(plan), hashes):
+            # The leader is silent. It may be about to be started again, and to need this place.
+            if isinstance(event, str):
+                return
 
 
 def _lead(plan: Plan, hashes: list[str]) -> Iterator[Event]:

@@ -200,7 +200,7 @@ def check_runs(runs: list[Contents]) -> None:
     Raises:
         UserError: two runs have one training seed, or they differ in a setting, which is named.
     """
-    free = {"seed", "num_processes", "executor"}
+    free = {"seed", "num_processes", "executor", "ray"}
     first, *others = runs
     for run in others:
         settings = [r.config.model_dump(mode="json", exclude=free) for r in (first, run)]
