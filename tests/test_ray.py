@@ -1,0 +1,126 @@
+"""Pieces on a Ray cluster of two nodes on this machine: results, errors, and nodes that die."""
+
+import importlib
+import inspect
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from decouple_merge.config import Config
+from decouple_merge.errors import UserError
+from decouple_merge.executors import run_all
+from decouple_merge.experiment.finetuning import finetune_experts
+from decouple_merge.experiment.plan import prepare
+from decouple_merge.experiment.selection import search_weights
+from decouple_merge.storage.files import read_records
+
+ray = pytest.importorskip("ray", reason="Ray isn't installed: pip install 'decouple-merge[ray]'")
+executor = importlib.import_module("decouple_merge.executors.ray")
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024 * 1024, "include_dashboard": False}
+
+
+class Nodes:
+    """Two nodes with a place each; the second may be removed."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(initialize_head=True, head_node_args=NODE)
+        self.second = self.cluster.add_node(**NODE)
+        self.options = {"address": self.cluster.address}
+
+    def remove_second(self) -> None:
+        self.cluster.remove_node(self.second, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Workers have to find the functions of this file.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        # What checks shapes while tests run hides from Ray that it is a generator function.
+        patch.setattr(executor, "_work", inspect.unwrap(executor._work))
+        started = Nodes()
+        yield started
+        ray.shutdown()
+        started.cluster.shutdown()
+
+
+def squares(first: int, num: int) -> Iterator[tuple[int, torch.Tensor, int]]:
+    for i in range(first, first + num):
+        yield i, torch.tensor([i, i], dtype=torch.bfloat16) ** 2, os.getpid()
+
+
+def fail(kind: type[Exception]) -> Iterator[int]:
+    yield 1
+    raise kind("lower the learning rate")
+
+
+def test_pieces_yield_in_order_and_each_has_a_process_of_its_own(nodes: Nodes) -> None:
+    found = list(run_all(squares, [(0, 3), (10, 2)], 2, "ray", nodes.options))
+    assert [i for i, *_ in found if i < 10] == [0, 1, 2]
+    assert [i for i, *_ in found if i >= 10] == [10, 11]
+    assert all(torch.equal(square, torch.tensor([i, i], dtype=torch.bfloat16) ** 2) for i, square, _ in found)
+    assert len({pid for *_, pid in found} - {os.getpid()}) == 2
+
+
+@pytest.mark.parametrize("kind", [UserError, KeyError])
+def test_an_error_keeps_its_class_and_the_traceback_that_it_had_there(nodes: Nodes, kind: type[Exception]) -> None:
+    with pytest.raises(kind) as caught:
+        list(run_all(fail, [(kind,)], 1, "ray", nodes.options))
+    assert caught.value.args == ("lower the learning rate",)
+    assert "raise kind(" in caught.value.__notes__[0]
+
+
+def test_what_no_node_has_is_refused(nodes: Nodes) -> None:
+    with pytest.raises(UserError, match=r"ray.num_cpus 1 and ray.num_gpus 3, and the nodes .* have 1 CPUs and 0 GPUs"):
+        next(run_all(squares, [(0, 1)], 1, "ray", nodes.options | {"num_gpus": 3.0}))
+
+
+def test_another_ray_may_be_started_beside(nodes: Nodes) -> None:
+    code = "from test_ray import run_all, squares; print([i for i, *_ in run_all(squares, [(0, 2)], 1, 'ray')])"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1:] == ["[0, 1]"], done.stderr
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    weights = [*folder.glob("experts/*/model.safetensors"), *folder.glob("merged/unet/*.safetensors")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in weights}
+
+
+def trials_of(folder: Path) -> list[dict[str, Any]]:
+    records = read_records(folder / "search" / "trials.jsonl")
+    return [{k: v for k, v in r.items() if k not in ("seconds", "worker", "started")} for r in records]
+
+
+def test_a_run_whose_node_dies_in_the_middle_ends_with_the_bytes_of_a_local_one(
+    nodes: Nodes, tiny_config: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    finetune = {"num_updates": 200, "validate_every": 10, "checkpoint_every": 10}
+    local, config = (
+        tiny_config(finetune=finetune, search={"num_trials": 4, "num_finalists": 0}, **other)
+        for other in ({}, {"executor": "ray", "num_processes": 2, "ray": nodes.options})
+    )
+    plans = prepare(local, tmp_path / "local"), prepare(config, tmp_path / "ray")
+    list(finetune_experts(plans[0]))
+    list(search_weights(plans[0]))
+    with caplog.at_level(logging.WARNING):
+        for _ in finetune_experts(plans[1]):
+            states = list(plans[1].run.folder.glob("experts/*/state/state.safetensors"))
+            if len(states) == 2 and nodes.second in nodes.cluster.list_all_nodes():
+                nodes.remove_second()
+    assert "a piece was lost and is done again" in caplog.text
+    # One place is left, for who leads and then for who helps.
+    list(search_weights(plans[1]))
+    assert trials_of(tmp_path / "ray") == trials_of(tmp_path / "local")
+    assert len(files_of(tmp_path / "local")) == 3
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
+    assert [p.name for p in (tmp_path / "ray").iterdir() if p.name.startswith(".")] == []
