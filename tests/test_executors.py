@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -207,3 +208,27 @@ def test_an_executor_is_found_by_its_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_unknown_executor_is_refused() -> None:
     with pytest.raises(ValueError, match="executor is 'slurm', expected one of local"):
         next(executors.run_all(count_up, [(0, 1)], 1, "slurm"))
+
+
+def test_an_executor_whose_package_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "decouple_merge.executors.ray", raising=False)
+    with pytest.raises(UserError, match=r"needs the package ray; pip install 'decouple-merge\[ray\]'"):
+        executors.check_executor("ray")
+
+
+def test_a_folder_that_a_piece_does_not_reach_is_refused_where_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there.py").write_text(
+        "def run_all(function, calls, num_processes, prefix=''):\n"
+        "    for place, *call in calls:\n"
+        "        yield from function(place.parent / (prefix + place.name), *call)\n"
+    )
+    monkeypatch.setattr(executors, "__path__", [*executors.__path__, str(tmp_path)])
+    run = tmp_path / "run"
+    run.mkdir()
+    assert [i for i, _ in executors.run_all(count_up, [(0, 2)], 1, "there", {}, run)] == [0, 1]
+    with pytest.raises(UserError, match=r"run is not the same folder on the machine .*; give an --out"):
+        next(executors.run_all(count_up, [(0, 2)], 1, "there", {"prefix": "not-"}, run))
+    assert list(run.iterdir()) == []
