@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from decouple_merge.config import Config
+from decouple_merge.config import Config, Ray
 from decouple_merge.errors import UserError
 from decouple_merge.executors import run_all
 from decouple_merge.experiment.finetuning import finetune_experts
@@ -104,11 +104,9 @@ def trials_of(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_whose_node_dies_in_the_middle_ends_with_the_bytes_of_a_local_one(
     nodes: Nodes, tiny_config: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    finetune = {"num_updates": 200, "validate_every": 10, "checkpoint_every": 10}
-    local, config = (
-        tiny_config(finetune=finetune, search={"num_trials": 4, "num_finalists": 0}, **other)
-        for other in ({}, {"executor": "ray", "num_processes": 2, "ray": nodes.options})
-    )
+    finetune = {"num_updates": 60, "validate_every": 5, "checkpoint_every": 5}
+    local = tiny_config(finetune=finetune, search={"num_trials": 4, "num_finalists": 0})
+    config = local.model_copy(update={"executor": "ray", "num_processes": 2, "ray": Ray(**nodes.options)})
     plans = prepare(local, tmp_path / "local"), prepare(config, tmp_path / "ray")
     list(finetune_experts(plans[0]))
     list(search_weights(plans[0]))
