@@ -20,7 +20,7 @@ from decouple_merge.evaluation.compare import compare
 from decouple_merge.experiment.plan import check
 from decouple_merge.merging.recipes import merge_models, repeat_merge
 from decouple_merge.models.base import load_base
-from decouple_merge.searching.study import open_storage
+from decouple_merge.searching.study import open_storage, open_study
 from decouple_merge.storage.files import append_record, read_records, read_tensors, write_tensors
 from decouple_merge.storage.reading import read_record
 from decouple_merge.storage.tensors import TensorFiles
@@ -273,11 +273,25 @@ def test_a_path_that_can_not_be_is_one_line(
 # -- studies, states, adapters
 
 
-@pytest.mark.parametrize("content", [b"garbage" * 200, b"SQLite format 3\0" + b"\0" * 50])
-def test_a_study_that_is_no_database_is_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "study.db").write_bytes(content)
-    with pytest.raises(UserError, match=r"study\.db: no study's database .*; remove it to have it made again"):
-        open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+@pytest.mark.parametrize(
+    "content", [b"garbage" * 200 + b"\n", b"SQLite format 3\0" + b"\0" * 50 + b"\n", b'{"a": 1}\n', b"[]\n"]
+)
+def test_a_study_that_is_no_journal_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "study.jsonl").write_bytes(2 * content)
+    with pytest.raises(UserError, match=r"study\.jsonl: no journal of studies .*; remove it to have it made again"):
+        open_storage(tmp_path / "study.jsonl")
+    assert (tmp_path / "study.jsonl").read_bytes() == 2 * content
+
+
+def test_half_a_line_of_a_journal_takes_no_other_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    open_study(open_storage(path), "screen").set_user_attr("a", 1)
+    whole = path.read_bytes()
+    with path.open("ab") as file:
+        file.write(b'{"op_code":2,"worker_id":"')
+    open_study(open_storage(path), "screen").set_user_attr("b", 2)
+    assert open_study(open_storage(path), "screen").user_attrs == {"a": 1, "b": 2}
+    assert path.read_bytes().startswith(whole)
 
 
 def test_a_state_without_its_record_is_named(tmp_path: Path) -> None:

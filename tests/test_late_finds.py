@@ -13,24 +13,6 @@ from decouple_merge.merging.recipes import merge_models
 from decouple_merge.storage.hub import pipeline_folder
 
 
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("nope", "which can't be opened"),
-        ("nosuchdb://x/y", "which can't be opened"),
-        ("sqlite:///nowhere/at/all.db", "whose folder doesn't exist"),
-    ],
-)
-def test_a_storage_that_can_not_be_is_found_before_training(
-    url: str, message: str, tiny_config: Callable[..., Config], tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=message) as found:
-        check(tiny_config(search={"storage": url}), tmp_path / "run")
-    assert "\n" not in str(found.value)
-    check(tiny_config(search={"storage": f"sqlite:///{tmp_path}/study.db"}), tmp_path / "run")
-    assert not (tmp_path / "study.db").exists()
-
-
 def test_prompts_for_a_base_that_reads_none_are_not_passed_over(
     tiny_config: Callable[..., Config], tmp_path: Path
 ) -> None:

@@ -243,7 +243,7 @@ def test_a_worker_without_a_leader_says_so_and_ends(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(leader, "SILENT_SECONDS", 0.2)
     monkeypatch.setattr(leader, "LEADERLESS_SECONDS", 1.5)
     config = Config.model_validate({"search": {"num_trials": 4, "num_images": 5}})
-    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    storage = open_storage(tmp_path / "study.jsonl")
     events = work(lambda name: open_study(storage, name), config, 2, lambda *_: pytest.fail("nothing waits"))
     assert "this worker ends at 1.5 s" in str(next(events))
     with pytest.raises(UserError, match="had no leader for 2 s; start deme search RUN"):
@@ -252,7 +252,7 @@ def test_a_worker_without_a_leader_says_so_and_ends(tmp_path: Path, monkeypatch:
 
 def test_a_leader_that_lives_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("decouple_merge.searching.study.HEARTBEAT_SECONDS", 0.05)
-    study = open_study(open_storage(f"sqlite:///{tmp_path / 'study.db'}"), "screen")
+    study = open_study(open_storage(tmp_path / "study.jsonl"), "screen")
     with leading(study):
         watch = LeaderWatch(study)
         for _ in range(20):

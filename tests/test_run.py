@@ -107,7 +107,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_run_folder_is_laid_out_as_promised(done: Finished) -> None:
     found = set(contents(done.folder))
-    expected = {"config.yaml", "manifest.json", "metrics.jsonl", "search/study.db", "search/trials.jsonl"}
+    expected = {"config.yaml", "manifest.json", "metrics.jsonl", "search/study.jsonl", "search/trials.jsonl"}
     trainings = ["experts/0", "experts/1", "experts/2", "baselines/baseline-finetuned"]
     expected |= {f"{t}/{f}" for t in trainings for f in ("model.safetensors", "expert.json", "log.jsonl")}
     expected |= {f"merged/{f}" for f in (WEIGHTS, "unet/config.json", "model_index.json", "merge.json", "README.md")}

@@ -46,7 +46,7 @@ def in_memory() -> Callable[[str], Study]:
 
 
 def in_file(folder: Path) -> Callable[[str], Study]:
-    storage = open_storage(f"sqlite:///{folder / 'study.db'}")
+    storage = open_storage(folder / "study.jsonl")
     return lambda name: open_study(storage, name)
 
 

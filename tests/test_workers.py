@@ -2,13 +2,8 @@
 
 import multiprocessing
 import os
-import pwd
 import random
-import shutil
 import signal
-import socket
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -51,15 +46,15 @@ class Slow:
         return [line for file in self.folder.glob("*.txt") for line in file.read_text().splitlines()]
 
 
-def open_levels(url: str) -> Any:
-    storage = open_storage(url)
+def open_levels(path: Path) -> Any:
+    storage = open_storage(path)
     return lambda name: open_study(storage, name)
 
 
-def work_in_a_process(url: str, objective: Slow, grace_seconds: float) -> None:
+def work_in_a_process(path: Path, objective: Slow, grace_seconds: float) -> None:
     study_module.HEARTBEAT_SECONDS, study_module.GRACE_SECONDS = grace_seconds / 5, grace_seconds
     (objective.folder / f"{os.getpid()}.ready").touch()
-    for _ in work(open_levels(url), CONFIG, 2, objective):
+    for _ in work(open_levels(path), CONFIG, 2, objective):
         pass
 
 
@@ -67,12 +62,12 @@ def work_in_a_process(url: str, objective: Slow, grace_seconds: float) -> None:
 def start_workers() -> Iterator[Any]:
     running = []
 
-    def start(num: int, url: str, objective: Slow, grace_seconds: float = 30.0) -> list[Any]:
-        open_levels(url)("screen")
+    def start(num: int, path: Path, objective: Slow, grace_seconds: float = 30.0) -> list[Any]:
+        open_levels(path)("screen")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["decouple_merge.searching.levels"])
         for _ in range(num):
-            process = context.Process(target=work_in_a_process, args=(url, objective, grace_seconds))
+            process = context.Process(target=work_in_a_process, args=(path, objective, grace_seconds))
             process.start()
             running.append(process)
         while len(list(objective.folder.glob("*.ready"))) < num:
@@ -96,10 +91,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
     return list(search(lambda name: studies.setdefault(name, open_study(None, name)), CONFIG, 2, objective))
 
 
-def check_four_workers(url: str, folder: Path, alone: list[Trial], start_workers: Any) -> None:
+def check_four_workers(path: Path, folder: Path, alone: list[Trial], start_workers: Any) -> None:
     objective = Slow(folder)
-    workers = start_workers(3, url, objective)
-    found = list(search(open_levels(url), CONFIG, 2, objective))
+    workers = start_workers(3, path, objective)
+    found = list(search(open_levels(path), CONFIG, 2, objective))
     assert plain(found) == plain(alone)
     assert len(objective.asked()) == len(set(objective.asked())) == len(alone)
     assert len({t.worker for t in found}) > 1
@@ -110,21 +105,21 @@ def check_four_workers(url: str, folder: Path, alone: list[Trial], start_workers
 
 
 def test_four_processes_on_one_file_find_what_one_finds(tmp_path: Path, alone: list[Trial], start_workers: Any) -> None:
-    check_four_workers(f"sqlite:///{tmp_path / 'study.db'}", tmp_path, alone, start_workers)
+    check_four_workers(tmp_path / "study.jsonl", tmp_path, alone, start_workers)
 
 
-def search_in_a_process(url: str, objective: Slow) -> None:
-    for _ in search(open_levels(url), CONFIG, 2, objective):
+def search_in_a_process(path: Path, objective: Slow) -> None:
+    for _ in search(open_levels(path), CONFIG, 2, objective):
         pass
 
 
 def test_a_search_killed_at_ten_random_moments_ends_with_the_same_trials(tmp_path: Path, alone: list[Trial]) -> None:
-    url, moments = f"sqlite:///{tmp_path / 'study.db'}", random.Random(2)
-    open_levels(url)("screen")
+    path, moments = tmp_path / "study.jsonl", random.Random(2)
+    open_levels(path)("screen")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["decouple_merge.searching.levels"])
     for kill in range(10):
-        process = context.Process(target=search_in_a_process, args=(url, Slow(tmp_path)))
+        process = context.Process(target=search_in_a_process, args=(path, Slow(tmp_path)))
         process.start()
         # Not before it evaluates: starting takes as long as the machine is busy.
         while not (tmp_path / f"{process.pid}.txt").exists() and process.is_alive():
@@ -133,8 +128,8 @@ def test_a_search_killed_at_ten_random_moments_ends_with_the_same_trials(tmp_pat
         assert process.is_alive(), f"finished before kill {kill}"
         process.kill()
         process.join()
-    list(search(open_levels(url), CONFIG, 2, Slow(tmp_path)))
-    found = [t for level in levels(CONFIG, 2) for t in trials(open_levels(url)(level.name))]
+    list(search(open_levels(path), CONFIG, 2, Slow(tmp_path)))
+    found = [t for level in levels(CONFIG, 2) for t in trials(open_levels(path)(level.name))]
     assert plain(found) == plain(alone)
 
 
@@ -143,8 +138,8 @@ def test_a_killed_workers_candidate_is_taken_over(
 ) -> None:
     monkeypatch.setattr(study_module, "HEARTBEAT_SECONDS", 0.2)
     monkeypatch.setattr(study_module, "GRACE_SECONDS", 1.0)
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    (worker,) = start_workers(1, url, Slow(tmp_path, first_seconds=60.0), 1.0)
+    path = tmp_path / "study.jsonl"
+    (worker,) = start_workers(1, path, Slow(tmp_path, first_seconds=60.0), 1.0)
 
     def kill_when_it_has_a_candidate() -> None:
         while not (tmp_path / f"{worker.pid}.txt").exists():
@@ -153,7 +148,7 @@ def test_a_killed_workers_candidate_is_taken_over(
 
     killer = threading.Thread(target=kill_when_it_has_a_candidate)
     killer.start()
-    found = list(search(open_levels(url), CONFIG, 2, Slow(tmp_path)))
+    found = list(search(open_levels(path), CONFIG, 2, Slow(tmp_path)))
     killer.join()
     stolen = (tmp_path / f"{worker.pid}.txt").read_text().splitlines()
     assert len(stolen) == 1
@@ -166,58 +161,9 @@ def test_a_slow_worker_that_is_alive_keeps_its_candidate(
     tmp_path: Path, alone: list[Trial], start_workers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study_module, "GRACE_SECONDS", 2.0)
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    start_workers(1, url, Slow(tmp_path, first_seconds=5.0), 2.0)
-    found = list(search(open_levels(url), CONFIG, 2, Slow(tmp_path)))
+    path = tmp_path / "study.jsonl"
+    start_workers(1, path, Slow(tmp_path, first_seconds=5.0), 2.0)
+    found = list(search(open_levels(path), CONFIG, 2, Slow(tmp_path)))
     assert plain(found) == plain(alone)
     assert len(Slow(tmp_path).asked()) == len(alone)
     assert len({t.worker for t in found}) == 2
-
-
-# -- a real PostgreSQL server, where its programs are installed
-def postgres_programs() -> Path | None:
-    found = shutil.which("initdb")
-    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    return next((f for f in folders if (f / "initdb").exists() and (f / "pg_ctl").exists()), None)
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    programs = postgres_programs()
-    if programs is None:
-        pytest.skip("PostgreSQL's initdb and pg_ctl are not installed")
-    # The server refuses to run as root.
-    owner = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
-    if owner not in {entry.pw_name for entry in pwd.getpwall()}:
-        pytest.skip("running as root, and there is no user postgres to run the server")
-    folder = Path(tempfile.gettempdir()) / f"deme-postgres-{os.getpid()}"
-    folder.mkdir(mode=0o700)
-    shutil.chown(folder, owner)
-
-    def command(program: str, *arguments: str) -> None:
-        line = [str(programs / program), *arguments]
-        subprocess.run(line, check=True, capture_output=True, user=owner, cwd=folder)
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    try:
-        command("initdb", "-D", str(folder / "data"), "-A", "trust", "-U", "deme", "--no-sync")
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-        command("pg_ctl", "-D", str(folder / "data"), "-w", "-l", str(folder / "log"), "-o", options, "start")
-        yield f"postgresql+psycopg2://deme@127.0.0.1:{port}/postgres"
-        command("pg_ctl", "-D", str(folder / "data"), "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def test_four_processes_on_a_postgresql_server_find_what_one_finds(
-    postgres: str, tmp_path: Path, alone: list[Trial], start_workers: Any
-) -> None:
-    check_four_workers(postgres, tmp_path, alone, start_workers)
-    assert plain(trials(open_levels(postgres)("screen"))) == plain([t for t in alone if t.level == "screen"])
-
-
-def test_a_storage_that_does_not_answer_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"search.storage is 'postgresql\+psycopg2://deme@127.0.0.1:1/x', which"):
-        open_storage("postgresql+psycopg2://deme@127.0.0.1:1/x")

@@ -10,7 +10,7 @@ from pydantic import AfterValidator
 
 def expand_home(name: str) -> str:
     """Put the home folder in the place of ``~`` at the start of a path, or behind a prefix such as ``webdataset:``."""
-    start, path = re.fullmatch(r"((?:[a-z]+:(?:///)?)?)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    start, path = re.fullmatch(r"((?:[a-z]+:)?)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
     return start + os.path.expanduser(path)
 
 

@@ -39,7 +39,6 @@ class Search(RuleSettings):
         num_finalists: compared at last on num_final_images images (None: as many as ``evaluate``) from fresh seeds;
             0 trusts the screening.
         first_seed: of the initial noise; the seeds from there on are the search's.
-        storage: URL of the study for workers on several machines; None keeps an SQLite file in the run folder.
     """
 
     over: Literal["experts", "baseline", "baseline-checkpoints", "nothing"] = "experts"
@@ -66,7 +65,6 @@ class Search(RuleSettings):
     num_finalists: NonNegativeInt = 3
     num_final_images: PositiveInt | None = None
     first_seed: NonNegativeInt = 1_000_000
-    storage: Name | None = None
 
     @property
     def combines_experts(self) -> bool:

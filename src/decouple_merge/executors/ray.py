@@ -58,22 +58,17 @@ def run_all(
             stream = ray.wait(list(running), num_returns=1)[0][0]
             # To the end of the line, so that one that always has something doesn't hide the others.
             number = running[stream] = running.pop(stream)
-            try:
-                kind, payload = unpack(ray.get(next(stream)))
-            except RayTaskError:
-                raise
-            except (RayError, StopIteration) as error:
-                del running[stream]
-                num_lost[number] += 1
-                _tell_lost(error, num_lost[number], num_retries)
-                waiting.append(number)
+            kind, payload = _heard(stream)
+            if kind == "item":
+                yield payload
                 continue
+            del running[stream]
             if kind == "error":
                 raise payload
-            if kind == "done":
-                del running[stream]
-            else:
-                yield payload
+            if kind == "lost":
+                num_lost[number] += 1
+                _tell_lost(payload, num_lost[number], num_retries)
+                waiting.append(number)
     finally:
         for stream in running:
             ray.cancel(stream, force=True)
@@ -116,6 +111,17 @@ def _packed(function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...]]
     packed = io.BytesIO()
     torch.save((function, calls), packed, pickle_protocol=pickle.HIGHEST_PROTOCOL)
     return np.frombuffer(packed.getbuffer(), np.uint8)
+
+
+def _heard(stream: Any) -> tuple[str, Any]:
+    """Wait for what a piece says next: an item, an error, that it is done; lost is one whose node or process died."""
+    try:
+        kind, payload = unpack(ray.get(next(stream)))
+    except RayTaskError:
+        raise
+    except (RayError, StopIteration) as error:
+        return "lost", error
+    return kind, payload
 
 
 def _tell_lost(error: Exception, num_lost: int, num_retries: int) -> None:

@@ -7,8 +7,6 @@ from ..config import Clusters, Config, Pretrain, Reference
 from ..config.analyze import LossWeights
 from ..data.sources import located_source
 
-SQLITE = "sqlite:///"
-
 
 def located(config: Config) -> Config:
     """Make the paths of a config absolute, counted from the current folder.
@@ -27,7 +25,6 @@ def located(config: Config) -> Config:
         search=_changed(
             config.search,
             checkpoints=[located_name(name) for name in config.search.checkpoints],
-            storage=_located_url(config.search.storage),
         ),
         evaluate=_changed(
             config.evaluate,
@@ -73,9 +70,3 @@ def _located_reference(reference: Reference | None) -> Reference | None:
     if reference is None or reference.source is None:
         return reference
     return _changed(reference, source=located_source(reference.source))
-
-
-def _located_url(url: str | None) -> str | None:
-    if url is None or not url.startswith(SQLITE) or url == SQLITE:
-        return url
-    return SQLITE + str(Path(url.removeprefix(SQLITE)).absolute())

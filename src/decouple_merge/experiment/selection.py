@@ -64,8 +64,8 @@ def search_weights(plan: Plan, wait: bool = False) -> Iterator[Event]:
 
     Raises:
         UserError: an expert or checkpoint is missing or doesn't fit, a start point or frozen weight belongs to no
-            expert, the storage doesn't open, another process works on the folder, or it holds a search or a merged
-            model that was made from something else.
+            expert, another process works on the folder, or it holds a search or a merged model that was made from
+            something else.
     """
     yield from enter(plan.run.lock("run"), wait)
     with hold(plan.run.lock("run"), "deme search", wait):
@@ -86,8 +86,7 @@ def help_search(plan: Plan) -> Iterator[Event]:
     """Evaluate the candidates of a search that is led elsewhere, until it is finished.
 
     Raises:
-        UserError: an expert is missing or doesn't fit, the storage doesn't open, or there was no leader
-            for ``leader.LEADERLESS_SECONDS``.
+        UserError: an expert is missing or doesn't fit, or there was no leader for ``leader.LEADERLESS_SECONDS``.
     """
     experts = load_combined(plan)
     yield from _help(plan, experts, hashes_of(experts))
@@ -110,14 +109,12 @@ def _scorer_when_asked(plan: Plan, merger: Merger) -> Callable[[], Scorer]:
 
 
 def level_opener(plan: Plan, hashes: list[str]) -> OpenLevel:
-    """Connect to a run's study storage; the function that it returns opens the study of a level.
+    """Open a run's studies; the function that it returns opens the one of a level.
 
-    A study's name has the digest of all that the search is made from, so that several runs may share a server.
+    A study's name has the digest of all that the search is made from: another search is another study.
     """
-    settings = plan.config.search
-    if settings.storage is None:
-        plan.run.study.parent.mkdir(parents=True, exist_ok=True)
-    storage = open_storage(settings.storage or plan.run.study)
+    plan.run.study.parent.mkdir(parents=True, exist_ok=True)
+    storage = open_storage(plan.run.study)
     record = search_record(plan, hashes)
     if rule := rule_records(plan):
         record |= {"rule": rule}

@@ -8,11 +8,10 @@ from ..merging.rules.rule import Settings
 from ..models.base import Base
 from .checkpoints import load_checkpoints
 from .levels import check_weights
-from .study import check_storage
 
 
 def check_search(settings: Search, base: Base, num_combined: int) -> None:
-    """Require that weights, blocks, checkpoints and storage fit each other, the models that are combined, and the base.
+    """Require that weights, blocks and checkpoints fit each other, the models that are combined, and the base.
 
     Raises:
         ValueError: they don't.
@@ -23,8 +22,6 @@ def check_search(settings: Search, base: Base, num_combined: int) -> None:
     _check_rule(settings, num_combined)
     group_keys(list(base.network.state_dict()), settings.blocks)
     load_checkpoints(settings, base)
-    if settings.storage is not None:
-        check_storage(settings.storage)
 
 
 def _check_rule(settings: Search, num_combined: int) -> None:

@@ -6,28 +6,26 @@ the order in which candidates were proposed, so that trials are the same whoever
 
 import itertools
 import math
+import os
 import random
-import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
-from optuna.storages import RDBStorage
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import create_engine, event
-from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import UserError
 from ..seeds import stream_seed
+from ..storage.locks import turn_lock
 from ..storage.reading import AGAIN
 from .strategies import Known, Space, Strategy, Weights
 from .trial import Level, Objective, Trial
@@ -35,79 +33,50 @@ from .trial import Level, Objective, Trial
 # A worker that was silent for so long is dead, and its candidate is evaluated again.
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30
 MAIN = "main"
+# Longer than any line of a journal, in bytes.
+MAX_LINE = 1 << 16
 
 
 Study = optuna.Study
 
 
-def open_storage(place: str | Path) -> RDBStorage:
-    """Connect to a study storage: an SQLite file, or by URL any that SQLAlchemy reaches.
+def open_storage(path: Path) -> JournalStorage:
+    """Open the file that studies are kept in, or make it: a line for every operation, whoever did it.
+
+    Any number of processes may work on it, of all machines that reach the file and see each other's locks.
 
     Raises:
-        UserError: there is nothing at the URL that answers, or its driver isn't installed.
+        UserError: the file is something else.
     """
-    url = str(place)
-    is_file = isinstance(place, Path) or url.startswith("sqlite")
-    # Several workers write to one file: each waits for its turn.
-    options: dict[str, Any] = {"connect_args": {"timeout": 60}} if is_file else {}
-    if isinstance(place, Path):
-        # No path in a URL: versions of SQLAlchemy differ in what they make of a question mark in it.
-        url, options = "sqlite:///study.db", {"creator": partial(_connect, place.resolve())}
+    path.touch()
     try:
-        storage = RDBStorage(url, engine_kwargs=options)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if is_file:
-            name = str(place).removeprefix("sqlite:///")
-            raise UserError(f"{name}: no study's database ({reason}); {AGAIN}") from error
-        raise UserError(
-            f"search.storage is {url!r}, which doesn't open ({type(error).__name__}: {reason}); expected a URL such as "
-            "postgresql://user@host/database, with the server running and its driver (psycopg2-binary) installed"
-        ) from error
-    if is_file:
-        _lock_before_reading(storage)
-    return storage
+        return JournalStorage(JournalFileBackend(str(path), _Turn(path)))
+    except (ValueError, LookupError, TypeError, AssertionError) as error:
+        raise UserError(f"{path}: no journal of studies ({str(error) or type(error).__name__}); {AGAIN}") from error
 
 
-def check_storage(url: str) -> None:
-    """Require that a URL is a storage's, of an installed driver; an SQLite file needs its folder.
+class _Turn(JournalFileOpenLock):
+    """A process's turn to write to a journal; it ends with the process, where Optuna's own locks outlive it."""
 
-    Raises:
-        UserError: as said.
-    """
-    try:
-        engine = create_engine(url)
-    except (SQLAlchemyError, ImportError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"search.storage is {url!r}, which can't be opened ({reason}); expected a URL such as "
-            "sqlite:///study.db or postgresql://user@host/database, with its driver (psycopg2-binary) installed"
-        ) from error
-    if engine.dialect.name == "sqlite" and not Path(engine.url.database or "").parent.is_dir():
-        raise UserError(f"search.storage is {url!r}, whose folder doesn't exist; make it, or give another")
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, turn_lock(path.with_suffix(".lock"))
 
+    def acquire(self) -> bool:
+        self.lock.acquire()
+        # Half a line is left where the disk was full or the power failed; the next would be lost with it.
+        with self.path.open("rb+") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - MAX_LINE)
+            file.seek(start)
+            end = file.read()
+            if b"\n" in end and not end.endswith(b"\n"):
+                file.truncate(start + end.rindex(b"\n") + 1)
+        return True
 
-def _connect(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout=60, check_same_thread=False)
-
-
-def _lock_before_reading(storage: RDBStorage) -> None:
-    """Make every SQLite transaction take the file's lock at its start.
-
-    Otherwise Python locks at the first write only: two workers that read the same candidate as waiting both take it.
-    """
-    storage.engine.dispose()
-
-    @event.listens_for(storage.engine, "connect")
-    def leave_transactions_alone(connection: Any, record: Any) -> None:
-        connection.isolation_level = None
-
-    @event.listens_for(storage.engine, "begin")
-    def begin_with_the_lock(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    def release(self) -> None:
+        self.lock.release()
 
 
-def open_study(storage: RDBStorage | None, name: str) -> Study:
+def open_study(storage: JournalStorage | None, name: str) -> Study:
     """Open a study by name, or make it; without a storage it lives in memory."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)

@@ -31,7 +31,7 @@ def cache_folder() -> Path:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Say whether an error, from Python, safetensors or SQLite, means that the disk is full."""
+    """Say whether an error, from Python or safetensors, means that the disk is full."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
         text in str(error) for text in ("No space left", "disk is full")
     )

@@ -116,6 +116,11 @@ def _is_dead(holder: dict[str, str]) -> bool:
     return False
 
 
+def turn_lock(path: Path) -> FileLock:
+    """Make the lock of a file that several processes write to in turn, wherever they run."""
+    return FileLock(path)
+
+
 def make_once(path: Path, make: Callable[[], None]) -> None:
     """Make a file of the cache where it isn't there; of several processes one does, the others wait."""
     if not path.exists():

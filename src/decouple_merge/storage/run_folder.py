@@ -43,7 +43,7 @@ class Run:
 
     @property
     def study(self) -> Path:
-        return self.folder / "search" / "study.db"
+        return self.folder / "search" / "study.jsonl"
 
     @property
     def search(self) -> Path:
