@@ -81,7 +81,7 @@ def _connect(address: str | None) -> None:
     place = address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray would send statistics to its makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    own = {"include_dashboard": False} if place == "local" else {}
+    own: dict[str, Any] = {"include_dashboard": False} if place == "local" else {}
     try:
         ray.init(place, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -140,7 +140,7 @@ def _work(number: int, packed: np.ndarray, folder: str, cache: str, num_threads:
     with suppress(OSError):
         os.chdir(folder)
     try:
-        function, calls = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
+        function, calls = torch.load(io.BytesIO(packed.data), map_location="cpu", weights_only=False)
         for item in function(*calls[number]):
             yield pack(("item", item))
         yield pack(("done", None))
