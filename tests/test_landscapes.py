@@ -1,6 +1,7 @@
 """Landscapes of a model whose loss is a parabola, and of a run that was killed."""
 
 import json
+import shutil
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,17 @@ def moved_plan(tiny_config: Callable[..., Config], tmp_path: Path) -> Plan:
     lost = trial | {"value": None, "weights": [1.0, 1.0]}
     write_records(plan.run.trials, [trial, trial | {"weights": [0.0, 1.0], "value": 4.0}, lost])
     return plan
+
+
+def test_two_processes_share_the_analyses_and_write_the_bytes_of_one(moved_plan: Plan) -> None:
+    names = ["loss-weights", "task-vectors"]
+    files = [moved_plan.run.analysis(f"{name}.{kind}") for name in names for kind in ("csv", "json")]
+    list(analyze(moved_plan, names))
+    whole = [file.read_bytes() for file in files]
+    shutil.rmtree(files[0].parent)
+    two = replace(moved_plan, config=moved_plan.config.model_copy(update={"num_processes": 2}))
+    list(analyze(two, names))
+    assert [file.read_bytes() for file in files] == whole
 
 
 def test_a_killed_landscape_goes_on_to_the_same_bytes(moved_plan: Plan) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from decouple_merge.config import Protocol, Sample, Text
+from decouple_merge.config import Pieces, Protocol, Sample, Text
 from decouple_merge.evaluation import evaluate
 from decouple_merge.evaluation.evaluate import evaluate_model
 from decouple_merge.evaluation.extractors import Extractor
@@ -31,9 +31,8 @@ def test_two_processes_write_the_images_of_one(tiny_text_base: Path, tmp_path: P
     for num in (1, 2):
         # Batches of 2, 2 and 1: the last one is filled up, in whichever process it is.
         out = tmp_path / str(num)
-        sample_model(
-            str(tiny_text_base), out, 5, 3, Sample(sampler="DDIM", num_steps=3, batch_size=2), text, num_processes=num
-        )
+        settings = Sample(sampler="DDIM", num_steps=3, batch_size=2)
+        sample_model(str(tiny_text_base), out, 5, 3, settings, text, Pieces(num_processes=num))
         images.append({path.name: path.read_bytes() for path in sorted(out.iterdir())})
     assert images[0] == images[1]
     assert list(images[0]) == [f"{seed}.png" for seed in range(3, 8)]
@@ -45,7 +44,9 @@ def test_two_processes_come_to_the_numbers_of_one(tiny_base: Path, tiny_images: 
     assert records(*arguments, **settings, num_processes=2) == records(*arguments, **settings)
 
 
-def backwards(function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...]], num: int) -> Iterator[Any]:
+def backwards(
+    function: Callable[..., Iterator[Any]], calls: list[tuple[Any, ...]], num: int, *where: Any
+) -> Iterator[Any]:
     """Run the calls here, the last one first: items come in the worst order."""
     assert len(calls) == num
     for call in reversed(calls):
@@ -67,5 +68,6 @@ def test_images_that_fit_one_batch_need_no_second_process(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder, "run_all", None)
-    sample_model(str(tiny_base), tmp_path / "out", 3, 0, Sample(sampler="DDIM", num_steps=2), num_processes=4)
+    settings = Sample(sampler="DDIM", num_steps=2)
+    sample_model(str(tiny_base), tmp_path / "out", 3, 0, settings, pieces=Pieces(num_processes=4))
     assert len(list((tmp_path / "out").iterdir())) == 3

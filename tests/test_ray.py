@@ -2,10 +2,11 @@
 
 import importlib
 import inspect
-import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from decouple_merge.config import Config, Ray
+from decouple_merge.config import Config, Pieces, Ray, Sample
 from decouple_merge.errors import UserError
 from decouple_merge.executors import run_all
 from decouple_merge.experiment.finetuning import finetune_experts
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.experiment.selection import search_weights
+from decouple_merge.sampling.folder import sample_model
+from decouple_merge.searching.trial import Trial
 from decouple_merge.storage.files import read_records
 
 ray = pytest.importorskip("ray", reason="Ray isn't installed: pip install 'decouple-merge[ray]'")
@@ -36,8 +39,19 @@ class Nodes:
         self.second = self.cluster.add_node(**NODE)
         self.options = {"address": self.cluster.address}
 
-    def remove_second(self) -> None:
+    def lose_one(self) -> None:
+        """Kill a node, and add another in its place."""
         self.cluster.remove_node(self.second, allow_graceful=False)
+        self.second = self.cluster.add_node(**NODE)
+
+    def lose_one_when(self, is_time: Callable[[], bool], events: Iterator[Any]) -> None:
+        """Lose a node as soon as it is time, which is looked at after every event."""
+        waits = True
+        for _ in events:
+            if waits and is_time():
+                waits = False
+                self.lose_one()
+        assert not waits
 
 
 @pytest.fixture(scope="module")
@@ -101,25 +115,46 @@ def trials_of(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in ("seconds", "worker", "started")} for r in records]
 
 
-def test_a_run_whose_node_dies_in_the_middle_ends_with_the_bytes_of_a_local_one(
+def test_a_run_whose_nodes_die_in_every_stage_ends_with_the_bytes_of_a_local_one(
     nodes: Nodes, tiny_config: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Long enough that the other node's training goes on when this process hears of it.
     finetune = {"num_updates": 400, "validate_every": 10, "checkpoint_every": 10, "baseline": False}
-    local = tiny_config(finetune=finetune, search={"num_trials": 4, "num_finalists": 0})
-    config = local.model_copy(update={"executor": "ray", "num_processes": 2, "ray": Ray(**nodes.options)})
-    plans = prepare(local, tmp_path / "local"), prepare(config, tmp_path / "ray")
-    list(finetune_experts(plans[0]))
-    list(search_weights(plans[0]))
-    with caplog.at_level(logging.WARNING):
-        for _ in finetune_experts(plans[1]):
-            states = list(plans[1].run.folder.glob("experts/*/state/state.safetensors"))
-            if len(states) == 2 and nodes.second in nodes.cluster.worker_nodes:
-                nodes.remove_second()
-    assert "a piece was lost and is done again" in caplog.text
-    # One place is left, for who leads and then for who helps.
-    list(search_weights(plans[1]))
+    local = tiny_config(finetune=finetune, search={"num_trials": 6, "num_finalists": 0})
+    pieces = {"executor": "ray", "num_processes": 2, "ray": Ray(**nodes.options)}
+    here, there = prepare(local, tmp_path / "local"), prepare(local.model_copy(update=pieces), tmp_path / "ray")
+    list(finetune_experts(here))
+    list(search_weights(here))
+
+    def states() -> bool:
+        return len(list(there.run.folder.glob("experts/*/state/state.safetensors"))) == 2
+
+    nodes.lose_one_when(states, finetune_experts(there))
+    nodes.lose_one_when(lambda: True, (event for event in search_weights(there) if isinstance(event, Trial)))
+    assert caplog.text.count("a piece was lost and is done again") >= 2
     assert trials_of(tmp_path / "ray") == trials_of(tmp_path / "local")
     assert len(files_of(tmp_path / "local")) == 3
     assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
     assert [p.name for p in (tmp_path / "ray").iterdir() if p.name.startswith(".")] == []
+
+
+def test_images_drawn_while_a_node_dies_are_those_of_one_process(
+    nodes: Nodes, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Sample(sampler="DDIM", num_steps=40, batch_size=1)
+    sample_model(str(tiny_base), tmp_path / "here", 40, settings=settings)
+
+    def lose() -> None:
+        while len(list((tmp_path / "there").glob("*.png"))) < 4:
+            time.sleep(0.01)
+        nodes.lose_one()
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    pieces = Pieces(executor="ray", num_processes=2, ray=Ray(**nodes.options))
+    sample_model(str(tiny_base), tmp_path / "there", 40, settings=settings, pieces=pieces)
+    thread.join()
+    assert "a piece was lost and is done again" in caplog.text
+    found = [{p.name: p.read_bytes() for p in sorted((tmp_path / name).iterdir())} for name in ("here", "there")]
+    assert len(found[0]) == 40
+    assert found[0] == found[1]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .console import console
-from .options import PromptFile
+from .options import Address, Executor, PromptFile, chosen
 
 
 def sample(
@@ -24,9 +24,11 @@ def sample(
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change num_processes, or what the sections sample and text hold"
+            "--set", metavar="KEY=VALUE", help="Change num_processes, or what the sections sample, text and ray hold"
         ),
     ] = None,
+    executor: Executor = None,
+    address: Address = None,
 ) -> None:
     """Draw images from a model, or from a run's ensemble of experts.
 
@@ -39,8 +41,6 @@ def sample(
     from ..sampling.folder import sample_model
 
     given = {"sample": {"sampler": sampler, "num_steps": num_steps}, "text": {"prompts": prompts} if prompts else {}}
-    settings = validate(Drawing, given, "deme sample", overrides)
-    drawn = sample_model(
-        model, out, num_images, seed, settings.sample, settings.text, settings.num_processes, console.print
-    )
+    settings = validate(Drawing, given, "deme sample", chosen(overrides, executor, address))
+    drawn = sample_model(model, out, num_images, seed, settings.sample, settings.text, settings, console.print)
     console.print(f"images: {out}, of which {len(drawn)} were drawn now")

@@ -9,3 +9,11 @@ PromptFile = Annotated[
     Path | None,
     typer.Option("--prompts", metavar="FILE", help="One prompt a line, PartiPrompts' .tsv, .json of names or of COCO"),
 ]
+Executor = Annotated[str | None, typer.Option(metavar="NAME", help="Where the pieces run, local or ray")]
+Address = Annotated[str | None, typer.Option(help="The cluster of --executor ray, host:port, or auto for this one's")]
+
+
+def chosen(overrides: list[str] | None, executor: str | None, address: str | None) -> list[str]:
+    """Add what the options of an executor change to the values that ``--set`` changes."""
+    given = {"executor": executor, "ray.address": address}
+    return [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]

@@ -6,12 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from .console import console, show
+from .options import Address, Executor, chosen
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, or the name of one that we ship")]
 Out = Annotated[Path | None, typer.Option(help="Run folder; runs/<config name> where not given")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait until no other process works on the folder")]
-Executor = Annotated[str | None, typer.Option(metavar="NAME", help="Where the pieces run, local or ray")]
-Address = Annotated[str | None, typer.Option(help="The cluster of --executor ray, host:port, or auto for this one's")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config")]
 
 
@@ -34,7 +33,7 @@ def run(
     from ..experiment import workflow
     from ..experiment.dry_run import describe
 
-    settings, folder = _load(config, out, _chosen(overrides, executor, address))
+    settings, folder = _load(config, out, chosen(overrides, executor, address))
     if dry_run:
         show(describe(settings, folder))
         return
@@ -57,7 +56,7 @@ def finetune(
     """
     from ..experiment import finetuning, plan
 
-    settings, folder = _load(config, out, _chosen(overrides, executor, address))
+    settings, folder = _load(config, out, chosen(overrides, executor, address))
     show(finetuning.finetune_experts(plan.prepare(settings, folder, wait), only, wait))
 
 
@@ -170,7 +169,7 @@ def study(
     from ..experiment.study import run_study
     from ..experiment.study_plan import describe_study
 
-    settings = load_study(study_file, _chosen(overrides, executor, address))
+    settings = load_study(study_file, chosen(overrides, executor, address))
     folder = out or Path("runs") / study_file.stem
     show(describe_study(settings, folder) if dry_run else run_study(settings, folder, wait))
 
@@ -183,12 +182,6 @@ def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None, wait: W
     from ..experiment import pretraining
 
     show(pretraining.pretrain(*_load(config, out, overrides), wait))
-
-
-def _chosen(overrides: list[str] | None, executor: str | None, address: str | None) -> list[str]:
-    """Add what the options of an executor change to the values that ``--set`` changes."""
-    given = {"executor": executor, "ray.address": address}
-    return [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
 
 
 def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Path]:

@@ -7,7 +7,7 @@ import typer
 
 from ..errors import UserError
 from .console import console, show
-from .options import PromptFile
+from .options import Address, Executor, PromptFile, chosen
 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change anything else, see docs/evaluation.md")
@@ -32,6 +32,8 @@ def evaluate(
     ] = None,
     prompts: PromptFile = None,
     overrides: Set = None,
+    executor: Executor = None,
+    address: Address = None,
     out: Annotated[Path, typer.Option(help="Records are appended here")] = Path("metrics.jsonl"),
     compare: Annotated[
         tuple[str, str] | None,
@@ -61,7 +63,7 @@ def evaluate(
         "num_images": num_images,
         "text": {"prompts": prompts},
     }
-    show(evaluate_model(model, reference, load_protocol(protocol, given, overrides), out))
+    show(evaluate_model(model, reference, load_protocol(protocol, given, chosen(overrides, executor, address)), out))
 
 
 def stats(

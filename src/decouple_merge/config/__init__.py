@@ -11,6 +11,7 @@ from .evaluate import Evaluate, Reference
 from .finetune import Finetune, Lora, Projection, Ranges
 from .loader import dump_config, load_config, validate
 from .merge import Merge
+from .pieces import Pieces
 from .pretrain import PartTraining, Pretrain, TextEncoder, Vae
 from .protocol import Protocol, load_protocol
 from .ray import Ray
@@ -39,6 +40,7 @@ __all__ = [
     "Merge",
     "Origin",
     "PartTraining",
+    "Pieces",
     "Precision",
     "Pretrain",
     "Projection",

@@ -9,23 +9,23 @@ from ..errors import UserError
 from .document import read_document
 from .loader import validate
 from .numbers import Integer, NonNegativeInt, PositiveInt
+from .pieces import Pieces
 from .sample import Sample, Text
 from .stats import Metrics, Stats
 
 
-class Protocol(Stats):
+class Protocol(Stats, Pieces):
     """How ``deme evaluate`` scores: what on which images, and how a model draws them; keys of ``--set``.
 
     Such keys are ``sample.sampler``, ``sample.num_steps`` or ``text.guidance_scale``. protocols.yaml has the values of
-    papers by name.
+    papers by name. The pieces are shares of the batches of a model or of images; batches that are given, and the
+    reference, are this process's.
 
     Attributes:
         metrics: of ``evaluation.metrics.METRICS``.
         num_images: drawn from a model, 5,000 where it isn't set; of images the first so many, all where it isn't.
         num_reference_images: that the reference must have, where it isn't statistics.
         seed: of the first image, which has the first prompt; of images the number of the first.
-        num_processes: share the batches of a model or of images, each with the networks in its memory, and take GPUs in
-            turn. The numbers are those of one process. Batches that are given, and the reference, are this one's.
         sample: how a model draws.
         text: prompts and guidance, where models are text-to-image; of images, what the CLIP score says that they show.
     """
@@ -34,7 +34,6 @@ class Protocol(Stats):
     num_images: Integer | None = Field(None, ge=2)
     num_reference_images: PositiveInt | None = None
     seed: NonNegativeInt = 0
-    num_processes: PositiveInt = 1
     sample: Sample = Sample()
     text: Text = Text()
 

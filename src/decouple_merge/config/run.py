@@ -1,7 +1,5 @@
 """The config of a whole run."""
 
-from typing import Any
-
 from pydantic import model_validator
 
 from ..errors import UserError
@@ -10,29 +8,23 @@ from .analyze import Analyze
 from .data import Data
 from .evaluate import Evaluate
 from .finetune import Finetune
-from .numbers import NonNegativeInt, PositiveInt
+from .numbers import NonNegativeInt
 from .paths import Name
+from .pieces import Pieces
 from .pretrain import Pretrain
-from .ray import Ray
 from .sample import Sample, Text
 from .search import Search
-from .section import Section
 
 
-class Config(Section):
-    """A whole run.
+class Config(Pieces):
+    """A whole run; its pieces are trainings, candidates, models to score and analyses.
 
     Attributes:
         base: a pipeline folder, the name of a base that we ship, or a hub name.
-        num_processes: experts or shards that run at once.
-        executor: where they run, a file of ``executors/`` by name: ``local`` is this machine, ``ray`` a cluster.
     """
 
     seed: NonNegativeInt = 0
     base: Name = "fashion-ddpm"
-    num_processes: PositiveInt = 1
-    executor: str = "local"
-    ray: Ray = Ray()
     data: Data = Data()
     finetune: Finetune = Finetune()
     sample: Sample = Sample()
@@ -41,11 +33,6 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     analyze: Analyze = Analyze()
     pretrain: Pretrain | None = None
-
-    @property
-    def executor_options(self) -> dict[str, Any]:
-        """What the executor is told besides: the section of its name."""
-        return self.ray.model_dump() if self.executor == "ray" else {}
 
     @property
     def kept_updates(self) -> list[int]:

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from ..errors import UserError
 from .numbers import NonNegativeInt, Number, PositiveInt
 from .paths import FilePath
+from .pieces import Pieces
 from .section import Precision, Section
 
 
@@ -58,14 +59,8 @@ class Text(Section):
         return template
 
 
-class Drawing(Section):
-    """What ``deme sample`` is asked for.
-
-    Attributes:
-        num_processes: share the batches, each with the model in its memory; GPUs are taken in turn. Images are those of
-            one process.
-    """
+class Drawing(Pieces):
+    """What ``deme sample`` is asked for; its pieces are shares of the batches."""
 
     sample: Sample = Sample()
     text: Text = Text()
-    num_processes: PositiveInt = 1

@@ -13,15 +13,14 @@ from .document import dump, read_document
 from .loader import validate
 from .numbers import NonNegativeInt, PositiveInt
 from .paths import FilePath
-from .ray import Ray
+from .pieces import Pieces
 from .run import Config
-from .section import Section
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 
 
-class Study(Section):
-    """Arms × training seeds over one config.
+class Study(Pieces):
+    """Arms × training seeds over one config; its pieces are trainings and runs.
 
     Attributes:
         config: the config that all arms start from; a relative path is counted from the study's own folder. Or the name
@@ -29,8 +28,6 @@ class Study(Section):
         settings: what all arms change in it, as sections or by keys with dots.
         arms: what each changes besides, by the arm's name. The first come first, and the first is compared with.
         seeds: training seeds, ``seed`` of a config.
-        num_processes: trainings and runs at once.
-        executor: where they run, a file of ``executors/`` by name.
         num_resamples: of the bootstrap.
     """
 
@@ -38,15 +35,7 @@ class Study(Section):
     settings: dict[str, Any] = {}
     arms: dict[str, dict[str, Any] | None] = Field(min_length=1)
     seeds: list[NonNegativeInt] = Field(min_length=1)
-    num_processes: PositiveInt = 1
-    executor: str = "local"
-    ray: Ray = Ray()
     num_resamples: PositiveInt = 10_000
-
-    @property
-    def executor_options(self) -> dict[str, Any]:
-        """What the executor is told besides: the section of its name."""
-        return self.ray.model_dump() if self.executor == "ray" else {}
 
     @field_validator("arms")
     @classmethod

@@ -164,8 +164,9 @@ def _features(
     # What was opened here to look at it need not stay in memory.
     scored.batches, scored.sha256 = lambda share: iter(()), lambda: None
     names = [extractor.name for extractor in extractors]
+    calls = [(model, settings, names, share) for share in dealt]
     arrays = in_order(
-        run_all(_extract_share, [(model, settings, names, share) for share in dealt], settings.num_processes)
+        run_all(_extract_share, calls, settings.num_processes, settings.executor, settings.executor_options)
     )
     return ({key: torch.from_numpy(value) for key, value in found.items()} for found in arrays)
 

@@ -17,6 +17,7 @@ from ..analysis.cost import describe, measure_speed
 from ..analysis.subject import Finding, Kept, Progress, Subject
 from ..config import Analyze, load_config
 from ..errors import UserError
+from ..executors import run_all
 from ..models.base import tensors_sha256
 from ..storage.files import atomic_path, write_json, write_text
 from ..storage.locks import enter, hold
@@ -86,8 +87,25 @@ def analyze(
         if any(cost.is_any for cost in costs.values()):
             speed = measure_speed(subject)
             yield from (describe(name, cost, speed) for name, cost in costs.items())
-        for name in [] if dry_run else waiting:
-            yield from _analyze(plan, subject, name, chosen[name], depends_on[name])
+        if not dry_run:
+            del subject
+            yield from _analyze_each(plan, settings, others, {name: depends_on[name] for name in waiting})
+
+
+def _analyze_each(
+    plan: Plan, settings: Analyze, others: Sequence[Path], depends_on: dict[str, dict[str, Any]]
+) -> Iterator[str | Progress]:
+    """Do some analyses, each as a piece of work: where the run's config says, so many at once as it says."""
+    config, calls = plan.config, [(plan, settings, others, name, own) for name, own in depends_on.items()]
+    where = config.num_processes, config.executor, config.executor_options
+    yield from run_all(_open_and_analyze, calls, *where, folder=plan.run.folder)
+
+
+def _open_and_analyze(
+    plan: Plan, settings: Analyze, others: Sequence[Path], name: str, depends_on: dict[str, Any]
+) -> Iterator[str | Progress]:
+    module = open_analysis(name)
+    yield from _analyze(plan, subject_of(plan, settings, {name: module.NEEDS}, others), name, module, depends_on)
 
 
 def _depends_on(plan: Plan, subject: Subject, chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..config import Sample, Text
+from ..config import Pieces, Sample, Text
 from ..errors import UserError
 from ..executors import run_all
 from ..executors.devices import default_device
@@ -31,7 +31,7 @@ def sample_model(
     seed: int = 0,
     settings: Sample | None = None,
     text: Text | None = None,
-    num_processes: int = 1,
+    pieces: Pieces | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> list[int]:
     """Draw images from a pipeline, or from a run's ensemble, as ``<seed>.png``; returns the seeds that were drawn.
@@ -43,14 +43,14 @@ def sample_model(
         seed: of the first image; the others' follow.
         settings: how images are drawn; not a run's own, but the defaults where not given.
         text: prompts and guidance of such a model; what it doesn't set is a run's own.
-        num_processes: share the batches, each with the model in its memory; the images are those of one process.
+        pieces: where shares of the batches are drawn, each with the model in its memory; this process where not given.
         say: gets lines for the user, before anything is drawn.
 
     Raises:
         UserError: ``out`` holds anything else; as ``open_model``; the model and its prompts don't fit, or neither the
             number nor prompts are given.
     """
-    settings, text = settings or Sample(), text or Text()
+    settings, text, pieces = settings or Sample(), text or Text(), pieces or Pieces()
     check_output(out, IMAGES, [model])
     opened = open_model(model, settings, text, seed)
     num = num_images or len(opened.prompts)
@@ -63,14 +63,15 @@ def sample_model(
     for line in (*opened.notes(), *_besides(out, there - records.keys())):
         say(line)
     missing = [seed for seed in records if seed not in there]
-    dealt = shares(len(seed_batches(missing, settings.batch_size)), num_processes)
+    dealt = shares(len(seed_batches(missing, settings.batch_size)), pieces.num_processes)
     if len(dealt) == 1:
         _draw(opened, out, missing, records, dealt[0])
     elif dealt:
         # The others open it for themselves.
         del opened
         calls = [(model, out, missing, records, settings, text, seed, share) for share in dealt]
-        for _ in run_all(_open_and_draw, calls, num_processes):
+        where = pieces.num_processes, pieces.executor, pieces.executor_options
+        for _ in run_all(_open_and_draw, calls, *where, folder=out):
             pass
     return missing
 
