@@ -64,15 +64,8 @@ def analyze(
             or another process analyses the run.
     """
     settings = settings or plan.config.analyze
-    chosen = {name: open_analysis(name) for name in only or analyses()}
-    lacking = {name: [n for n in module.NEEDS if not HELD[n](plan, others)] for name, module in chosen.items()}
-    for name, needs in lacking.items():
-        if needs:
-            line = f"{name} needs {' and '.join(needs)}, which {plan.run.folder} doesn't hold"
-            if only:
-                raise UserError(f"{line}; finish the run first: give deme run its config again")
-            yield f"{line}: left out"
-            del chosen[name]
+    chosen, left_out = _choose(plan, only, others)
+    yield from left_out
     subject = subject_of(plan, settings, {name: module.NEEDS for name, module in chosen.items()}, others)
     lock = plan.run.lock("analyze")
     yield from enter(lock, wait)
@@ -106,6 +99,19 @@ def _open_and_analyze(
 ) -> Iterator[str | Progress]:
     module = open_analysis(name)
     yield from _analyze(plan, subject_of(plan, settings, {name: module.NEEDS}, others), name, module, depends_on)
+
+
+def _choose(plan: Plan, only: Sequence[str], others: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
+    """Open the analyses that are wanted, or all for which the run holds what they need, and say which are left out."""
+    chosen, lines = {name: open_analysis(name) for name in only or analyses()}, []
+    for name, module in list(chosen.items()):
+        if needs := [need for need in module.NEEDS if not HELD[need](plan, others)]:
+            line = f"{name} needs {' and '.join(needs)}, which {plan.run.folder} doesn't hold"
+            if only:
+                raise UserError(f"{line}; finish the run first: give deme run its config again")
+            lines.append(f"{line}: left out")
+            del chosen[name]
+    return chosen, lines
 
 
 def _depends_on(plan: Plan, subject: Subject, chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:
