@@ -18,8 +18,6 @@ from .strategies import Space, Strategy, Weights, axis, cma_es, coordinate, evol
 from .study import Study, evaluate_all, evaluate_next, give_up_own, sampled, trials
 from .trial import Level, Objective, Trial
 
-# Candidates that wait in the storage at once: enough for any number of workers, few enough to stop soon.
-NUM_QUEUED = 64
 # Of the learned weights: the loss knows their direction better than their length.
 MULTIPLES = (0.5, 1.5, 2.0)
 # Of sums of weights, which have 6 digits.
@@ -258,7 +256,9 @@ def _drive(study: Study, batches: Strategy, level: Level, settings: Search, obje
         fresh = [w for w in dict.fromkeys(batch) if w not in proposed][: level.num_candidates - len(proposed)]
         places = list(enumerate(fresh, start=len(proposed)))
         proposed |= set(fresh)
-        for chunk in (places[i : i + NUM_QUEUED] for i in range(0, len(places), NUM_QUEUED)):
+        # Whoever is free finds one that waits, unless a search that has so many minutes is to stop soon.
+        size = max(1, len(places)) if settings.max_minutes is None else settings.batch_size
+        for chunk in (places[i : i + size] for i in range(0, len(places), size)):
             if level.name == "screen" and _out_of_time(study, settings, chunk):
                 return
             yield from evaluate_all(study, dict(chunk), level, (settings.low, settings.high), objective)

@@ -19,6 +19,8 @@ from cmaes import CMA
 Weights = tuple[float, ...]
 Known = dict[Weights, float]
 Strategy = Generator[list[Weights], list[float], None]
+# Random candidates that are proposed at once.
+NUM_DRAWN = 64
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,10 @@ def onto_sum(weights: Sequence[float], total: float, low: float, high: float) ->
 
 
 def uniform_random(space: Space, seed: int) -> Strategy:
-    """Draw every weight uniformly."""
+    """Draw every weight uniformly; no draw waits for another's value."""
     chance = random.Random(seed)
     while True:
-        yield [space.draw(chance)]
+        yield [space.draw(chance) for _ in range(NUM_DRAWN)]
 
 
 def axis(space: Space, step: float) -> list[float]:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
@@ -79,6 +79,10 @@ class _Turn(JournalFileOpenLock):
 def open_study(storage: JournalStorage | None, name: str) -> Study:
     """Open a study by name, or make it; without a storage it lives in memory."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with suppress(KeyError):
+        if storage is not None:
+            # Making it again would add a line to the journal.
+            return optuna.load_study(storage=storage, study_name=name)
     return optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
 
 
