@@ -5,6 +5,7 @@ import io
 import os
 import sys
 import time
+from pathlib import Path
 
 import typer
 
@@ -106,12 +107,18 @@ def _users_mistake(error: Exception) -> str | None:
     """Say in words what a user can mend; None of our own faults, which keep their traceback."""
     if isinstance(error, UserError):
         return str(error)
-    from ..storage.files import is_disk_full
+    from ..storage.files import cache_folder, is_disk_full
+    from ..storage.reading import looked_for
 
     if is_disk_full(error):
         return "the disk is full; make room and run the same command again to go on"
-    if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; {PATH_ERRORS[error.errno]}"
+    if isinstance(error, OSError) and error.errno in PATH_ERRORS and isinstance(error.filename, str | bytes):
+        name, cache = os.fsdecode(error.filename), cache_folder()
+        where, advice = f"{name}{looked_for(name)}: {error.strerror}", PATH_ERRORS[error.errno]
+        # Where it can't be made, a parent of it is named.
+        if Path(name).is_relative_to(cache) or (not cache.exists() and cache.is_relative_to(name)):
+            advice = f"the cache folder is {cache}: set DEME_CACHE to a folder that can be written"
+        return f"{where}; {advice}"
     return None
 
 

@@ -35,10 +35,10 @@ class Config(Pieces):
     pretrain: Pretrain | None = None
 
     @property
-    def kept_updates(self) -> list[int]:
+    def kept_updates(self) -> range:
         """After which updates the baseline's averaged weights are kept."""
         num_updates, every = self.finetune.num_updates * self.finetune.num_experts, self.finetune.keep_every
-        return [] if every is None else list(range(every, num_updates + 1, every))
+        return range(0) if every is None else range(every, num_updates + 1, every)
 
     @property
     def num_combined(self) -> int:

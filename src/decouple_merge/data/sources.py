@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config import Data
 from ..errors import UserError
+from ..storage.reading import looked_for
 from . import emoji, hub, shards
 from .archives import ImageArchive
 from .arrays import ArrayFile
@@ -51,7 +52,7 @@ def _forms() -> str:
     return f"{', '.join(first)} or {last}"
 
 
-def open_source(data: Data) -> Source:
+def open_source(data: Data, where: str = "data.source") -> Source:
     """Open the place with images that a config names; decodes nothing.
 
     Raises:
@@ -59,18 +60,18 @@ def open_source(data: Data) -> Source:
     """
     kind = kind_of(data.source)
     if kind is None:
-        raise UserError(f"data.source is {data.source!r}, expected {_forms()}")
+        raise UserError(f"{where} is {data.source!r}{looked_for(data.source)}, expected {_forms()}")
     return kind(data)
 
 
 @lru_cache(maxsize=2)
-def load_images(data: Data, channels: int, size: int) -> Images:
+def load_images(data: Data, channels: int, size: int, where: str = "data.source") -> Images:
     """Open the images a config names, for a model of the given channels and size.
 
     Raises:
         UserError: the source is unknown, missing, empty, damaged, or of another size or channel count.
     """
-    return open_source(data).images(channels, size)
+    return open_source(data, where).images(channels, size)
 
 
 def open_images(
@@ -83,7 +84,9 @@ def open_images(
     """
     kind = kind_of(source)
     if kind is None:
-        raise UserError(f"{source} is no model and holds no images; expected a pipeline, {_forms()}")
+        raise UserError(
+            f"{source}{looked_for(source)} is no model and holds no images; expected a pipeline, {_forms()}"
+        )
     data = Data(source=source, fit="exact" if size is None else "resize", skip_damaged=skip_damaged)
     if size is None or channels is None:
         found = kind(data).natural_shape()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import UserError, is_ours
+from ..storage.reading import looked_for
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 # The outputs that images are compared in, with their widths; the logits are for the Inception Score.
@@ -104,7 +105,7 @@ def resize_tensorflow1(x: Float[Tensor, "n c h w"], side: int = 299) -> Float[Te
 def _read_weights(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     advice = f"expected {WEIGHTS_NAME}, a plain state dict: download it (again) from the pytorch-fid project's releases"
     if not path.is_file():
-        raise UserError(f"Inception weights: there is no file {path}; {advice}")
+        raise UserError(f"Inception weights: there is no file {path}{looked_for(path)}; {advice}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch.load raise almost anything

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..data.images import to_model
 from ..errors import UserError
 from ..storage.files import read_tensors, write_tensors
+from ..storage.reading import looked_for
 from ..storage.tensors import hash_tensors
 
 WEIGHTS = "judge.safetensors"
@@ -69,7 +70,9 @@ def load_judge(folder: Path) -> Judge:
     """
     path = folder / WEIGHTS
     if not path.is_file():
-        raise UserError(f"{folder} has no {WEIGHTS}; expected a judge's folder, such as fashion-judge")
+        raise UserError(
+            f"{folder}{looked_for(folder)} has no {WEIGHTS}; expected a judge's folder, such as fashion-judge"
+        )
     tensors, metadata = read_tensors(path)
     try:
         size, channels = int(metadata["image_size"]), tensors["layers.0.weight"].shape[1]

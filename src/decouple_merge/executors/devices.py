@@ -1,6 +1,10 @@
 """Which device work runs on."""
 
+import os
+
 import torch
+
+from ..errors import UserError
 
 
 def default_device() -> torch.device:
@@ -8,3 +12,28 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Count the bytes of a device's memory, all that it has; None where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+
+
+def check_memory(key: str, value: int, num_bytes_each: int, device: torch.device) -> None:
+    """Require that what a setting has in memory at once, counted low, is no more than there is.
+
+    Args:
+        key: of the setting, a number of things.
+        num_bytes_each: that one of them takes at least.
+
+    Raises:
+        UserError: says how much it is and how much there is.
+    """
+    total = memory_of(device)
+    if total is not None and value * num_bytes_each > total:
+        raise UserError(
+            f"{key} is {value}, which takes {value * num_bytes_each / 1e6:,.2f} MB at least, and this machine's "
+            f"{device.type} has {total / 1e6:,.2f} MB: lower it"
+        )

@@ -44,7 +44,8 @@ def describe(config: Config, out: Path) -> Iterator[str]:
         )
     if finetune.baseline and finetune.experts == "trained":
         yield f"baseline: {num * finetune.num_updates} updates"
-    yield from describe_ranges(plan)
+    if config.search.over == "experts":
+        yield from describe_ranges(plan)
     yield describe_search(config)
     yield (
         f"evaluation: {evaluate.num_seed_sets} x {evaluate.num_images} images a model, "

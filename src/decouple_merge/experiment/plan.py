@@ -1,6 +1,9 @@
 """A run with everything its config names opened and checked, before any compute is spent."""
 
+import math
 from pathlib import Path
+
+import torch
 
 from ..config import Config, Training
 from ..data.batches import Examples
@@ -14,7 +17,7 @@ from ..data.split import split
 from ..diffusion.timesteps import TimestepRange
 from ..evaluation.checks import check_evaluate, check_num_references, check_watched
 from ..executors import check_executor, distributed
-from ..executors.devices import default_device
+from ..executors.devices import check_memory, default_device
 from ..merging.arithmetic import Tensors
 from ..models.base import Base, load_base
 from ..models.ensemble import load_expert
@@ -32,6 +35,9 @@ from .manifest import check_owner, claim, manifest
 from .planned import Plan
 from .provenance import check_stages, trainings_made_from
 from .reported import report_references
+
+# A process of Python that does nothing.
+MIN_PROCESS_BYTES = 10_000_000
 
 
 def check(config: Config, out: Path) -> Plan:
@@ -51,11 +57,19 @@ def check(config: Config, out: Path) -> Plan:
     check_evaluate(config, base)
     check_distance(config, config.finetune, base)
     check_finetune(config.finetune, base, default_device())
+    _check_sizes(config, base)
     check_search(config.search, base, config.num_combined)
     images = load_images(config.data, base.channels, base.image_size)
     split(images, config.data)
     check_num_references(config, len(images), len(report_references(config, base, images)[1]))
     return image_plan(config, out, base, tuple(ranges), images)
+
+
+def _check_sizes(config: Config, base: Base) -> None:
+    """Require that what is drawn and loaded at once fits in memory; ``check_finetune`` asks it of trainings."""
+    drawn = min(config.sample.batch_size, max(config.search.num_images, config.evaluate.num_images))
+    check_memory("sample.batch_size", drawn, 2 * 4 * math.prod(base.shape), default_device())
+    check_memory("data.num_workers", config.data.num_workers, MIN_PROCESS_BYTES, torch.device("cpu"))
 
 
 def image_plan(config: Config, out: Path, base: Base, ranges: tuple[TimestepRange, ...], images: Images) -> Plan:

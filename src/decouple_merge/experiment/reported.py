@@ -34,7 +34,7 @@ def report_references(config: Config, base: Base, images: Images) -> tuple[str, 
                 "that training and search don't see, such as evaluate.reference.split=test; or leave it out"
             )
         return data.source, images
-    found = load_images(data, base.channels, base.image_size)
+    found = load_images(data, base.channels, base.image_size, "evaluate.reference.source")
     if found.sha256 == images.sha256:
         raise UserError(
             f"evaluate.reference is {data.source}, split {data.split}, which holds the same images as the data; "

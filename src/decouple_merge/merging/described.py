@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..storage.headers import read_headers, side_by_side
 from ..storage.layouts import files_of_parts
-from ..storage.reading import parse_json, read_text
+from ..storage.reading import looked_for, parse_json, read_text
 from ..storage.shipped import base_names, find_model
 from .adapter_keys import is_adapter
 
@@ -22,7 +22,9 @@ def describe_model(name: Path) -> Iterator[str]:
     """
     model = find_model(str(name))
     if model is None:
-        raise UserError(f"{name} doesn't exist; check the path, or take a base we ship: {', '.join(base_names())}")
+        raise UserError(
+            f"{name} doesn't exist{looked_for(name)}; check the path, or take a base we ship: {', '.join(base_names())}"
+        )
     headers = side_by_side({part: read_headers(files) for part, files in files_of_parts(model).items()})
     kind = "LoRA" if is_adapter(headers.places) else "weights"
     yield f"{model}: {kind}, {len(headers.places):,} tensors, {headers.num_bytes:,} bytes"

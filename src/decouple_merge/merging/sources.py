@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..seeds import stream_seed
 from ..storage.layouts import chosen_part, denoisers, parts_like, weight_files
 from ..storage.reading import read_record
-from ..storage.tensors import DTYPES, NAMES, Layout, TensorFiles, hash_tensors
+from ..storage.tensors import DTYPES, NAMES, Layout, TensorFiles, hash_tensors, is_finite
 from .experts import open_expert, open_parts
 from .joining import joined_denoisers
 from .keys import is_trunk_projection
@@ -137,7 +137,7 @@ class Sources:
     def _read_grams(self, key: str) -> list[Tensor]:
         found = [file[key] for file in self.grams if key in file.entries]
         for path, gram in zip(self.settings.grams, found, strict=False):
-            if not _is_finite(gram):
+            if not is_finite(gram):
                 raise UserError(f"{path}: {key} has NaN or infinity; make it again with deme gram")
         return found
 
@@ -146,7 +146,7 @@ class Sources:
         for path, file in zip(self.settings.fishers, self.fishers, strict=True):
             if key in file.entries:
                 found.append(file[key])
-                if not _is_finite(found[-1]) or bool((found[-1] < 0).any()):
+                if not is_finite(found[-1]) or bool((found[-1] < 0).any()):
                     raise UserError(
                         f"{path}: {key} has NaN, infinity or numbers below 0; expected squares, as deme fisher writes"
                     )
@@ -206,7 +206,7 @@ class Sources:
         context = Context(key, self.rule_settings, seeds, fishers, grams)
         merged = merge_tensor(self.rule, base, versions, self.weights_of(key), context)
         written = merged.to(dtype)
-        if not (self.settings.allow_non_finite or _is_finite(written)):
+        if not (self.settings.allow_non_finite or is_finite(written)):
             raise UserError(
                 f"{key}: the merge has values up to {merged.abs().max():.4g}, and {NAMES[dtype]} holds none beyond "
                 f"{torch.finfo(dtype).max:.4g}; take smaller weights, or --set dtype=F32 or BF16"
@@ -225,11 +225,6 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # One pass, and no mask of the tensor's size: a NaN goes through both ends, an infinity is one of them.
-    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
-
-
 def _check_finite(key: str, tensor: Tensor) -> None:
-    if not _is_finite(tensor):
+    if not is_finite(tensor):
         raise UserError(f"{key} has NaN or infinity; expected finite weights: mend the model, or allow it")

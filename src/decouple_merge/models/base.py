@@ -14,7 +14,7 @@ from ..errors import UserError, is_ours
 from ..merging.experts import open_model
 from ..storage.hub import pipeline_folder
 from ..storage.reading import read_record
-from ..storage.tensors import DTYPES, hash_tensors
+from ..storage.tensors import DTYPES, check_finite, hash_tensors
 from .families import FAMILIES, stable_diffusion, unet
 from .family import Encoders, Family, read_index, square_side
 from .processes import process_of
@@ -97,6 +97,7 @@ def load_base(name: str, is_single: bool = False) -> Base:
             )
         network = networks[family.component]
     _check_whole(name, folder, network, family)
+    check_finite(network.state_dict(), f"base {name!r}")
     encoders = family.find_encoders(name, folder, network)
     process = process_of(name, family, network, pipeline.scheduler, family.shape(network, encoders))
     network.requires_grad_(False).eval()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..storage.files import atomic_path, read_tensors, write_tensors
+from ..storage.reading import looked_for
 from .text_encoders import load_text_parts, tokenize
 
 WEIGHTS = "image_text.safetensors"
@@ -87,7 +88,9 @@ def load_image_text(folder: Path) -> ImageTextModel:
         UserError: the folder is none, or a file is damaged.
     """
     if not holds_image_text(str(folder)):
-        raise UserError(f"{folder} has no {WEIGHTS}; expected an image–text model, such as emoji-judge")
+        raise UserError(
+            f"{folder}{looked_for(folder)} has no {WEIGHTS}; expected an image–text model, such as emoji-judge"
+        )
     tensors, _ = read_tensors(folder / WEIGHTS)
     try:
         num_features, width = len(tensors["image_projection.0.weight"]), len(tensors["text_projection.weight"])

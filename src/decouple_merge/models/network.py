@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..merging.experts import open_model
 from ..merging.keys import has_trunk
 from ..storage.layouts import denoisers
+from ..storage.tensors import check_finite
 from .base import Base
 from .families import FAMILIES
 from .family import read_config, read_index
@@ -102,7 +103,9 @@ def load_network(path: Path) -> dict[str, Tensor]:
     """Read a network's weights: a ``.safetensors`` file, an expert folder, or a pipeline folder with its projections.
 
     Raises:
-        ValueError: there are no safetensors weights at the path, or they are damaged.
+        ValueError: there are no safetensors weights at the path, they are damaged, or not finite.
     """
     files = open_model(path)
-    return {key: files[key] for key in files.entries}
+    weights = {key: files[key] for key in files.entries}
+    check_finite(weights, path)
+    return weights

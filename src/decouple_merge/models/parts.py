@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 
 from ..config import Text
 from ..errors import UserError, is_ours
+from ..storage.tensors import check_finite
 from .family import Encoders, load_parts, tokenizer_of
 
 
@@ -92,7 +93,9 @@ def create_vae(arguments: dict[str, Any], seed: int) -> Any:
 
 def load_vae(encoders: Encoders, device: torch.device) -> Any:
     """Load the VAE of a latent pipeline, in float32: SDXL's overflows in fp16, and ends in NaN."""
-    vae = load_parts(encoders.folder, "vae").vae.float().requires_grad_(False).eval().to(device)
+    vae = load_parts(encoders.folder, "vae").vae.float().requires_grad_(False).eval()
+    check_finite(vae.state_dict(), encoders.folder / "vae")
+    vae.to(device)
     # Images one after the other: decoding takes far more memory than denoising.
     vae.enable_slicing()
     return vae
@@ -118,6 +121,7 @@ def load_text_encoders(encoders: Encoders, device: torch.device) -> Any:
                     "that belong together"
                 )
         getattr(pipeline, name).float().requires_grad_(False).eval()
+        check_finite(getattr(pipeline, name).state_dict(), encoders.folder / name)
     return pipeline.to(device)
 
 

@@ -9,7 +9,7 @@ from ..config import Config, load_config
 from ..errors import UserError
 from ..evaluation.records import COMPARED_FIELDS
 from ..storage.files import read_records
-from ..storage.reading import AGAIN, read_record
+from ..storage.reading import AGAIN, looked_for, read_record
 from ..storage.run_folder import Run
 
 Record = dict[str, Any]
@@ -106,7 +106,10 @@ def read_run(folder: Path) -> Contents:
     """
     run = Run(folder)
     if not run.config.is_file():
-        raise UserError(f"{folder} has no config.yaml, expected a run folder: give the folder that deme run wrote")
+        raise UserError(
+            f"{folder}{looked_for(folder)} has no config.yaml, expected a run folder: give the folder that deme run "
+            "wrote"
+        )
     records = read_records(run.metrics, model=str, metric=str, value=(int, float))
     return Contents(
         run=run,

@@ -1,14 +1,42 @@
 """What the section ``sample`` asks of a base, checked before anything is drawn."""
 
+from typing import Any
+
+import torch
+
 from ..config import Sample
+from ..diffusion.process import VP
+from ..errors import UserError
 from ..models.base import Base
-from ..models.schedulers import make_scheduler
+from ..models.schedulers import make_scheduler, sampler_of
+from .sampler import denoise
 
 
 def check_sample(base: Base, settings: Sample, num_steps: int | None = None) -> None:
-    """Require that the sampler exists and takes so many steps; None is the settings' own number.
+    """Require that the sampler exists, takes so many steps, and can start where they start.
+
+    Args:
+        num_steps: where not given, the settings' own number.
 
     Raises:
-        ValueError: it doesn't.
+        UserError: as said.
     """
-    make_scheduler(base, settings.sampler, num_steps or settings.num_steps, settings.timestep_spacing)
+    steps = num_steps or settings.num_steps
+    scheduler = make_scheduler(base, settings.sampler, steps, settings.timestep_spacing)
+    if not _is_defined(base, scheduler):
+        raise UserError(
+            f"the base predicts ε and its schedule ends in pure noise (zero terminal SNR), where ε says nothing of the "
+            f"image: {sampler_of(base, settings.sampler)} with {steps} steps draws NaN; set sample.sampler to "
+            "EulerDiscrete or sample.timestep_spacing to leading, or take a base that predicts v"
+        )
+
+
+def _is_defined(base: Base, scheduler: Any) -> bool:
+    """Say whether a sampler's arithmetic stays finite, by its steps with noise in place of a network's predictions."""
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    has_zero = alphas is not None and bool((alphas == 0).any())
+    if not (isinstance(base.process, VP) and base.process.prediction_type == "epsilon" and has_zero):
+        return True
+    generator = torch.Generator().manual_seed(0)
+    noise, predicted = torch.randn(2, 1, base.shape[0], 4, 4, generator=generator)
+    return bool(denoise(lambda x, t: predicted, scheduler, noise, [generator]).isfinite().all())

@@ -191,19 +191,23 @@ def sample_images(
         generators = [torch.Generator().manual_seed(seed) for seed in padded]
         # Multistep samplers keep a history: each batch has its own scheduler.
         scheduler = make_scheduler(base, settings.sampler, steps, settings.timestep_spacing)
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        extra: dict[str, Any] = {"generator": generators} if takes_generator else {}
         noise = torch.stack([torch.randn(base.shape, generator=g) for g in generators]).to(device)
-        # A flow starts at noise itself, and its samplers scale nothing.
-        x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-        scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
-        guided = model if prompts is None else prompts.guide(model, padded)
-        for t in scheduler.timesteps:
-            prediction = guided(scale(x, t), t)
-            x = scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
+        x = denoise(model if prompts is None else prompts.guide(model, padded), scheduler, noise, generators)
         images = (x if prompts is None else prompts.decode(x))[: len(batch)]
         _check_finite(images, batch, settings, sampler_of(base, settings.sampler), steps)
         yield to_pixels(images).cpu()
+
+
+def denoise(model: Denoiser, scheduler: Any, noise: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Go through a scheduler's steps from noise to images, or to their latents."""
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra: dict[str, Any] = {"generator": generators} if takes_generator else {}
+    # A flow starts at noise itself, and its samplers scale nothing.
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(scale(x, t), t), t, x, return_dict=False, **extra)[0]
+    return x
 
 
 def _check_finite(

@@ -8,6 +8,7 @@ from ..merging.arithmetic import Tensors
 from ..merging.keys import check_same_keys
 from ..models.base import Base
 from ..models.network import load_network
+from ..storage.reading import looked_for
 
 
 def load_checkpoints(settings: Search, base: Base) -> list[Tensors]:
@@ -19,7 +20,10 @@ def load_checkpoints(settings: Search, base: Base) -> list[Tensors]:
     found = []
     for name in settings.checkpoints:
         if not Path(name).exists():
-            raise UserError(f"search.checkpoints: {name} doesn't exist; expected pipelines, folders or weight files")
+            raise UserError(
+                f"search.checkpoints: {name} doesn't exist{looked_for(name)}; expected pipelines, folders or weight "
+                "files"
+            )
         found.append(load_network(Path(name)))
         check_same_keys(base.network.state_dict(), found[-1], name)
     return found

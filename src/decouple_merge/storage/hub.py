@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..errors import UserError, is_ours
+from .reading import looked_for
 from .shipped import base_names, find_model
 
 
@@ -16,12 +17,14 @@ def pipeline_folder(name: str) -> Path:
     if (found := find_model(name)) is not None:
         return found
     if Path(name).is_absolute() or name.startswith("."):
-        raise UserError(f"{name} doesn't exist; check the path, which for a run stands in its config.yaml")
+        raise UserError(
+            f"{name} doesn't exist{looked_for(name)}; check the path, which for a run stands in its config.yaml"
+        )
     shipped = f"the bases that we ship are {', '.join(base_names())}"
     if "/" not in name:
         raise UserError(
-            f"{name!r} is no path here and no base that we ship; check the path or the name: {shipped}, and the hub's "
-            "names are OWNER/NAME"
+            f"{name!r} is no path here{looked_for(name)} and no base that we ship; check the path or the name: "
+            f"{shipped}, and the hub's names are OWNER/NAME"
         )
     # Only a hub name needs diffusers, which takes longer to import than a small model to merge.
     from diffusers import DiffusionPipeline
@@ -32,6 +35,6 @@ def pipeline_folder(name: str) -> Path:
         if is_ours(error):
             raise
         raise UserError(
-            f"{name!r} is no path here, and can't be had from the hub ({str(error).splitlines()[0]}); check the path "
-            f"or the name, and the network; {shipped}"
+            f"{name!r} is no path here{looked_for(name)}, and can't be had from the hub "
+            f"({str(error).splitlines()[0]}); check the path or the name, and the network; {shipped}"
         ) from error

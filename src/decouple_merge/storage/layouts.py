@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import UserError
-from .reading import read_record
+from .reading import looked_for, read_record
 
 ADVICE = "fetch or copy it again"
 # Trunk projections of a pipeline, which stock diffusers does not read.
@@ -79,7 +79,7 @@ def _of_folder(path: Path) -> Path:
     if not found and len(others) == 1:
         return path / others[0]
     candidates = ", ".join(found.values() if found else others)
-    reason = f"which of {candidates} is meant?" if candidates else "no weights"
+    reason = f"which of {candidates} is meant?" if candidates else f"no weights{looked_for(path)}"
     if pickles and not candidates:
         reason = f"only pickles: {', '.join(pickles)}"
     raise UserError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ MAX_BYTES, MAX_LINES_BYTES = 200_000_000, 2_000_000_000
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
+def looked_for(path: object) -> str:
+    """Say behind a relative path what was looked for: it counts from a folder that its reader may not think of."""
+    return "" if os.path.isabs(str(path)) else f" (looked for {os.path.abspath(str(path))})"
+
+
 def check_file(path: Path, advice: str) -> int:
     """Require that a regular file lies at a path, before it is opened: a pipe would be waited for; returns its bytes.
 
@@ -25,7 +31,7 @@ def check_file(path: Path, advice: str) -> int:
     try:
         found = path.stat()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {advice}") from error
+        raise UserError(f"{path}{looked_for(path)}: {error.strerror}; {advice}") from error
     if not stat.S_ISREG(found.st_mode):
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "a device")
         raise UserError(f"{path} is {kind}; {advice}")

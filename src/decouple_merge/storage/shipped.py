@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ..errors import UserError
+from .reading import looked_for
 
 PACKAGE = Path(__file__).parents[1]
 # A wheel has them inside the package. In a clone they lie beside src, and nowhere else.
@@ -35,7 +36,7 @@ def find_config(name: Path, folder: Path = Path()) -> Path:
         return path
     if str(name) in config_names():
         return CONFIGS / f"{name}.yaml"
-    found = "is a folder" if os.path.isdir(path) else "is no file"
+    found = "is a folder" if os.path.isdir(path) else f"is no file{looked_for(path)}"
     raise UserError(
         f"{name} {found}, and no config of that name is shipped; give the path of a YAML file, or one of the names "
         f"{', '.join(config_names())}"

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..errors import UserError
 from .headers import DTYPE_NAMES, read_headers
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of_torch) for name, of_torch in DTYPE_NAMES.items()}
@@ -89,6 +90,29 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """View a tensor's bytes, on the CPU and contiguous."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Say whether a tensor is without NaN and infinity; integers always are."""
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
+    # One pass, and no mask of the tensor's size: a NaN goes through both ends, an infinity is one of them.
+    ends = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    return all(bool(torch.isfinite(end)) for end in ends)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Require that weights are finite: a training would tell of others by its loss alone.
+
+    Raises:
+        UserError: names the first tensor that has NaN or infinity.
+    """
+    if found := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
+        others = f" (and {len(found) - 1} others)" if found[1:] else ""
+        raise UserError(
+            f"{where}: {found[0]}{others} has NaN or infinity, expected finite weights; fetch or copy them again, or "
+            "take another model"
+        )
 
 
 def write_stream(

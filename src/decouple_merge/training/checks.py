@@ -1,5 +1,6 @@
 """What a training's section asks of the machine and of the network, checked before anything is computed."""
 
+import math
 from importlib.util import find_spec
 
 import torch
@@ -8,6 +9,7 @@ from ..config import Finetune, Training
 from ..diffusion.timesteps import TimestepRange
 from ..diffusion.weightings import check_weighting
 from ..errors import UserError, not_installed
+from ..executors.devices import check_memory
 from ..models.base import Base
 from ..models.lora import check_lora
 from ..models.projection import check_placement
@@ -19,13 +21,15 @@ def check_training(settings: Training, base: Base, device: torch.device) -> None
 
     Raises:
         UserError: the precision needs a GPU, the optimiser or the tracker isn't installed, the weighting has no finite
-            weights, or the schedule can't be cut into the clusters that are balanced.
+            weights, the schedule can't be cut into the clusters that are balanced, or memory can't hold a batch.
     """
     check_weighting(settings.weighting, settings.weighting_options, base.process)
     _check_clusters(settings, base, base.process.split(1))
     _check_precision(settings, device)
     _check_optimizer(settings)
     _check_tracker(settings)
+    # Images, noise and their mixture, in float32.
+    check_memory("batch_size", settings.batch_size, 3 * 4 * math.prod(base.shape), device)
 
 
 def check_finetune(settings: Finetune, base: Base, device: torch.device) -> None:
