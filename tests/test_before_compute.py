@@ -118,7 +118,6 @@ def test_a_cache_folder_that_can_not_be_is_named_by_its_variable(
 ) -> None:
     monkeypatch.setenv("DEME_CACHE", str(tmp_path / "file" / "cache"))
     (tmp_path / "file").touch()
-    advice = f"the cache folder is {tmp_path}/file/cache: set DEME_CACHE to a folder that can be written"
     for path in ("file", "file/cache", "file/cache/locks"):
         line = _users_mistake(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(tmp_path / path)))
         assert line is not None
