@@ -89,7 +89,8 @@ def estimate(config: Config) -> list[Stage]:
     # Weights that are stored in float32 are used as they lie in their files.
     is_mapped = stored == torch.float32
     stages.append(Stage("besides on the CPU", {"base": 0 if is_mapped else size}))
-    files = {"base": size if is_mapped else 0, f"{config.num_combined} experts": config.num_combined * expert}
+    what = "experts" if config.search.over == "experts" else "models"
+    files = {"base": size if is_mapped else 0, f"{config.num_combined} {what}": config.num_combined * expert}
     stages.append(Stage("in files that are mapped, as far as memory is left", files))
     return [stage for stage in stages if stage.total]
 
