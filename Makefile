@@ -4,10 +4,17 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 FASHION := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 
-.PHONY: run test lint data release clean
+.PHONY: run report test lint data release clean
 
 run: $(INSTALLED) data
 	$(BIN)/deme run configs/fashion-quick.yaml
+
+# Of another run: make report CONFIG=fashion-quick. What is finished is not done twice.
+CONFIG ?= fashion
+report: $(INSTALLED) data
+	$(BIN)/deme run $(CONFIG) --out runs/$(CONFIG)
+	$(BIN)/deme analyze runs/$(CONFIG)
+	$(BIN)/deme report runs/$(CONFIG)
 
 test: $(INSTALLED) data
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
