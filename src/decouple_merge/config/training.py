@@ -52,6 +52,8 @@ class Training(Section):
 
     Attributes:
         batch_size: images per process and micro-batch; an update sees processes × batch_size × accumulation.
+        num_ranks: processes that train one model together, each on batches of its own, on one machine and its GPUs;
+            where torchrun started several, those do.
         schedule: the rate over the updates: ``constant``; ``cosine`` and ``linear`` fall to
             learning_rate × floor, which they reach after ``decay_fraction`` of the updates.
         optimizer: ``adamw``, torch's, fused; or ``adamw8bit``, bitsandbytes', whose moments take a quarter of that.
@@ -70,6 +72,7 @@ class Training(Section):
     num_updates: PositiveInt = 20_000
     batch_size: PositiveInt = 64
     accumulation: PositiveInt = 1
+    num_ranks: PositiveInt = 1
     learning_rate: PositiveFloat = 2e-4
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     num_warmup_updates: NonNegativeInt = 0

@@ -1,14 +1,17 @@
-"""The processes that torchrun starts, which are one training: who is who, and what they tell each other.
+"""The processes that are one training, torchrun's or our own: who is who, and what they tell each other.
 
-A process that joined none is alone, rank 0 of 1. Ports are torchrun's to choose: ``--standalone`` takes a free one.
+A process that joined none is alone, rank 0 of 1. Ports are torchrun's to choose: ``--standalone`` takes a free one. Our
+own processes meet in a file.
 """
 
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,13 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
 from .devices import default_device
+from .local import run_all
 
 # Some wait while the first fills a cache or draws images. Not for a dead one: torchrun ends them all.
 TIMEOUT = timedelta(days=7)
 
 
-def join() -> None:
-    """Join the processes that torchrun started, and take the GPU of this one's place; alone, do nothing.
+def join(meeting: str | None = None) -> None:
+    """Join the processes that were started with this one, and take the GPU of its place; alone, do nothing.
+
+    Args:
+        meeting: where they meet, a URL of torch's; torchrun's address where not given.
 
     Raises:
         UserError: there are fewer GPUs than processes on this machine, or its accelerator can't add up gradients.
@@ -37,14 +44,45 @@ def join() -> None:
         place, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if place >= num_gpus:
             raise UserError(
-                f"process {place} of this machine has no GPU: there are {num_gpus}; set torchrun's --nproc_per_node to "
-                f"{num_gpus}"
+                f"process {place} of this machine has no GPU: there are {num_gpus}; start {num_gpus}, by torchrun's "
+                "--nproc_per_node, or by finetune.num_ranks and num_processes"
             )
         torch.cuda.set_device(place)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=torch.device("cuda", place))
+        options: dict[str, Any] = {"backend": "nccl", "device_id": torch.device("cuda", place)}
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        options = {"backend": "gloo"}
+    options |= {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group(**options, init_method=meeting, timeout=TIMEOUT)
     atexit.register(leave)
+
+
+def together(function: Callable[..., Iterator[Any]], call: tuple[Any, ...], num_ranks: int) -> Iterator[Any]:
+    """Run a generator function in several processes that are one training; yields what the first of them yields.
+
+    They take the GPUs of this machine from this process's own place on. Where processes are together already, or one
+    is enough, it runs in this one.
+
+    Raises:
+        Exception: as ``local.run_all``; as ``join``.
+    """
+    if num_ranks == 1 or dist.is_initialized():
+        yield from function(*call)
+        return
+    first = torch.cuda.current_device() * num_ranks if torch.cuda.is_available() else 0
+    with TemporaryDirectory() as folder:
+        ranks = [(f"file://{folder}/meeting", rank, num_ranks, first, function, *call) for rank in range(num_ranks)]
+        yield from run_all(_as_rank, ranks, num_ranks)
+
+
+def _as_rank(
+    meeting: str, number: int, num_ranks: int, first: int, function: Callable[..., Iterator[Any]], *call: Any
+) -> Iterator[Any]:
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(first + number)}
+    join(meeting)
+    for item in function(*call):
+        if is_first():
+            yield item
+    leave()
 
 
 def leave() -> None:

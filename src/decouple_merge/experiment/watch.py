@@ -11,11 +11,12 @@ from ..evaluation.metrics import METRICS
 from ..evaluation.references import Reference, open_compared
 from ..evaluation.score import score
 from ..executors.devices import default_device
-from ..executors.distributed import is_first, world_size
+from ..executors.distributed import is_first, together
 from ..merging.arithmetic import Tensors
 from ..models.ensemble import TimestepEnsemble
 from ..sampling.sampler import denoiser, sample_images, sampling_copy, sampling_network
 from ..training.loop import train
+from ..training.made_from import num_ranks
 from ..training.records import StepRecord
 from ..training.trainer import Task
 from .planned import Plan
@@ -65,7 +66,7 @@ def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Cal
 
 def global_batch(settings: Training) -> str:
     """Say how many images an update sees."""
-    num, size, accumulation = world_size(), settings.batch_size, settings.accumulation
+    num, size, accumulation = num_ranks(settings), settings.batch_size, settings.accumulation
     return (
         f"an update sees {num} process{'es' if num > 1 else ''} × batch_size {size} × accumulation {accumulation} = "
         f"{num * size * accumulation} images"
@@ -73,6 +74,13 @@ def global_batch(settings: Training) -> str:
 
 
 def train_watched(plan: Plan, task: Task, settings: Training, folder: Path) -> Iterator[StepRecord]:
-    """Train the base of a run on a task, and measure the distance where the settings ask for it."""
+    """Train the base of a run on a task, in as many processes as the settings say.
+
+    The distance is measured where they ask for it.
+    """
+    yield from together(_train_watched, (plan, task, settings, folder), settings.num_ranks)
+
+
+def _train_watched(plan: Plan, task: Task, settings: Training, folder: Path) -> Iterator[StepRecord]:
     distance = training_distance(plan, task.own, settings.distance) if settings.distance and is_first() else None
     yield from train(plan.base, plan.images, plan.config.data, task, settings, plan.config.seed, folder, distance)

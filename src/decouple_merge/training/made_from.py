@@ -18,7 +18,7 @@ from .trainer import Task
 RECORD = "expert.json"
 AGAIN = "remove the folder to train again"
 # Settings that change no weights, and those that ``own`` and ``ranges`` of the task say.
-SILENT = {"tracker", "checkpoint_every", "baseline", "num_ranges", "ranges"}
+SILENT = {"tracker", "checkpoint_every", "baseline", "num_ranges", "ranges", "num_ranks"}
 # Where the images come from and how they are read; their hash says what they are.
 PLACES = {"source", "path", "split", "column", "caption_column", "fit", "skip_damaged", "num_workers"}
 
@@ -35,9 +35,14 @@ def training_record(base: Base, images: Examples, data: Data, task: Task, settin
             # By the scheduler that the base has now.
             "step_shares": [base.process.step_share(each) for each in task.ranges],
             "training": settings.model_dump(mode="json", exclude=SILENT),
-            "num_processes": world_size(),
+            "num_processes": num_ranks(settings),
         }
     )
+
+
+def num_ranks(settings: Training) -> int:
+    """Count the processes of a training: torchrun's, or as many as the settings say."""
+    return max(world_size(), settings.num_ranks)
 
 
 def data_parts(images: Examples, data: Data) -> MadeFrom:
