@@ -235,7 +235,9 @@ def test_an_empty_folder_is_refused(tiny_config: MakeConfig, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere.npz", "fashion_mnist"])
 def test_an_unknown_source_lists_the_known_ones(tiny_config: MakeConfig, tmp_path: Path, source: str) -> None:
-    with pytest.raises(ValueError, match=f"data.source is '{source}', expected fashion-mnist, noto-emoji, a folder"):
+    with pytest.raises(
+        ValueError, match=rf"data.source is '{source}' \(looked for .*\), expected fashion-mnist, noto-emoji, a folder"
+    ):
         check(tiny_config(data={"source": source}), tmp_path / "run")
 
 
