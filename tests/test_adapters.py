@@ -371,6 +371,7 @@ WRONG: dict[str, tuple[Tensors, str]] = {
     "a kernel": ({DOWN: torch.ones(2, 6, 3, 3), UP: torch.ones(4, 2, 1, 1)}, "the factors don't fit"),
     "integers": ({DOWN: torch.ones(2, 6).int(), UP: torch.ones(4, 2)}, "q.lora_A.weight is torch.int32, expected a fl"),
     "NaN": ({"q.alpha": torch.tensor(float("nan"))}, "alpha is nan for q, expected a finite number"),
+    "no alpha": ({"q.alpha": torch.zeros(())}, "alpha is 0 for q, which some read as its rank 2 and others as no"),
     "alphas": ({"q.alpha": torch.ones(2)}, "q.alpha has 2 numbers, expected one"),
     "half": ({UP: torch.ones(0)[:0]}, "a factor is no matrix"),
     "magnitudes of columns": (
@@ -408,6 +409,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_key(tmp_path: Path, case: st
     [
         ({"lora_alpha": "much"}, "alpha 'much' for q, expected a number"),
         ({"lora_alpha": float("nan")}, "alpha is nan for q"),
+        ({"lora_alpha": 1, "alpha_pattern": {"q": 0}}, "alpha is 0 for q"),
         ({"lora_alpha": 1, "r": 3}, "rank 3 for q, found factors of rank 2"),
         ({"lora_alpha": 1, "rank_pattern": {".*": 5}}, "rank 5 for q, found factors of rank 2"),
         ({"lora_alpha": 1, "alpha_pattern": {"(": 5}}, "alpha_pattern is .* expected regular expressions"),

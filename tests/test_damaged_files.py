@@ -274,7 +274,7 @@ def test_a_path_that_can_not_be_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "content", [b"garbage" * 200 + b"\n", b"SQLite format 3\0" + b"\0" * 50 + b"\n", b'{"a": 1}\n', b"[]\n"]
+    "content", [b"garbage" * 200 + b"\n", b"SQLite format 3\0" + b"\0" * 50, b"x", b'{"a": 1}\n', b"[]\n"]
 )
 def test_a_study_that_is_no_journal_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "study.jsonl").write_bytes(2 * content)
@@ -292,6 +292,13 @@ def test_half_a_line_of_a_journal_takes_no_other_with_it(tmp_path: Path) -> None
     open_study(open_storage(path), "screen").set_user_attr("b", 2)
     assert open_study(open_storage(path), "screen").user_attrs == {"a": 1, "b": 2}
     assert path.read_bytes().startswith(whole)
+
+
+def test_half_of_a_journals_first_line_is_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    path.write_bytes(b'{"op_code":0,"worker_id"')
+    open_study(open_storage(path), "screen").set_user_attr("a", 1)
+    assert open_study(open_storage(path), "screen").user_attrs == {"a": 1}
 
 
 def test_a_state_without_its_record_is_named(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from decouple_merge.cli.main import app, main
+from decouple_merge.config import Merge
 from decouple_merge.errors import UserError
 from decouple_merge.merging import described
+from decouple_merge.merging.recipes import merge_models
 from decouple_merge.storage import files
 from decouple_merge.storage.files import append_record, atomic_path, remove_leftovers, write_text
 from decouple_merge.storage.outputs import MERGED_FOLDER, RECORDS, check_output
@@ -474,3 +476,16 @@ def test_a_folder_where_no_file_can_be_made_is_refused(tmp_path: Path, monkeypat
     monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
     with pytest.raises(UserError, match="Read-only file system"):
         check_output(tmp_path / "out", MERGED_FOLDER)
+
+
+def test_an_expert_that_changes_nothing_is_told(place: Path) -> None:
+    save_file({"q.weight": torch.ones(3, 2), "b": torch.ones(2).half()}, place / "a.safetensors")
+    save_file({"q.weight": torch.ones(3, 2), "b": torch.ones(2)}, place / "copy.safetensors")
+    save_file({"q.weight": torch.ones(3, 2), "b": torch.zeros(2)}, place / "other.safetensors")
+    factors = {"q.lora_down.weight": torch.ones(1, 2), "q.lora_up.weight": torch.zeros(3, 1)}
+    save_file(factors, place / "untrained.safetensors")
+    for name, is_told in (("copy", True), ("untrained", True), ("other", False)):
+        lines = merge_models(
+            str(place / "a.safetensors"), [place / f"{name}.safetensors"], Merge(weights=[1]), place / "m.safetensors"
+        )
+        assert any(f"{name}.safetensors has the base's own tensors" in str(line) for line in lines) == is_told

@@ -76,7 +76,7 @@ class AdapterConfig:
             alpha: of the file's own ``.alpha`` for this module, which comes first. With none anywhere, the scale is 1.
 
         Raises:
-            ValueError: alpha or a pattern is none, or the rank is another than the factors'.
+            ValueError: alpha or a pattern is none, alpha is 0, or the rank is another than the factors'.
         """
         said = self._matched(prefix, "rank_pattern", module, self._get(prefix, "r"))
         if said is not None and said != rank:
@@ -88,6 +88,12 @@ class AdapterConfig:
             alpha = rank if found is None else found
         if not math.isfinite(alpha):
             raise UserError(f"alpha is {alpha} for {module}, expected a finite number")
+        if alpha == 0:
+            # Kohya's trainer reads it as the rank, peft and diffusers as no change.
+            raise UserError(
+                f"alpha is 0 for {module}, which some read as its rank {rank} and others as no change: set it to "
+                f"{rank}, or leave the module's factors out"
+            )
         return alpha / (math.sqrt(rank) if self._get(prefix, "use_rslora") else rank)
 
     def wants_magnitudes(self, prefix: str) -> bool:

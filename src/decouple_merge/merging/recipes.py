@@ -100,6 +100,8 @@ def _merge(
         return
     usage, kept = usage_of(folder), inherited(folder, record["base"]["name"])
     yield from merge_files(folder, out, sources, record, lambda record: model_card(record, usage, kept))
+    for i in sorted(sources.idle):
+        yield f"warning: {experts[i]} has the base's own tensors and no other: it changes nothing"
 
 
 def _range_of(expert: Path) -> list[int | float] | None:

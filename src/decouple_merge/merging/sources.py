@@ -30,11 +30,13 @@ class Sources:
         output: key to dtype and shape of what will be written, without projections.
         projections: the same of the projections that experts of the trunk placement carry and the base doesn't.
         changes: of the tensors that were merged so far and written in a coarser dtype than they were computed in.
+        idle: experts, by their place, that had nothing but the base's tensors in what was merged so far.
     """
 
     def __init__(self, base: Path, experts: list[Path], settings: Merge) -> None:
         self.settings = settings
         self.changes: dict[str, Change] = {}
+        self.idle = set(range(len(experts)))
         component = settings.component
         chosen = component is not None and (base / "model_index.json").is_file()
         self.parts = {component: chosen_part(base, component)} if chosen and component else denoisers(base)
@@ -198,6 +200,9 @@ class Sources:
         if not base.is_floating_point():
             return base
         versions = [e.tensor(key, base) for e in self.experts]
+        for i in [*self.idle]:
+            if not torch.equal(versions[i].to(base.dtype), base):
+                self.idle.discard(i)
         fishers, grams = self._read_fishers(key), self._read_grams(key)
         if not self.settings.allow_non_finite:
             for version in [base, *versions]:

@@ -35,6 +35,8 @@ HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30
 MAIN = "main"
 # Longer than any line of a journal, in bytes.
 MAX_LINE = 1 << 16
+# How every line of a journal begins.
+START = b'{"op_code":'
 
 
 Study = optuna.Study
@@ -49,6 +51,10 @@ def open_storage(path: Path) -> JournalStorage:
         UserError: the file is something else.
     """
     path.touch()
+    with path.open("rb") as file:
+        first = file.read(len(START))
+    if not START.startswith(first):
+        raise UserError(f"{path}: no journal of studies (it begins with {first!r}); {AGAIN}")
     try:
         return JournalStorage(JournalFileBackend(str(path), _Turn(path)))
     except (ValueError, LookupError, TypeError, AssertionError) as error:
@@ -68,8 +74,8 @@ class _Turn(JournalFileOpenLock):
             start = max(0, file.seek(0, os.SEEK_END) - MAX_LINE)
             file.seek(start)
             end = file.read()
-            if b"\n" in end and not end.endswith(b"\n"):
-                file.truncate(start + end.rindex(b"\n") + 1)
+            if b"\n" in end or start == 0:
+                file.truncate(start + end.rfind(b"\n") + 1)
         return True
 
     def release(self) -> None:
