@@ -1,5 +1,6 @@
 """Several processes on one study: they lose nothing, repeat nothing, and find what one process finds."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -16,7 +17,7 @@ from decouple_merge.config import Config
 from decouple_merge.searching import study as study_module
 from decouple_merge.searching.levels import levels, search, work
 from decouple_merge.searching.strategies import Weights
-from decouple_merge.searching.study import Study, open_storage, open_study, trials
+from decouple_merge.searching.study import Study, beating, open_storage, open_study, trials
 from decouple_merge.searching.trial import Level, Score, Trial
 
 SETTINGS = {
@@ -167,3 +168,18 @@ def test_a_slow_worker_that_is_alive_keeps_its_candidate(
     assert plain(found) == plain(alone)
     assert len(Slow(tmp_path).asked()) == len(alone)
     assert len({t.worker for t in found}) == 2
+
+
+def test_a_sign_of_life_that_could_not_be_written_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_module, "HEARTBEAT_SECONDS", 0.01)
+    counts, again = list[int](), threading.Event()
+
+    def beat(count: int) -> None:
+        counts.append(count)
+        if count == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        again.set()
+
+    with beating(beat):
+        assert again.wait(20)
+    assert counts[:2] == [1, 2]

@@ -189,6 +189,9 @@ def beating(beat: Callable[[int], None]) -> Iterator[None]:
                 beat(count)
             except UpdateFinishedTrialError:
                 return
+            except OSError:
+                # The disk may be full for now; who evaluates finds that, too, and says so.
+                continue
 
     thread = threading.Thread(target=go_on, daemon=True)
     thread.start()
