@@ -1,6 +1,6 @@
 """Gradient similarity: which timesteps pull the weights the same way, and which against each other."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ def compute(subject: Subject) -> Generator[str | Progress, None, Finding]:
     Returns:
         A row for each network (the base; a checkpoint of its training), layer (``all``; with ``per_layer`` each) and
         pair of ranges: mean, smallest and largest cosine, and the share of those below 0, of the usual estimate, and
-        the mean of that from two halves; the same timestep twice doesn't count. Maps and histograms are arrays.
+        the median of that from two halves; the same timestep twice doesn't count. Maps and histograms are arrays.
     """
     t, sketch = _timesteps(subject), _sketch(subject)
     images = fixed_images(subject, _settings(subject).num_images // 2 * 2)
@@ -171,7 +171,8 @@ def _pairs(subject: Subject, grams: Grams, places: list[int]) -> Iterator[dict[s
                 "smallest": float(values.min()),
                 "largest": float(values.max()),
                 "negative_share": float((values < 0).mean()),
-                "halves_mean": float(other.mean()) if len(other) else None,
+                # Where noise is most of it, single ones are anything.
+                "halves_median": float(np.median(other)) if len(other) else None,
             }
 
 
@@ -186,16 +187,16 @@ def _histograms(usual: Tensor, places: list[int], num_ranges: int) -> np.ndarray
 def _statistics(usual: np.ndarray, halves: np.ndarray, at: np.ndarray) -> dict[str, float | None]:
     others, same = ~np.eye(len(at), dtype=bool), at[:, None] == at[None]
 
-    def mean(values: np.ndarray, chosen: np.ndarray) -> float | None:
+    def mean(values: np.ndarray, chosen: np.ndarray, average: Callable[[np.ndarray], Any] = np.mean) -> float | None:
         found = values[chosen & np.isfinite(values)]
-        return float(found.mean()) if len(found) else None
+        return float(average(found)) if len(found) else None
 
     return {
         "neighbours": float(usual.diagonal(1).mean()) if len(at) > 1 else None,
         "inside_ranges": mean(usual, same & others),
         "between_ranges": mean(usual, ~same),
-        "halves_inside_ranges": mean(halves, same & others),
-        "halves_between_ranges": mean(halves, ~same),
+        "halves_inside_ranges": mean(halves, same & others, np.median),
+        "halves_between_ranges": mean(halves, ~same, np.median),
         "negative_share": mean((usual < 0).astype(float), others),
         "noise_ceiling": float(halves.diagonal().mean()),
         "undefined_share": float(np.isnan(halves[others]).mean()) if others.any() else 0.0,
@@ -206,9 +207,11 @@ def _sentence(summary: dict[str, Any]) -> str:
     inside, between, negative = (summary[k] for k in ("inside_ranges", "between_ranges", "negative_share"))
     if inside is None or between is None:
         return f"{(negative or 0):.0%} of the pairs of timesteps have gradients that conflict."
+    found = [summary[f"halves_{k}"] for k in ("inside_ranges", "between_ranges")]
+    quiet = "" if None in found else " From two halves of the images the medians are {:.2f} and {:.2f}.".format(*found)
     return (
         f"Gradients at two timesteps of one range have a mean cosine of {inside:.2f}, of two ranges {between:.2f}; "
-        f"{negative:.0%} of all pairs conflict."
+        f"{negative:.0%} of all pairs conflict.{quiet}"
     )
 
 
