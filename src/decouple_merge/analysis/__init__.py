@@ -8,7 +8,7 @@ import pkgutil
 from typing import Any
 
 # What the analyses share; every other file of this room is one.
-SHARED = ("charts", "cost", "figures", "fixed", "gradients", "plane", "style", "subject")
+SHARED = ("charts", "cost", "duration", "figures", "fixed", "gradients", "plane", "style", "subject")
 
 
 def analyses() -> list[str]:

@@ -9,6 +9,7 @@ from ..diffusion.timesteps import TimestepRange
 from ..models.network import predict
 from ..seeds import generator
 from ..training.gradient import frozen_copy, loss_and_gradients, noisy_batch, with_leaves
+from .duration import duration
 from .subject import Cost, Subject
 
 # What nobody minds to wait for an estimate.
@@ -66,10 +67,3 @@ def describe(name: str, cost: Cost, speed: Speed) -> str:
     parts += [f"{cost.num_forward:,} images through the network"] if cost.num_forward else []
     parts += [f"{cost.num_bytes / 1e9:.2g} GB"] if cost.num_bytes else []
     return f"{name}: {', '.join([*parts, f'about {duration(speed.seconds(cost))}'])}"
-
-
-def duration(seconds: float) -> str:
-    """Say a time in the unit that fits it."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

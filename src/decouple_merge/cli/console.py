@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,11 +23,15 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def show(events: Iterable[Any]) -> None:
-    """Print events as they come, and the rows of the result table together at the end."""
+def show(events: Iterable[Any], folder: Path | None = None) -> None:
+    """Print events as they come, and the rows of the result table together at the end.
+
+    Args:
+        folder: of the run that they are of; then the time left is told of the whole job.
+    """
     from .progress import show as show_live
 
-    rows = show_live(events, console)
+    rows = show_live(events, console, folder)
     if rows:
         console.print(result_table(rows))
 

@@ -18,12 +18,14 @@ from .init import init
 from .reports import report
 from .runs import analyze, finetune, fisher, gram, pretrain, run, search, study
 from .scores import evaluate, stats
+from .status import status
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 for verb in (
     run,
     finetune,
     search,
+    status,
     analyze,
     fisher,
     gram,

@@ -1,10 +1,14 @@
-"""Show a run's events: a live view on a terminal, plain lines elsewhere."""
+"""Show a run's events: one live table on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,11 +19,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..analysis.cost import duration
+from ..analysis.duration import duration
 from ..analysis.subject import Progress as Share
 from ..experiment.results import Row
+from ..reporting.job import Job
+from ..reporting.status import read_job
 from ..searching.trial import Trial
+from ..storage.run_folder import Run
 from ..training.records import StepRecord
+from .live import left_line, tables
 
 # In a pipe or a log, an analysis says how far it is no more often.
 SECONDS_BETWEEN_LINES = 10.0
@@ -28,8 +36,16 @@ SECONDS_BETWEEN_LINES = 10.0
 class _Shares:
     """Say how far analyses are: a bar on a terminal, else a line now and then."""
 
-    def __init__(self, progress: Progress, console: Console) -> None:
-        self.progress, self.console = progress, console
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.console = console
         self.bars: dict[str, TaskID] = {}
         self.started: dict[str, tuple[float, int]] = {}
         self.said = time.monotonic()
@@ -38,7 +54,7 @@ class _Shares:
         """Show one; the time left counts from the first, since what was done before this start took none."""
         now = time.monotonic()
         if share.name not in self.bars:
-            self.bars[share.name] = self.progress.add_task(share.name, total=share.num_total, detail="")
+            self.bars[share.name] = self.progress.add_task(share.name, total=share.num_total)
             self.started[share.name] = now, share.num_done
         self.progress.update(self.bars[share.name], completed=share.num_done)
         started, first = self.started[share.name]
@@ -48,45 +64,86 @@ class _Shares:
             self.console.print(f"{share.name} {share.num_done}/{share.num_total}: about {duration(left)} left")
 
 
-def show(events: Iterable[Any], console: Console) -> list[Row]:
-    """Print events as they come; returns the rows of the result table."""
+class _View:
+    """What is shown of a run: its tables on a terminal, else lines.
+
+    Args:
+        folder: of the run; without one, trainings are shown as they come, and no job that they are of.
+    """
+
+    def __init__(self, console: Console, folder: Path | None) -> None:
+        self.console, self.folder = console, folder
+        self.shares = _Shares(console)
+        self.job = Job({})
+        # The terminal is drawn by a thread of its own.
+        self.lock = Lock()
+
+    def draw(self) -> Group:
+        """Lay out what is known by now."""
+        with self.lock:
+            return Group(tables(self.job, self.console, of_now=True), self.shares.progress.get_renderable())
+
+    def add(self, event: Any) -> None:
+        """Take in an event, and print what it says in a line."""
+        if isinstance(event, Share):
+            self.shares.show(event)
+        elif isinstance(event, StepRecord | Trial | dict):
+            with self.lock:
+                self._take_in(event)
+            self._say(event)
+        else:
+            self.console.print(event)
+
+    def _take_in(self, event: StepRecord | Trial | dict[str, Any]) -> None:
+        # Now that there is work, its plan is in the folder.
+        if self.folder is not None:
+            self.job, self.folder = read_job(Run(self.folder)), None
+        if isinstance(event, StepRecord):
+            self.job.add_step(asdict(event))
+        elif isinstance(event, Trial):
+            self.job.add_trial(asdict(event))
+        elif self.job.work:
+            self.job.is_search_done = True
+            self.job.add_number(event)
+
+    def _say(self, event: StepRecord | Trial | dict[str, Any]) -> None:
+        if isinstance(event, StepRecord):
+            if event.validation is not None and not self.console.is_terminal:
+                line = f"{event.name} {event.update}/{event.num_updates}: {training_line(event)}"
+                self.console.print(line + self._whole() + validation_line(event))
+        elif isinstance(event, Trial):
+            weights = ", ".join(f"{w:.3f}" for w in event.weights)
+            value = f"lost: {event.failure}" if event.failure else f"{event.value:.4g}"
+            whole = "" if self.console.is_terminal else self._whole()
+            self.console.print(f"{event.level} {event.number}: ({weights}) → {value}  {event.seconds:.0f} s{whole}")
+        else:
+            self.console.print(metrics_line(event))
+
+    def _whole(self) -> str:
+        """Say the time left of the whole job, where it is known."""
+        seconds = self.job.seconds_left() if self.job.work else None
+        return f"  whole job {left_line(seconds)}" if seconds else ""
+
+
+def show(events: Iterable[Any], console: Console, folder: Path | None = None) -> list[Row]:
+    """Print events as they come; returns the rows of the result table.
+
+    Args:
+        folder: of the run that they are of.
+    """
     rows: list[Row] = []
-    bars: dict[str, TaskID] = {}
-    validations: dict[str, str] = {}
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    shares = _Shares(progress, console)
-    with progress:
+    view = _View(console, folder)
+    live = Live(console=console, get_renderable=view.draw, refresh_per_second=2)
+    if console.is_terminal:
+        live.start()
+    try:
         for event in events:
             if isinstance(event, Row):
                 rows.append(event)
-            elif isinstance(event, StepRecord):
-                if event.name not in bars:
-                    bars[event.name] = progress.add_task(event.name, total=event.num_updates, detail="")
-                if event.validation is not None:
-                    validations[event.name] = validation_line(event)
-                line = training_line(event) + validations.get(event.name, "")
-                progress.update(bars[event.name], completed=event.update, detail=line)
-                if not console.is_terminal and event.validation is not None:
-                    console.print(f"{event.name} {event.update}/{event.num_updates}: {line}")
-            elif isinstance(event, Share):
-                shares.show(event)
-            elif isinstance(event, Trial):
-                weights = ", ".join(f"{w:.3f}" for w in event.weights)
-                value = f"lost: {event.failure}" if event.failure else f"{event.value:.4g}"
-                console.print(f"{event.level} {event.number}: ({weights}) → {value}  {event.seconds:.0f} s")
-            elif isinstance(event, dict):
-                console.print(metrics_line(event))
             else:
-                console.print(event)
+                view.add(event)
+    finally:
+        live.stop()
     return rows
 
 

@@ -37,7 +37,7 @@ def run(
     if dry_run:
         show(describe(settings, folder))
         return
-    show(workflow.run(settings, folder, wait, page=not no_report))
+    show(workflow.run(settings, folder, wait, page=not no_report), folder)
     console.print(f"merged model: {folder / 'merged'}")
 
 
@@ -57,7 +57,7 @@ def finetune(
     from ..experiment import finetuning, plan
 
     settings, folder = _load(config, out, chosen(overrides, executor, address))
-    show(finetuning.finetune_experts(plan.prepare(settings, folder, wait), only, wait))
+    show(finetuning.finetune_experts(plan.prepare(settings, folder, wait), only, wait), folder)
 
 
 def search(
@@ -78,7 +78,7 @@ def search(
     if worker:
         show(selection.help_search(opened))
         return
-    show(selection.search_weights(opened, wait))
+    show(selection.search_weights(opened, wait), run_folder)
     console.print(f"merged model: {run_folder / 'merged'}")
 
 
@@ -181,7 +181,8 @@ def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None, wait: W
     """
     from ..experiment import pretraining
 
-    show(pretraining.pretrain(*_load(config, out, overrides), wait))
+    settings, folder = _load(config, out, overrides)
+    show(pretraining.pretrain(settings, folder, wait), folder)
 
 
 def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Path]:

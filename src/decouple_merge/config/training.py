@@ -66,7 +66,7 @@ class Training(Section):
         balancing: weights that are learned while the network is trained, on top of the weighting; None learns none.
         keep_every: updates after which the averaged weights are kept as a model, in ``checkpoints/``; None keeps none.
         distance: None draws nothing during training.
-        tracker: of the curves, where one is wanted; ``log.jsonl`` holds the same numbers.
+        tracker: of the curves, by the library's name; ``log.jsonl`` holds the same numbers.
     """
 
     num_updates: PositiveInt = 20_000
@@ -96,7 +96,7 @@ class Training(Section):
     checkpoint_every: PositiveInt = 1000
     keep_every: PositiveInt | None = None
     distance: Distance | None = None
-    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = "none"
 
     @field_validator("density", mode="before")
     @classmethod

@@ -1,10 +1,15 @@
-"""Which device work runs on."""
+"""Which device work runs on, and what it holds there."""
 
 import os
+import resource
+import sys
 
 import torch
 
 from ..errors import UserError
+
+# Of ``ru_maxrss``, which macOS gives in bytes.
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def default_device() -> torch.device:
@@ -37,3 +42,16 @@ def check_memory(key: str, value: int, num_bytes_each: int, device: torch.device
             f"{key} is {value}, which takes {value * num_bytes_each / 1e6:,.2f} MB at least, and this machine's "
             f"{device.type} has {total / 1e6:,.2f} MB: lower it"
         )
+
+
+def device_name(device: torch.device) -> str:
+    """Name a device as this process sees it, a GPU with its number."""
+    is_one_of_several = device.type == "cuda" and device.index is None
+    return f"cuda:{torch.cuda.current_device()}" if is_one_of_several else str(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Say the most that this process has held so far: tensors on a GPU, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT

@@ -35,6 +35,7 @@ from .manifest import check_owner, claim, manifest
 from .planned import Plan
 from .provenance import check_stages, trainings_made_from
 from .reported import report_references
+from .work import work_of
 
 # A process of Python that does nothing.
 MIN_PROCESS_BYTES = 10_000_000
@@ -115,6 +116,7 @@ def prepare(config: Config, out: Path, wait: bool = False) -> Plan:
         claim(plan.run, plan.config, manifest(plan.config, plan.base, plan.images), wait)
         if plan.prompts:
             write_json(plan.run.prompts, {"prompts": plan.prompts})
+        write_json(plan.run.work, work_of(plan))
     return plan
 
 

@@ -28,7 +28,7 @@ from ..models.parts import create_vae, vae_downscale
 from ..models.ranges import with_density
 from ..models.text_encoders import create_text_encoder, create_tokenizer
 from ..seeds import stream_seed
-from ..storage.files import read_records, read_tensors, write_records
+from ..storage.files import read_records, read_tensors, write_json, write_records
 from ..storage.locks import enter, hold
 from ..storage.run_folder import Run
 from ..training.checks import check_training
@@ -36,10 +36,11 @@ from ..training.parts import train_image_text, train_vae
 from ..training.records import StepRecord
 from ..training.trainer import Task
 from .located import located
-from .manifest import check_owner, check_same_config, check_same_origin, claim, manifest
+from .manifest import PRETRAINING, check_owner, check_same_config, check_same_origin, claim, manifest
 from .plan import captioned_plan, check_distance, image_plan
 from .planned import Plan
 from .watch import global_batch, train_watched
+from .work import pretraining_work
 
 
 def convergence(log: list[dict[str, Any]]) -> str:
@@ -199,8 +200,11 @@ def _pretrain(config: Config, settings: Pretrain, made: Plan | _TextParts, out: 
     else:
         plan = yield from _train_parts(config, settings, made, out)
     task = Task("pretrain", TimestepRange(0, plan.base.num_train_timesteps), plan.ranges)
+    folder = out / PRETRAINING
+    with distributed.first_goes_first():
+        write_json(plan.run.work, pretraining_work(plan, (task, settings, folder)))
     yield global_batch(settings)
-    yield from train_watched(plan, task, settings, out / "training")
+    yield from train_watched(plan, task, settings, folder)
     if distributed.is_first():
         yield from _export(plan, out)
 
@@ -211,8 +215,8 @@ def _claim(run: Run, config: Config, record: dict[str, Any]) -> None:
 
 
 def _export(plan: Plan, out: Path) -> Iterator[str]:
-    weights, _ = read_tensors(out / "training" / "model.safetensors")
-    pipeline, log = out / "pipeline", read_records(out / "training" / "log.jsonl")
+    weights, _ = read_tensors(out / PRETRAINING / "model.safetensors")
+    pipeline, log = out / "pipeline", read_records(out / PRETRAINING / "log.jsonl")
     export_pipeline(plan.base, weights, pipeline, None, None)
     write_records(pipeline / "training-curve.jsonl", log)
     training_curve(log, plan.ranges, pipeline / "training-curve.png")

@@ -1,10 +1,23 @@
-"""What a run's report compares with: the data, or images that neither training nor search sees."""
+"""What a run's report is of, and compares with: the data, or images that neither training nor search sees."""
 
 from ..config import Config, Data
 from ..data.images import Images
 from ..data.sources import load_images
 from ..errors import UserError
 from ..models.base import Base
+from .planned import BASELINE, Plan
+
+
+def report_models(plan: Plan) -> list[str]:
+    """List the models of the result table; the ensemble of a base's own denoisers is the pretrained model."""
+    over, is_trained = plan.config.search.over, plan.config.finetune.experts == "trained"
+    models = {
+        "pretrained": is_trained,
+        BASELINE: is_trained and plan.config.finetune.baseline,
+        "ensemble": over == "experts",
+        "merged": over != "nothing",
+    }
+    return [name for name, is_made in models.items() if is_made]
 
 
 def reference_data(config: Config) -> Data:

@@ -34,7 +34,7 @@ from ..training.made_from import is_finished
 from .costs import timed
 from .plan import load_experts
 from .planned import BASELINE, Plan
-from .reported import report_references
+from .reported import report_models, report_references
 from .watch import reported_with
 
 
@@ -54,18 +54,6 @@ class Row:
     @property
     def spread(self) -> float:
         return max(self.values) - min(self.values)
-
-
-def report_models(plan: Plan) -> list[str]:
-    """List the models of the result table; the ensemble of a base's own denoisers is the pretrained model."""
-    over, is_trained = plan.config.search.over, plan.config.finetune.experts == "trained"
-    models = {
-        "pretrained": is_trained,
-        BASELINE: is_trained and plan.config.finetune.baseline,
-        "ensemble": over == "experts",
-        "merged": over != "nothing",
-    }
-    return [name for name, is_made in models.items() if is_made]
 
 
 def is_made(plan: Plan, model: str) -> bool:

@@ -17,8 +17,8 @@ from ..training.made_from import is_finished, training_record
 from ..training.records import StepRecord
 from ..training.trainer import Task
 from .planned import BASELINE, Plan
-from .reported import report_references
-from .results import evaluate_models, report_models, wanted_records
+from .reported import report_models, report_references
+from .results import evaluate_models, wanted_records
 from .trainings import Training, trainings
 from .watch import train_watched
 

@@ -25,7 +25,8 @@ from .manifest import check_owner
 from .plan import check, prepare
 from .planned import BASELINE, Plan, Plans
 from .provenance import check_stages
-from .results import is_made, report_models, wanted_records
+from .reported import report_models
+from .results import is_made, wanted_records
 from .selection import search_weights
 from .sharing import evaluate_shared, train_shared, training_key
 from .study_results import current_records, write_results

@@ -19,7 +19,7 @@ from ..searching.levels import levels
 from ..storage.study_folder import StudyFolder
 from ..training.trainer import Trainer
 from .planned import Plan, Plans
-from .results import report_models
+from .reported import report_models
 from .sharing import drawing_key
 from .study import open_plans, pieces
 from .trainings import Training

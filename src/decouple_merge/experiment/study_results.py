@@ -17,7 +17,8 @@ from ..evaluation.records import identity_of
 from ..storage.files import read_records, write_json, write_text
 from ..storage.study_folder import StudyFolder
 from .planned import BASELINE, Plan, Plans
-from .results import is_made, report_models, wanted_records
+from .reported import report_models
+from .results import is_made, wanted_records
 from .sharing import drawing_key
 
 # By arm and training seed, the records of a run that are of its models as they are now.

@@ -19,6 +19,7 @@ from ..training.loop import train
 from ..training.made_from import num_ranks
 from ..training.records import StepRecord
 from ..training.trainer import Task
+from .costs import told
 from .planned import Plan
 from .reported import report_references
 
@@ -83,4 +84,6 @@ def train_watched(plan: Plan, task: Task, settings: Training, folder: Path) -> I
 
 def _train_watched(plan: Plan, task: Task, settings: Training, folder: Path) -> Iterator[StepRecord]:
     distance = training_distance(plan, task.own, settings.distance) if settings.distance and is_first() else None
-    yield from train(plan.base, plan.images, plan.config.data, task, settings, plan.config.seed, folder, distance)
+    config = plan.config
+    records = train(plan.base, plan.images, config.data, task, settings, config.seed, folder, distance)
+    yield from told(plan.run.progress(task.name), records)

@@ -19,7 +19,8 @@ from .finetuning import finetune_experts
 from .manifest import check_claimed
 from .plan import prepare
 from .planned import Plan
-from .results import Row, evaluate_run, report_models
+from .reported import report_models
+from .results import Row, evaluate_run
 from .selection import search_weights
 
 # What the verbs yield: a line for the user, progress, a metrics record, a row of the result table.

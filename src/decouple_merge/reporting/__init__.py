@@ -1,4 +1,4 @@
-"""One page of what runs hold: read from their folders, judged, drawn, and written as one HTML file.
+"""What runs hold: one page on them, read from their folders, judged and drawn; and how far a run is.
 
 Imports analysis, config, errors, evaluation, storage.
 """

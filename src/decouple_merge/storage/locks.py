@@ -11,7 +11,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import UserError
-from .files import lock_of
 
 # Who only looks whether a lock is free holds it for a moment.
 MOMENT_SECONDS = 1
@@ -90,6 +89,27 @@ def describe_holder(path: Path) -> str:
     return f"{folder}: " + "{verb} holds it, process {pid} on {host}, since {since}".format(**found)
 
 
+def holders(folder: Path) -> dict[str, dict[str, str]]:
+    """Say who works on a folder now: by the names of its locks that are held, what their holders say of themselves.
+
+    Args:
+        folder: of the locks. It may be one that can't be written; then a holder is believed.
+    """
+    return {path.stem: _holder(path) for path in sorted(folder.glob("*.lock")) if _is_held(path)}
+
+
+def _is_held(path: Path) -> bool:
+    if path.resolve() in _held:
+        return True
+    try:
+        with FileLock(path).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return bool(_holder(path)) and not _is_dead(_holder(path))
+
+
 def _own_record(verb: str) -> dict[str, str]:
     since = datetime.now(UTC).isoformat(timespec="seconds")
     return {"verb": verb, "pid": str(os.getpid()), "host": socket.gethostname(), "since": since}
@@ -123,6 +143,9 @@ def turn_lock(path: Path) -> FileLock:
 
 def make_once(path: Path, make: Callable[[], None]) -> None:
     """Make a file of the cache where it isn't there; of several processes one does, the others wait."""
+    # Here, since it imports torch, and who only looks at locks needs none.
+    from .files import lock_of
+
     if not path.exists():
         with lock_of(path):
             if not path.exists():

@@ -38,6 +38,13 @@ class Run:
         return self.folder / "costs.jsonl"
 
     @property
+    def work(self) -> Path:
+        return self.folder / "progress" / "work.json"
+
+    def progress(self, training: str) -> Path:
+        return self.folder / "progress" / f"{training}.json"
+
+    @property
     def report(self) -> Path:
         return self.folder / "report.html"
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..executors.devices import device_name, peak_bytes
 from ..storage.files import read_records, write_records
 from .schedule import learning_rate_at
 from .trackers import open_tracker
@@ -20,6 +21,7 @@ class StepRecord:
         own_range: the index of the range that is trained, where it is one of the task's ranges.
         validation: losses of the averaged weights on each range, where they were just taken.
         distance: of images drawn with the averaged weights, where it was just taken.
+        device, memory_bytes: where it runs, and the most that its process has held there.
     """
 
     name: str
@@ -33,6 +35,8 @@ class StepRecord:
     own_range: int | None = None
     validation: list[float] | None = None
     distance: float | None = None
+    device: str = ""
+    memory_bytes: int = 0
 
 
 def step_record(trainer: Trainer, seconds_per_update: float) -> StepRecord:
@@ -59,6 +63,8 @@ def step_record(trainer: Trainer, seconds_per_update: float) -> StepRecord:
         images_per_second=num_images / seconds_per_update,
         seconds_left=(settings.num_updates - trainer.num_done) * seconds_per_update,
         own_range=task.ranges.index(task.own) if task.own in task.ranges else None,
+        device=device_name(trainer.device),
+        memory_bytes=peak_bytes(trainer.device),
     )
 
 

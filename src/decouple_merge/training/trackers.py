@@ -1,10 +1,14 @@
-"""Where the curves of a training are shown: TensorBoard's files, or a service with wandb's interface."""
+"""Where the curves of a training are shown: by the names of the libraries that show them."""
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..config import Training
+
+# Of the trainings in a service; a training is a run of it.
+PROJECT = "decouple-merge"
 
 
 class NoTracker:
@@ -46,7 +50,7 @@ class Service:
 
     def __init__(self, library: str, name: str) -> None:
         self.library: Any = import_module(library)
-        self.library.init(project="decouple-merge", name=name)
+        self.library.init(project=PROJECT, name=name)
 
     def log(self, values: dict[str, float], update: int) -> None:
         """Send the numbers after an update."""
@@ -57,7 +61,36 @@ class Service:
         self.library.finish()
 
 
-Tracker = NoTracker | TensorBoard | Service
+class MLflow:
+    """MLflow, which writes where ``MLFLOW_TRACKING_URI`` says, or into the working folder.
+
+    Args:
+        name: of the training.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.library: Any = import_module("mlflow")
+        self.library.set_experiment(PROJECT)
+        self.library.start_run(run_name=name)
+
+    def log(self, values: dict[str, float], update: int) -> None:
+        """Write the numbers after an update."""
+        self.library.log_metrics(values, step=update)
+
+    def close(self) -> None:
+        """End the run."""
+        self.library.end_run()
+
+
+Tracker = NoTracker | TensorBoard | Service | MLflow
+# By name: made of the name of the training and a folder for files.
+TRACKERS: dict[str, Callable[[str, Path], Tracker]] = {
+    "none": lambda name, folder: NoTracker(),
+    "tensorboard": lambda name, folder: TensorBoard(folder),
+    "wandb": lambda name, folder: Service("wandb", name),
+    "trackio": lambda name, folder: Service("trackio", name),
+    "mlflow": lambda name, folder: MLflow(name),
+}
 
 
 def open_tracker(settings: Training, name: str, folder: Path) -> Tracker:
@@ -67,6 +100,4 @@ def open_tracker(settings: Training, name: str, folder: Path) -> Tracker:
         name: of the training.
         folder: for a tracker of files.
     """
-    if settings.tracker == "none":
-        return NoTracker()
-    return TensorBoard(folder) if settings.tracker == "tensorboard" else Service(settings.tracker, name)
+    return TRACKERS[settings.tracker](name, folder)

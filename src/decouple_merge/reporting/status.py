@@ -1,0 +1,116 @@
+"""What a run folder says of a run, which may go on elsewhere: nothing of it is opened but small files."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..storage.locks import holders
+from ..storage.reading import AGAIN, MAX_LINES_BYTES, parse_json, read_record, read_text
+from ..storage.run_folder import LOCKS, Run
+from .job import Job, Record
+
+ADVICE = "start the command that makes the run again, which writes it"
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run as its folder shows it.
+
+    Attributes:
+        holders: who works on it now, by lock.
+        made: what it holds for use, by what it is.
+    """
+
+    folder: Path
+    job: Job
+    holders: dict[str, dict[str, str]]
+    made: dict[str, str]
+
+    @property
+    def state(self) -> str:
+        """In a word: running, finished or stopped."""
+        if self.holders:
+            return "running"
+        return "finished" if self.job.is_done() else "stopped"
+
+    def record(self) -> Record:
+        """Say all as JSON's types."""
+        job = self.job
+        trainings = [
+            {**asdict(t), "last": {k: v for k, v in t.last.items() if k not in ("name", "update", "num_updates")}}
+            for t in job.trainings.values()
+        ]
+        levels = [
+            {k: v for k, v in asdict(level).items() if k != "trials"}
+            | {"num_done": len(level.trials), "last": level.values[-1:], "best": sorted(level.values)[:1]}
+            for level in job.levels.values()
+        ]
+        return {
+            "run": str(self.folder),
+            "state": self.state,
+            "holders": self.holders,
+            "seconds_left": job.seconds_left(),
+            "stages": [asdict(stage) for stage in job.stages()],
+            "trainings": trainings,
+            "search": levels,
+            "results": job.means(),
+            "made": self.made,
+        }
+
+
+def read_status(folder: Path) -> Status:
+    """Read what a run folder says by now.
+
+    Raises:
+        UserError: it is no run folder, or a file of it is damaged.
+    """
+    run = Run(folder)
+    if not run.config.is_file():
+        raise UserError(f"{folder} has no config.yaml, expected a run folder: give the folder that deme run wrote")
+    return Status(folder, read_job(run), holders(folder / LOCKS), _made(run))
+
+
+def read_job(run: Run) -> Job:
+    """Read what a run has done so far.
+
+    Raises:
+        UserError: a file of it is missing or damaged.
+    """
+    job = Job(read_record(run.work, ADVICE, trainings=list, levels=list, models=list, sets=list))
+    for training in job.work["trainings"]:
+        folder, name = run.folder / training["folder"], training["name"]
+        for record in _lines(folder / "log.jsonl"):
+            job.add_step({"name": name, "num_updates": training["num_updates"], **record})
+        if run.progress(name).is_file():
+            job.add_step(read_record(run.progress(name), AGAIN, name=str, update=int, num_updates=int))
+        job.trainings[name].is_finished = (folder / "model.safetensors").is_file()
+    for record in _lines(run.trials):
+        job.add_trial(record)
+    job.is_search_done = not job.levels or run.candidates.is_file()
+    for record in _lines(run.metrics):
+        job.add_number(record)
+    for cost in _lines(run.costs):
+        job.costs[cost["stage"]] = job.costs.get(cost["stage"], 0.0) + cost["seconds"]
+    return job
+
+
+def _lines(path: Path) -> list[Any]:
+    if not path.is_file():
+        return []
+    lines = read_text(path, AGAIN, MAX_LINES_BYTES).splitlines()
+    return [parse_json(line, f"{path}, line {i}", AGAIN) for i, line in enumerate(lines, start=1)]
+
+
+def _made(run: Run) -> dict[str, str]:
+    places = {
+        "merged model": run.merged,
+        "merged LoRA": run.merged_lora,
+        "pipeline": run.folder / "pipeline",
+        "report": run.report,
+        "samples": run.sample_figure,
+    }
+    found = {name: str(path) for name, path in places.items() if path.exists()}
+    if analyses := sorted(path.stem for path in run.analysis("").glob("*.json")):
+        found["analyses"] = ", ".join(analyses)
+    return found
