@@ -149,7 +149,7 @@ def test_a_run_of_others_is_told_from_its_folder(halfway: Run) -> None:
         text = CliRunner().invoke(app, ["status", str(halfway.folder)]).output
     assert (found["state"], list(found["holders"])) == ("running", ["expert-1"])
     baseline, first, second = found["trainings"]
-    assert (first["is_finished"], first["validation"], first["distances"]) == (True, [0.125, 0.5], [7.0, 8.0])
+    assert (first["is_finished"], first["validation"], first["distances"]) == (True, [0.125, 0.5], {"3": 7.0, "6": 8.0})
     assert (second["is_finished"], second["update"], second["last"]["device"]) == (False, 4, "cpu")
     assert (baseline["update"], baseline["num_updates"]) == (0, 12)
     assert found["stages"][0]["num_done"] == 10

@@ -35,7 +35,7 @@ def _tables(job: Job, console: Console, of_now: bool) -> Iterator[RenderableType
     is_past = of_now and any(level.trials for level in job.levels.values())
     if shown and not is_past:
         validated = [t for t in shown if len(t.validation) == len(job.ranges) > 0]
-        yield from _beside(console, _trainings(shown), validated and _losses(job, validated, console.width))
+        yield from _beside(console, _trainings(shown), _losses(job, validated, console.width) if validated else None)
     yield from _beside(console, _search(job), _numbers(job))
 
 
@@ -107,7 +107,7 @@ def _losses(job: Job, shown: list[Training], width: int) -> Table:
         is_own = [own == training.own for own in job.ranges]
         pairs = zip(training.validation, is_own, strict=True)
         cells = [Text(f"{loss:.4f}", style="bold" if own else "") for loss, own in pairs if own or is_few]
-        taken = training.distances
+        taken = list(training.distances.values())
         distances = [_number(taken[-1]), _number(min(taken))] if taken else ["", ""]
         table.add_row(training.name, *(cells or [""]), *(distances if has_distance else []))
     return table

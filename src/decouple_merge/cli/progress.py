@@ -108,7 +108,8 @@ class _View:
 
     def _say(self, event: StepRecord | Trial | dict[str, Any]) -> None:
         if isinstance(event, StepRecord):
-            if event.validation is not None and not self.console.is_terminal:
+            # On a terminal the tables say it, but of trainings that are of no one run.
+            if event.validation is not None and not (self.console.is_terminal and self.job.work):
                 line = f"{event.name} {event.update}/{event.num_updates}: {training_line(event)}"
                 self.console.print(line + self._whole() + validation_line(event))
         elif isinstance(event, Trial):

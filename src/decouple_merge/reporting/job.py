@@ -25,7 +25,7 @@ class Training:
         num_passes: of the network for one of them.
         last: the newest of its records, with the speed.
         validation: the newest losses on each range.
-        distances: all that were taken.
+        distances: all that were taken, by the updates after which they were.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Training:
     update: int = 0
     last: Record = field(default_factory=dict)
     validation: list[float] = field(default_factory=list)
-    distances: list[float] = field(default_factory=list)
+    distances: dict[int, float] = field(default_factory=dict)
     is_finished: bool = False
 
     @property
@@ -122,7 +122,7 @@ class Job:
         if record.get("validation") is not None:
             training.validation = record["validation"]
         if record.get("distance") is not None:
-            training.distances.append(record["distance"])
+            training.distances[record["update"]] = record["distance"]
         training.is_finished = training.is_finished or training.update >= training.num_updates
 
     def add_trial(self, record: Record) -> None:
