@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +27,14 @@ from decouple_merge.experiment.export import export_record
 from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.experiment.results import Row
 from decouple_merge.experiment.selection import hashes_of, open_merger, open_scorer
+from decouple_merge.experiment.work import work_of
 from decouple_merge.merging import recipes
 from decouple_merge.merging.arithmetic import merge
 from decouple_merge.merging.card import model_card
 from decouple_merge.merging.rules.rule import Settings
 from decouple_merge.models.base import load_base, tensors_sha256
+from decouple_merge.reporting.job import Job
+from decouple_merge.reporting.status import read_status
 from decouple_merge.sampling import folder as drawn
 from decouple_merge.searching.levels import levels
 from decouple_merge.searching.trial import Trial
@@ -116,6 +119,25 @@ def test_the_run_folder_is_laid_out_as_promised(done: Finished) -> None:
     assert expected <= found
     assert not any("/state/" in f or "tmp" in f for f in found)
     assert len([f for f in found if f.endswith(".png") and f.startswith("samples/")]) == 8
+
+
+def test_its_folder_tells_what_its_events_told(done: Finished) -> None:
+    found, job = read_status(done.folder), Job(work_of(check(done.config, done.folder)))
+    for event in done.events:
+        if isinstance(event, StepRecord):
+            job.add_step(asdict(event))
+        elif isinstance(event, Trial):
+            job.add_trial(asdict(event))
+        elif isinstance(event, dict):
+            job.is_search_done = True
+            job.add_number(event)
+    assert (found.state, found.job.seconds_left(), job.is_done()) == ("finished", 0, True)
+    assert {"merged model", "report", "samples"} <= set(found.made)
+    assert (list(job.means()), found.job.means()) == (MODELS, job.means())
+    for name, training in job.trainings.items():
+        assert found.job.trainings[name] == training
+    assert {k: v.values for k, v in found.job.levels.items()} == {k: v.values for k, v in job.levels.items()}
+    assert job.trainings["expert-0"].last["memory_bytes"] > 10**8
 
 
 def test_the_config_in_the_run_folder_repeats_the_run(done: Finished) -> None:

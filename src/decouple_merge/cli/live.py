@@ -109,7 +109,7 @@ def _losses(job: Job, shown: list[Training], width: int) -> Table:
         cells = [Text(f"{loss:.4f}", style="bold" if own else "") for loss, own in pairs if own or is_few]
         taken = list(training.distances.values())
         distances = [_number(taken[-1]), _number(min(taken))] if taken else ["", ""]
-        table.add_row(training.name, *(cells or [""]), *(distances if has_distance else []))
+        table.add_row(training.name, *(cells or [Text()]), *(distances if has_distance else []))
     return table
 
 

@@ -132,7 +132,7 @@ class Job:
 
     def add_number(self, record: Record) -> None:
         """Take in a record of ``metrics.jsonl``; one of another model of that name drops those before."""
-        model, seeds = record["model"], record.get("seeds")
+        model, seeds = record["model"], record["seeds"]
         if model not in self.work["models"] or record["metric"] not in self.work["metrics"]:
             return
         if seeds not in self.work["sets"]:
