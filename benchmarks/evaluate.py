@@ -250,7 +250,7 @@ def peak_megabytes(num_images: int) -> float:
         "inception", "0" * 64, {"features": 2048}, lambda x: {"features": torch.rand(len(x), 2048, generator=generator)}
     )
     identity = torch.eye(2048).double()
-    moments = {"features": Moments(torch.zeros(2048).double(), identity, identity)}
+    moments = {"features": Moments(torch.zeros(2048).double(), identity, lambda: identity)}
     batches = (torch.zeros(len(b), 3, 32, 32, dtype=torch.uint8) for b in torch.arange(num_images).split(256))
     score(batches, ["fid"], [(extractor, Reference("nothing", 0, moments, {}))])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

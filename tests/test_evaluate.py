@@ -15,6 +15,7 @@ from decouple_merge.data.images import ArrayImages
 from decouple_merge.evaluation import metrics
 from decouple_merge.evaluation.distances import (
     FeatureStats,
+    Moments,
     frechet_distance,
     frechet_infinity,
     gaussian_kernel_distance,
@@ -65,7 +66,7 @@ def test_every_metric_takes_its_own_features_of_both_sides() -> None:
         "sfid": frechet_distance(*moments(a["spatial"]), *moments(b["spatial"])),
         "kid": kernel_distance(generated, real),
         "mind": monge_distance(generated, real),
-        "fid_infinity": frechet_infinity(generated, *moments(real)),
+        "fid_infinity": frechet_infinity(generated, Moments(*moments(real))),
         "inception_score": inception_score(a["logits"])[0],
         "precision_inception": precision_recall(real, generated)[0],
         "recall_inception": precision_recall(real, generated)[1],

@@ -13,8 +13,10 @@ from torchmetrics.image.kid import poly_mmd
 
 from decouple_merge.evaluation.distances import (
     FeatureStats,
+    Moments,
     frechet_distance,
     frechet_infinity,
+    frechet_of,
     gaussian_kernel_distance,
     inception_score,
     kernel_distance,
@@ -53,6 +55,16 @@ def test_frechet_distance_agrees_with_scipys_matrix_root(seed: int) -> None:
     root = scipy.linalg.sqrtm(a.numpy() @ b.numpy()).real
     expected = float((mean_a - mean_b).square().sum() + a.trace() + b.trace()) - 2 * np.trace(root)
     assert frechet_distance(mean_a, a, mean_b, b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("num", [2, 7, 29, 30, 31, 80])
+def test_few_samples_are_as_far_as_their_covariance_says(num: int) -> None:
+    """Around as many as there are features, 30, where the smaller matrix is left."""
+    features, real = draw(num, 30), Moments(draw(30, seed=1), random_covariance(30, 60, 2))
+    found = stats_of(features, 4)
+    assert bool(found.few) == (num < 30)
+    expected = frechet_distance(features.mean(0), features.T.cov(), real.mean, real.covariance)
+    assert frechet_of(found, real) == pytest.approx(expected, rel=1e-7)
 
 
 @pytest.mark.parametrize("rank", [3, 12, 40])
@@ -184,7 +196,7 @@ def test_extrapolated_distance_is_nearer_the_true_one() -> None:
         features = draw(400, 20, seed=seed)
         stats = stats_of(features, 100)
         plain.append(frechet_distance(stats.mean, stats.covariance, mean, covariance))
-        extrapolated.append(frechet_infinity(features, mean, covariance, seed=seed))
+        extrapolated.append(frechet_infinity(features, Moments(mean, covariance), seed=seed))
     assert np.mean(plain) > 0.2
     assert abs(np.mean(extrapolated)) < 0.25 * np.mean(plain)
 
@@ -199,14 +211,15 @@ def test_extrapolation_is_the_intercept_of_the_line_through_its_subsets() -> Non
         inverse.append(1 / size)
         distances.append(frechet_distance(*moments, mean, covariance))
     expected = np.polyfit(inverse, distances, 1)[1]
-    found = frechet_infinity(features, mean, covariance, num_points=3, seed=7)
+    found = frechet_infinity(features, Moments(mean, covariance), num_points=3, seed=7)
     assert found == pytest.approx(expected, rel=1e-9)
-    assert frechet_infinity(features, mean, covariance, matrix_root(covariance), 3, 7) == pytest.approx(found, rel=1e-9)
+    known = Moments(mean, covariance, lambda: matrix_root(covariance))
+    assert frechet_infinity(features, known, 3, 7) == pytest.approx(found, rel=1e-9)
 
 
 def test_extrapolation_refuses_few_images() -> None:
     with pytest.raises(ValueError, match="has 19 images and 15 points, expected at least 20 and 2"):
-        frechet_infinity(draw(19, 3), *reference_of(3))
+        frechet_infinity(draw(19, 3), Moments(*reference_of(3)))
 
 
 def test_gaussian_kernel_distance_is_that_of_a_double_loop() -> None:

@@ -1,7 +1,9 @@
 """Fréchet and kernel distances between distributions of features, Inception and CLIP score, R-precision; in float64."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -21,11 +23,13 @@ class FeatureStats:
         num: samples seen.
         total: their sum, [d].
         outer: the sum of their outer products, [d, d].
+        few: the samples themselves, as long as they are fewer than the features.
     """
 
     num: int
     total: Float[Tensor, " d"]
     outer: Float[Tensor, "d d"]
+    few: list[Float[Tensor, "_ d"]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, num_features: int) -> "FeatureStats":
@@ -42,6 +46,7 @@ class FeatureStats:
         self.num += len(x)
         self.total += x.sum(0)
         self.outer += x.T @ x
+        self.few = [*self.few, x] if self.num < len(self.total) else []
 
     @property
     def mean(self) -> Float[Tensor, " d"]:
@@ -56,11 +61,20 @@ class FeatureStats:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and covariance of features in float64, and the covariance's square root."""
+    """Mean and covariance of features in float64.
+
+    Attributes:
+        make_root: finds the covariance's square root, where it is kept from another time.
+    """
 
     mean: Float[Tensor, " d"]
     covariance: Float[Tensor, "d d"]
-    root: Float[Tensor, "d d"]
+    make_root: Callable[[], Float[Tensor, "d d"]] | None = None
+
+    @cached_property
+    def root(self) -> Float[Tensor, "d d"]:
+        """The covariance's square root, made where it is first needed."""
+        return matrix_root(self.covariance) if self.make_root is None else self.make_root()
 
 
 def matrix_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
@@ -95,11 +109,24 @@ def frechet_distance(
     return float(difference + trace)
 
 
+def frechet_of(found: FeatureStats, real: Moments) -> float:
+    """Compute ``frechet_distance`` of summed features from a reference; quickly where they are few.
+
+    Of n < d samples with covariance AᵀA, the eigenvalues of Σ_b^½ AᵀA Σ_b^½ are those of the n×n matrix A Σ_b Aᵀ and
+    zeros. So no root of Σ_b is needed, and no rounded zero adds its root.
+    """
+    if not found.few:
+        return frechet_distance(found.mean, found.covariance, real.mean, real.covariance, real.root)
+    factor = (torch.cat(found.few) - found.mean) / math.sqrt(found.num - 1)
+    eigenvalues = torch.linalg.eigvalsh(factor @ real.covariance.double() @ factor.T).clamp(min=0)
+    difference = (found.mean - real.mean.double()).square().sum()
+    trace = factor.square().sum() + real.covariance.double().trace() - 2 * eigenvalues.sqrt().sum()
+    return float(difference + trace)
+
+
 def frechet_infinity(
     features: Float[Tensor, "n d"],
-    mean: Float[Tensor, " d"],
-    covariance: Float[Tensor, "d d"],
-    root: Float[Tensor, "d d"] | None = None,
+    real: Moments,
     num_points: int = 15,
     seed: int = 0,
 ) -> float:
@@ -111,7 +138,7 @@ def frechet_infinity(
 
     Args:
         features: of the generated images.
-        mean, covariance: of the reference; ``root`` is the covariance's square root where it is known.
+        real: moments of the reference.
 
     Raises:
         UserError: there are fewer than 20 features, or fewer than two points.
@@ -120,7 +147,6 @@ def frechet_infinity(
         raise UserError(
             f"the extrapolation has {len(features)} images and {num_points} points, expected at least 20 and 2"
         )
-    root = matrix_root(covariance) if root is None else root
     generator = torch.Generator().manual_seed(seed)
     smallest = max(len(features) // 10, min(5000, len(features) // 2))
     sizes = torch.linspace(smallest, len(features), num_points, dtype=torch.float64).long()
@@ -129,7 +155,7 @@ def frechet_infinity(
         stats = FeatureStats.empty(features.shape[1])
         for rows in torch.randperm(len(features), generator=generator)[:size].split(1024):
             stats.add(features[rows])
-        distances.append(frechet_distance(stats.mean, stats.covariance, mean, covariance, root))
+        distances.append(frechet_of(stats, real))
     inverse, values = 1 / sizes.double(), torch.tensor(distances, dtype=torch.float64)
     centred = inverse - inverse.mean()
     return float(values.mean() - inverse.mean() * (centred * values).sum() / centred.square().sum())

@@ -51,8 +51,14 @@ class Extractor:
         return f"{self.name}:{self.sha256[:16]}"
 
 
+@cache
+def _effnet(size: int, device: torch.device) -> EffNetFeatures:
+    """Open it once in a process: it is small, and many ask for it."""
+    return EffNetFeatures(size).to(device)
+
+
 def _open_effnet(size: int, weights: Weights | None, device: torch.device) -> Extractor:
-    network = EffNetFeatures(size).to(device)
+    network = _effnet(size, device)
     return Extractor(f"effnetlite{size}", network.sha256, {"features": WIDTH}, _batched(network, device))
 
 

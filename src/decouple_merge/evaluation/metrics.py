@@ -9,11 +9,9 @@ from torch import Tensor
 from ..config import Evaluate, Stats
 from ..errors import UserError
 from .distances import (
-    FeatureStats,
-    Moments,
     clip_score,
-    frechet_distance,
     frechet_infinity,
+    frechet_of,
     gaussian_kernel_distance,
     inception_score,
     kernel_distance,
@@ -51,14 +49,6 @@ class Metric:
     is_distance: bool = True
 
 
-def _frechet(found: FeatureStats, real: Moments) -> float:
-    return frechet_distance(found.mean, found.covariance, real.mean, real.covariance, real.root)
-
-
-def _frechet_infinity(found: Tensor, real: Moments) -> float:
-    return frechet_infinity(found, real.mean, real.covariance, real.root)
-
-
 def _precision_recall(found: Tensor, real: Tensor) -> tuple[float, float]:
     return precision_recall(real, found)
 
@@ -76,7 +66,7 @@ def _inception_score(found: Tensor, real: None) -> tuple[float, float]:
 
 
 def _frechet_of(extractor: str, output: str = "features") -> Metric:
-    return Metric(_frechet, extractor, output, sums_moments=True)
+    return Metric(frechet_of, extractor, output, sums_moments=True)
 
 
 def _kernel_of(extractor: str) -> Metric:
@@ -84,7 +74,7 @@ def _kernel_of(extractor: str) -> Metric:
 
 
 def _infinity_of(extractor: str) -> Metric:
-    return Metric(_frechet_infinity, extractor, min_images=20)
+    return Metric(frechet_infinity, extractor, min_images=20)
 
 
 def _mind_of(extractor: str) -> Metric:

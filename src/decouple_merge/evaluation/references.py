@@ -3,6 +3,7 @@
 import hashlib
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,12 @@ def make_reference(name: str, images: Images, extractor: Extractor, num_images: 
     num = min(num_images or len(images), len(images))
     if num < 2:
         raise UserError(f"{name}: found {num} image(s), expected at least 2 to compare with")
-    key = f"{images.sha256} {extractor.label} {num} {sorted(extractor.outputs)} {NUM_ROWS}"
+    key = f"{extractor.label} {images.sha256} {num} {sorted(extractor.outputs)} {NUM_ROWS}"
     path = cache_folder() / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
     make_once(path, lambda: write_tensors(path, _statistics(images, num, extractor)))
     tensors, _ = read_tensors(path)
     moments = {
-        o: Moments(*(tensors[f"{o}.{part}"] for part in ("mean", "covariance", "root"))) for o in extractor.outputs
+        o: _moments(tensors[f"{o}.mean"], tensors[f"{o}.covariance"], f"{path.stem}-{o}") for o in extractor.outputs
     }
     kept_rows = {kind: tensors[f"rows.{kind}"] for kind in NUM_ROWS}
     return Reference(reference_name(name, images, num_images), num, moments, kept_rows)
@@ -138,12 +139,7 @@ def _statistics(images: Images, num: int, extractor: Extractor) -> dict[str, Ten
             kept.append(features["features"][[i for i, n in enumerate(batch.tolist()) if n in wanted[kind]]])
     tensors = {f"rows.{kind}": torch.cat(kept) for kind, kept in rows.items()}
     for output, found in stats.items():
-        covariance = found.covariance
-        tensors |= {
-            f"{output}.mean": found.mean,
-            f"{output}.covariance": covariance,
-            f"{output}.root": matrix_root(covariance),
-        }
+        tensors |= {f"{output}.mean": found.mean, f"{output}.covariance": found.covariance}
     return tensors
 
 
@@ -246,7 +242,7 @@ def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -
             raise UserError(f"{path}: found {tuple(mean.shape)} features, expected {width}: made by another extractor")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise UserError(f"{path}: mean or covariance has NaN or infinity; make the file again")
-        moments[output] = Moments(mean, covariance, _cached_root(covariance, f"{digest}-{output}"))
+        moments[output] = _moments(mean, covariance, f"{digest}-{output}")
     rows = {}
     if with_rows and has_images:
         rows = make_reference(path.name, ArrayImages(read_array(path)), extractor).rows
@@ -257,6 +253,11 @@ def _as_numbers(found: np.ndarray, name: str) -> Tensor:
     if found.dtype.kind not in "fiu":
         raise UserError(f"{name} is of {found.dtype}, expected numbers: mean or covariance of features")
     return torch.from_numpy(found.astype(np.float64))
+
+
+def _moments(mean: Float[Tensor, " d"], covariance: Float[Tensor, "d d"], key: str) -> Moments:
+    """Have the root kept in the cache under a key, from when it is first needed."""
+    return Moments(mean, covariance, partial(_cached_root, covariance, key))
 
 
 def _cached_root(covariance: Float[Tensor, "d d"], key: str) -> Float[Tensor, "d d"]:
