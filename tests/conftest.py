@@ -14,9 +14,14 @@ from diffusers import (
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from decouple_merge.config import Config
-from decouple_merge.models.families import dit, sdxl, stable_diffusion, unet
-from decouple_merge.training import loop
+import instrument
+
+# Before anything of ours is imported.
+instrument.install()
+
+from decouple_merge.config import Config  # noqa: E402
+from decouple_merge.models.families import dit, sdxl, stable_diffusion, unet  # noqa: E402
+from decouple_merge.training import loop  # noqa: E402
 
 make_unet, make_text_unet = unet.tiny_unet, stable_diffusion.tiny_text_unet
 make_sdxl_unet, make_dit = sdxl.tiny_sdxl_unet, dit.tiny_dit
