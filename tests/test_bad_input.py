@@ -103,6 +103,10 @@ def test_a_good_config_passes_and_checking_writes_nothing(tiny_config: MakeConfi
             "dinov2 nowhere: can't be loaded .*expected a dinov2 or dinov2_with_registers model",
         ),
         ({"search": {"frozen": {2: 1.0}}}, "search.frozen fixes weight 2, which doesn't exist: expected 0 to 1"),
+        (
+            {"search": {"start": [[1.0, 2.6]]}},
+            r"search.start holds \[1.0, 2.6\], whose weight 1 lies outside search.low to search.high, -0.2 to 2.5",
+        ),
         ({"search": {"start": [[1.0, 1.0, 1.0]]}}, r"search.start holds \[1.0, 1.0, 1.0\], expected 2 weights"),
         (
             {"search": {"start": [[1.0, 0.5]], "frozen": {1: 0.0}}},

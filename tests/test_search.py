@@ -240,6 +240,15 @@ def test_a_fixed_candidate_wins_only_where_nothing_is_frozen_to_another_weight(
         assert ranked(trials(open_level(level.name)), asked.search)[0].weights == winner
 
 
+@pytest.mark.parametrize("strategy", ["random", "gp", "grid", "cmaes", "coordinate"])
+def test_a_fixed_candidate_outside_the_bounds_does_not_win(strategy: str) -> None:
+    asked = config(strategy, low=0.2, high=0.4, num_trials=6)
+    found = list(search(in_memory(), asked, 2, of(lambda w: 1 + w[0] ** 2 + w[1] ** 2)))
+    assert [t.weights for t in found[:3]] == fixed_candidates(2)
+    assert ranked(found)[0].weights == (0, 0)
+    assert ranked(found, asked.search)[0].weights == (0.2, 0.2)
+
+
 def test_everything_frozen_leaves_the_fixed_candidates_and_one_more() -> None:
     found = list(search(in_memory(), config("random", frozen={0: 1.0, 1: 0.4}), 2, objective))
     assert [t.weights for t in found] == [*fixed_candidates(2), (1.0, 0.4)]

@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from ..config import Config, Search
 from ..errors import UserError
@@ -58,6 +58,9 @@ def check_weights(settings: Search, num_experts: int) -> None:
             raise UserError(
                 f"search.start holds {point}, expected {num_weights} weights, one for each expert and block"
             )
+        if (at := _out_of_bounds(point, settings)) is not None:
+            bounds = f"search.low to search.high, {settings.low:g} to {settings.high:g}"
+            raise UserError(f"search.start holds {point}, whose weight {at} lies outside {bounds}: change it or them")
         sums = [math.fsum(point[i : i + num_experts]) for i in range(0, num_weights, num_experts)]
         if settings.total is not None and any(abs(s - settings.total) > TOLERANCE for s in sums):
             raise UserError(
@@ -104,9 +107,18 @@ def _may_win(weights: Weights, settings: Search) -> bool:
     num = len(weights) // len(settings.blocks)
     if settings.strategy == "uniform":
         return weights == (1.0 / num,) * len(weights)
+    if _out_of_bounds(weights, settings) is not None:
+        return False
     sums = [math.fsum(weights[i : i + num]) for i in range(0, len(weights), num)]
     adds_up = settings.total is None or all(abs(s - settings.total) <= TOLERANCE for s in sums)
     return adds_up and all(weights[i] == w for i, w in settings.frozen.items())
+
+
+def _out_of_bounds(weights: Sequence[float], settings: Search) -> int | None:
+    """Find the first weight that is free and isn't from low to high; a greedy soup has its own bounds."""
+    low, high = settings.low - TOLERANCE, settings.high + TOLERANCE
+    outside = [i for i, w in enumerate(weights) if i not in settings.frozen and not low <= w <= high]
+    return outside[0] if outside and settings.strategy != "greedy" else None
 
 
 def fixed_candidates(num_experts: int) -> list[Weights]:
@@ -118,7 +130,7 @@ def fixed_candidates(num_experts: int) -> list[Weights]:
 def first_candidates(settings: Search, num_experts: int) -> list[Weights]:
     """List what is evaluated before a strategy chooses: the fixed candidates, the start points and, where none is
     given and no grid covers it, more of the diagonal, or the last model alone where the weights have a total; what is
-    frozen, and the total, are held in all but the fixed ones.
+    frozen, the total and the bounds are held in all but the fixed ones.
 
     A sampler in N dimensions would hardly meet the line of equal weights, which uniform and sum lie on.
     """
@@ -131,7 +143,7 @@ def first_candidates(settings: Search, num_experts: int) -> list[Weights]:
     equal = [w * len(settings.blocks) for w in (*fixed_candidates(num_experts), *inside, *last)]
     space = _space(settings, num_experts)
     is_bound = settings.frozen or settings.total is not None
-    held = [space.embed(space.free(w)) for w in equal] if is_bound else equal
+    held = [space.embed(space.free(w)) if is_bound or _out_of_bounds(w, settings) is not None else w for w in equal]
     return list(dict.fromkeys([*equal[: len(fixed_candidates(num_experts))], *given, *held]))
 
 
