@@ -89,7 +89,10 @@ def help_search(plan: Plan) -> Iterator[Event]:
         UserError: an expert is missing or doesn't fit, or there was no leader for ``leader.LEADERLESS_SECONDS``.
     """
     experts = load_combined(plan)
-    yield from _help(plan, experts, hashes_of(experts))
+    hashes = hashes_of(experts)
+    yield from _help(plan, experts, hashes)
+    if level_opener(plan, hashes)("screen").user_attrs.get("finished"):
+        yield f"the search of {plan.run.folder} is finished"
 
 
 def _help(plan: Plan, experts: list[Tensors], hashes: list[str]) -> Iterator[Event]:

@@ -29,7 +29,7 @@ class Training:
     """
 
     name: str
-    own: tuple[float, float]
+    own: tuple[int | float, int | float]
     num_updates: int
     num_images: int = 0
     num_passes: int = 0
