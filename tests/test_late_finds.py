@@ -26,7 +26,7 @@ def test_a_name_that_neither_a_path_nor_the_hub_has_is_one_line(monkeypatch: pyt
         raise OSError(f"no model {name}\nand a hint")
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
-    with pytest.raises(UserError, match=r"^'org/nothing' is no path here, .*\(no model org/nothing\); check the"):
+    with pytest.raises(UserError, match=r"^'org/nothing' is no path here .*\(no model org/nothing\); check the"):
         pipeline_folder("org/nothing")
 
 
