@@ -142,19 +142,14 @@ def test_latents_and_dropped_captions_are_those_of_one_process(text_config: Make
 
 
 def test_ranks_that_nobody_started_train_what_one_process_trains(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    """Two experts side by side, each by two processes of its own, which goes on after an error."""
-    finetune = {"num_updates": 4, "checkpoint_every": 2, "baseline": False, "eps": 1e-3}
-    one = tiny_config(finetune={**finetune, "batch_size": 4})
-    two = tiny_config(finetune={**finetune, "batch_size": 2, "num_ranks": 2}, num_processes=2)
-    list(finetuning.finetune_experts(prepare(one, tmp_path / "one")))
-    events = finetuning.finetune_experts(prepare(two, tmp_path / "two"))
-    assert next(events) == "an update sees 2 processes × batch_size 2 × accumulation 1 = 4 images"
-    next(event for event in events if not isinstance(event, str))
-    events.close()
-    list(finetuning.finetune_experts(prepare(two, tmp_path / "two")))
-    for expert in ("experts/0", "experts/1"):
-        assert_close(tmp_path / "one", tmp_path / "two", expert)
-        assert json.loads((tmp_path / "two" / expert / "expert.json").read_text())["num_processes"] == 2
+    one, two = halved(tiny_config, {})
+    two = two.model_copy(update={"finetune": two.finetune.model_copy(update={"num_ranks": 2})})
+    finetune(one, tmp_path / "one")
+    events = list(finetuning.finetune_experts(prepare(two, tmp_path / "two")))
+    assert events[0] == "an update sees 2 processes × batch_size 2 × accumulation 1 = 4 images"
+    assert [event.update for event in events if not isinstance(event, str)] == [3, 6]
+    assert_close(tmp_path / "one", tmp_path / "two")
+    assert json.loads((tmp_path / "two/experts/0/expert.json").read_text())["num_processes"] == 2
 
 
 def test_only_the_first_process_tells_and_writes(tiny_config: MakeConfig, tmp_path: Path) -> None:
