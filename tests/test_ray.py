@@ -40,17 +40,19 @@ class Nodes:
         self.options = {"address": self.cluster.address}
 
     def lose_one(self) -> None:
-        """Kill a node, and add another in its place."""
         self.cluster.remove_node(self.second, allow_graceful=False)
+
+    def add_one(self) -> None:
         self.second = self.cluster.add_node(**NODE)
 
     def lose_one_when(self, is_time: Callable[[], bool], events: Iterator[Any]) -> None:
-        """Lose a node as soon as it is time, which is looked at after every event."""
+        """Lose a node and add another as soon as it is time, which is looked at after every event."""
         waits = True
         for _ in events:
             if waits and is_time():
                 waits = False
                 self.lose_one()
+                self.add_one()
         assert not waits
 
 
@@ -154,6 +156,7 @@ def test_images_drawn_while_a_node_dies_are_those_of_one_process(
     pieces = Pieces(executor="ray", num_processes=2, ray=Ray(**nodes.options))
     sample_model(str(tiny_base), tmp_path / "there", 40, settings=settings, pieces=pieces)
     thread.join()
+    nodes.add_one()
     assert "a piece was lost and is done again" in caplog.text
     found = [{p.name: p.read_bytes() for p in sorted((tmp_path / name).iterdir())} for name in ("here", "there")]
     assert len(found[0]) == 40

@@ -65,6 +65,7 @@ def run_all(
     if executor == "local" or folder is None:
         yield from start(function, calls, num_processes, **(options or {}))
         return
+    folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     with workshop(folder) as place:
         wrapped = [(place.absolute(), function, *call) for call in calls]
