@@ -5,6 +5,7 @@ from typing import Any
 from ..config import Finetune, Training
 from ..executors.distributed import world_size
 from ..searching.levels import levels
+from ..training.made_from import num_ranks
 from ..training.trainer import Task
 from .planned import Plan
 from .reported import report_models
@@ -59,7 +60,7 @@ def _trained(plan: Plan, every: Any) -> dict[str, Any]:
                 "folder": folder.relative_to(plan.run.folder).as_posix(),
                 "own": [task.own.low, task.own.high],
                 "num_updates": settings.num_updates,
-                "num_images": settings.batch_size * settings.accumulation * world_size(),
+                "num_images": settings.batch_size * settings.accumulation * num_ranks(settings),
                 "num_passes": UPDATE_PASSES + TEACHER_PASSES * _has_teacher(settings),
             }
             for task, settings, folder in every
