@@ -23,3 +23,8 @@ class Pieces(Section):
     def executor_options(self) -> dict[str, Any]:
         """What the executor is told besides: the section of its name."""
         return self.ray.model_dump() if self.executor == "ray" else {}
+
+    @property
+    def where(self) -> tuple[int, str, dict[str, Any]]:
+        """What ``executors.run_all`` is told of it."""
+        return self.num_processes, self.executor, self.executor_options

@@ -165,9 +165,7 @@ def _features(
     scored.batches, scored.sha256 = lambda share: iter(()), lambda: None
     names = [extractor.name for extractor in extractors]
     calls = [(model, settings, names, share) for share in dealt]
-    arrays = in_order(
-        run_all(_extract_share, calls, settings.num_processes, settings.executor, settings.executor_options)
-    )
+    arrays = in_order(run_all(_extract_share, calls, *settings.where))
     return ({key: torch.from_numpy(value) for key, value in found.items()} for found in arrays)
 
 

@@ -89,9 +89,8 @@ def _analyze_each(
     plan: Plan, settings: Analyze, others: Sequence[Path], depends_on: dict[str, dict[str, Any]]
 ) -> Iterator[str | Progress]:
     """Do some analyses, each as a piece of work: where the run's config says, so many at once as it says."""
-    config, calls = plan.config, [(plan, settings, others, name, own) for name, own in depends_on.items()]
-    where = config.num_processes, config.executor, config.executor_options
-    yield from run_all(_open_and_analyze, calls, *where, folder=plan.run.folder)
+    calls = [(plan, settings, others, name, own) for name, own in depends_on.items()]
+    yield from run_all(_open_and_analyze, calls, *plan.config.where, folder=plan.run.folder)
 
 
 def _open_and_analyze(

@@ -73,7 +73,4 @@ def _finetune(plan: Plan, calls: list[tuple[Plan, Task, Finetune, Path]]) -> Ite
     if world_size() > 1:
         yield from run_all(train_watched, unfinished, 1)
     else:
-        config = plan.config
-        yield from run_all(
-            train_watched, unfinished, config.num_processes, config.executor, config.executor_options, plan.run.folder
-        )
+        yield from run_all(train_watched, unfinished, *plan.config.where, folder=plan.run.folder)

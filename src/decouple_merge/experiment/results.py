@@ -160,10 +160,7 @@ def evaluate_models(plan: Plan, wanted: list[dict[str, Any]]) -> Iterator[dict[s
         if not EXTRACTORS[name].reads_texts:
             reported_with(plan, name)
     calls = [(plan, records) for records in together.values()]
-    config = plan.config
-    scored = run_all(
-        _evaluate_model, calls, config.num_processes, config.executor, config.executor_options, plan.run.folder
-    )
+    scored = run_all(_evaluate_model, calls, *plan.config.where, folder=plan.run.folder)
     for record in timed(plan.run, "evaluate", scored):
         # A piece that was lost and done again may tell a number twice.
         if identity_of(record) not in done:

@@ -133,8 +133,7 @@ def run_study(study: Study, out: Path, wait: bool = False) -> Iterator[str | Ste
         records = {place: current_records(plan) for place, plan in plans.items()}
         num_trainings = sum(piece.task is not None for piece in left)
         yield f"study: {num_trainings} trainings and {len(left) - num_trainings} of {len(plans)} runs are left"
-        calls, options = [(piece,) for piece in left], study.executor_options
-        for event in run_all(_work, calls, study.num_processes, study.executor, options, out):
+        for event in run_all(_work, [(piece,) for piece in left], *study.where, folder=out):
             if isinstance(event, Finished):
                 place = places[event.name]
                 records[place] = current_records(plans[place])

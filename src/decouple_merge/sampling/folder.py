@@ -70,8 +70,7 @@ def sample_model(
         # The others open it for themselves.
         del opened
         calls = [(model, out, missing, records, settings, text, seed, share) for share in dealt]
-        where = pieces.num_processes, pieces.executor, pieces.executor_options
-        for _ in run_all(_open_and_draw, calls, *where, folder=out):
+        for _ in run_all(_open_and_draw, calls, *pieces.where, folder=out):
             pass
     return missing
 
