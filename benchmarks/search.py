@@ -19,7 +19,8 @@ from decouple_merge.experiment.plan import check, load_experts
 from decouple_merge.experiment.selection import hashes_of, open_merger, open_scorer
 from decouple_merge.experiment.start import learn_start
 from decouple_merge.models.base import tensors_sha256
-from decouple_merge.searching.levels import ranked, search
+from decouple_merge.searching.candidates import ranked
+from decouple_merge.searching.levels import search
 from decouple_merge.searching.strategies import Weights
 from decouple_merge.searching.study import open_study
 from decouple_merge.searching.trial import Level, Score

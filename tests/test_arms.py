@@ -19,7 +19,8 @@ from decouple_merge.experiment.dry_run import describe
 from decouple_merge.merging import recipes
 from decouple_merge.merging.arithmetic import merge
 from decouple_merge.models.base import tensors_sha256
-from decouple_merge.searching.levels import check_weights, fixed_candidates, num_candidates, ranked, search
+from decouple_merge.searching.candidates import check_weights, fixed_candidates, num_candidates, ranked
+from decouple_merge.searching.levels import search
 from decouple_merge.searching.strategies import Space, onto_sum
 from decouple_merge.searching.study import open_study
 from decouple_merge.searching.trial import Level, Score, Trial

@@ -24,7 +24,8 @@ from decouple_merge.experiment.planned import Plan
 from decouple_merge.experiment.selection import search_weights
 from decouple_merge.models.base import load_base
 from decouple_merge.sampling.sampler import Denoiser, sample_images
-from decouple_merge.searching.levels import ranked, search
+from decouple_merge.searching.candidates import ranked
+from decouple_merge.searching.levels import search
 from decouple_merge.searching.scorer import Scorer
 from decouple_merge.searching.strategies import Weights
 from decouple_merge.searching.study import trials

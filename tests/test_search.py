@@ -8,7 +8,8 @@ from typing import Any, get_args
 import pytest
 
 from decouple_merge.config import Config, Search
-from decouple_merge.searching.levels import first_candidates, fixed_candidates, levels, num_candidates, ranked, search
+from decouple_merge.searching.candidates import first_candidates, fixed_candidates, num_candidates, ranked
+from decouple_merge.searching.levels import levels, search
 from decouple_merge.searching.strategies import Weights
 from decouple_merge.searching.study import Study, open_storage, open_study, trials
 from decouple_merge.searching.trial import Level, Score, Trial

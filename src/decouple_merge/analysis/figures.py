@@ -1,6 +1,7 @@
 """Pictures of a run; the only importer of matplotlib."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,20 @@ def search_cost(found: list[tuple[Level, list[Trial]]], metric: str, out: Path) 
     _save(figure, out)
 
 
-def search_surfaces(trials: list[Trial], metric: str, out: Path) -> None:
+def search_surfaces(trials: list[Trial], metric: str, out: Path, tuned: Sequence[str] = ()) -> None:
     """Draw a level's candidates over each pair of weights, on the response surface that they suggest.
 
     The surface is the least-squares quadratic of the log distance in all weights (of the distance where one is not
     above 0), cut through the best candidate; too few candidates for its coefficients are drawn without it. Of many
     weights those are shown that are largest in the best.
+
+    Args:
+        tuned: names of the settings that stand behind the weights.
     """
     weights, values = np.array([t.weights for t in trials]), np.array([t.value for t in trials])
     heights = np.log(values) if (values > 0).all() else values
     num = weights.shape[1]
+    names = [*(f"weight {i}" for i in range(num - len(tuned))), *tuned]
     best = weights[int(values.argmin())]
     basis = _quadratic_basis(weights)
     surface = np.linalg.lstsq(basis, heights, rcond=None)[0] if len(trials) >= basis.shape[1] + 2 else None
@@ -105,7 +110,7 @@ def search_surfaces(trials: list[Trial], metric: str, out: Path) -> None:
             axis.contourf(x, y, (_quadratic_basis(cut) @ surface).reshape(60, 60), levels=14, cmap="Greys_r", alpha=0.6)
         points = axis.scatter(weights[:, i], heights_of, c=heights, cmap="viridis", s=18, edgecolors="white", lw=0.4)
         axis.plot(best[i], values.min() if num == 1 else best[j], "*", color="crimson", markersize=12)
-        axis.set(xlabel=f"weight {i}", ylabel=metric if num == 1 else f"weight {j}")
+        axis.set(xlabel=names[i], ylabel=metric if num == 1 else names[j])
     bar = figure.colorbar(points, ax=axes, shrink=0.6)
     bar.set_label(f"log {metric}" if (values > 0).all() else metric)
     _save(figure, out)

@@ -22,7 +22,10 @@ class Search(RuleSettings):
             tries what was learned and multiples of it.
         blocks: patterns of keys such as ``down_blocks.*``, each with weights of its own; the first that matches counts,
             and the last is ``*`` for all others. A candidate holds the weights of the first, then of the second, ….
+            ``[layers]`` is a pattern for each layer of the base.
         checkpoints: pipelines or weight files to combine in place of the run's experts.
+        tune: settings of the method, such as ``density``, that are chosen with the weights, each with its bounds; or
+            without, then they are the method's own.
         low, high: bounds of every weight; ``frozen`` fixes some of the winner's, by their place in a candidate.
         total: what the weights of each block add up to; None leaves them free. 1 with ``linear`` is an affine
             combination, in which the base has no part.
@@ -47,6 +50,7 @@ class Search(RuleSettings):
     ] = "gp"
     blocks: list[str] = Field(["*"], min_length=1)
     checkpoints: list[Name] = []
+    tune: dict[str, tuple[Number, Number] | None] = {}
     low: Number = -0.2
     high: Number = 2.5
     frozen: dict[Annotated[int, Field(ge=0)], Number] = {}

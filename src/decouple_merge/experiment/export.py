@@ -9,6 +9,7 @@ from ..merging.record import merge_record
 from ..merging.usage import inherited
 from ..models.export import export_pipeline
 from ..models.lora import FILE, merge_factors
+from ..searching.candidates import parted
 from ..searching.trial import Level, Trial
 from ..storage.files import read_tensors, write_tensors
 from ..storage.hub import pipeline_folder
@@ -42,11 +43,12 @@ def export_merge(plan: Plan, merger: Merger, experts_sha256: list[str], level: L
 def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:
     """Say how a run's merged model was made. Nothing in it depends on when: equal runs write equal bytes."""
     search = plan.config.search
-    num = len(winner.weights) // len(search.blocks)
-    rows = [list(winner.weights[i : i + num]) for i in range(0, len(winner.weights), num)]
+    weights, tuned = parted(winner.weights, search)
+    num = len(weights) // len(search.blocks)
+    rows = [weights[i : i + num] for i in range(0, len(weights), num)]
     blocks = dict(zip(search.blocks[:-1], rows[:-1], strict=True))
     return merge_record(
-        Merge(**_rule_of(plan), weights=rows[-1], blocks=blocks, min_delta_cosine=-1),
+        Merge(**_rule_of(plan) | tuned, weights=rows[-1], blocks=blocks, min_delta_cosine=-1),
         {"name": plan.config.base, "sha256": plan.base.sha256},
         # Experts from where the record lies: a run may be moved, and its base stays where it is.
         combined_names(plan),

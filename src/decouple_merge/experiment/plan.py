@@ -26,6 +26,7 @@ from ..models.ranges import ranges_of, with_density
 from ..sampling.checks import check_sample
 from ..sampling.sampler import check_prompts
 from ..searching.checks import check_search
+from ..searching.learned import layer_patterns
 from ..storage.files import write_json
 from ..storage.run_folder import Run
 from ..training.checks import check_finetune
@@ -39,6 +40,8 @@ from .work import work_of
 
 # A process of Python that does nothing.
 MIN_PROCESS_BYTES = 10_000_000
+# In place of patterns: one for each layer.
+LAYERS = "layers"
 
 
 def check(config: Config, out: Path) -> Plan:
@@ -52,6 +55,7 @@ def check(config: Config, out: Path) -> Plan:
     check_executor(config.executor)
     base = with_density(load_base(config.base, config.finetune.experts == "denoisers"), config.finetune)
     ranges = ranges_of(base, config.finetune)
+    config = _with_layers(config, base)
     check_sample(base, config.sample)
     check_sample(base, config.sample, config.search.num_steps)
     check_sample(base, config.report_sample)
@@ -64,6 +68,14 @@ def check(config: Config, out: Path) -> Plan:
     split(images, config.data)
     check_num_references(config, len(images), len(report_references(config, base, images)[1]))
     return image_plan(config, out, base, tuple(ranges), images)
+
+
+def _with_layers(config: Config, base: Base) -> Config:
+    """Put a pattern for each layer where the search asks for weights of every layer."""
+    if config.search.blocks != [LAYERS]:
+        return config
+    blocks = layer_patterns(base.network.state_dict())
+    return config.model_copy(update={"search": config.search.model_copy(update={"blocks": blocks})})
 
 
 def _check_sizes(config: Config, base: Base) -> None:

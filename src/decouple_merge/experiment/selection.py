@@ -10,8 +10,9 @@ from ..merging.arithmetic import Tensors
 from ..merging.merger import Merger
 from ..merging.survival import survival_line
 from ..models.base import tensors_sha256
+from ..searching.candidates import ranked, tuned_defaults
 from ..searching.leader import leading
-from ..searching.levels import levels, ranked, search, work
+from ..searching.levels import levels, search, work
 from ..searching.scorer import Scorer
 from ..searching.study import Study, open_storage, open_study, trials
 from ..searching.trial import Level, Trial
@@ -41,6 +42,7 @@ def open_merger(plan: Plan, experts: list[Tensors], experts_sha256: list[str]) -
         method=search.method,
         context_of=contexts(plan, experts_sha256),
         patterns=search.blocks,
+        tuned=dict(zip(search.tune, tuned_defaults(search), strict=True)),
         dtype=plan.base.dtype,
         device=default_device(),
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..analysis.figures import search_cost, search_surfaces
 from ..errors import NotFiniteError
-from ..searching.levels import fixed_candidates, ranked
+from ..searching.candidates import fixed_candidates, parted, ranked, tuned_defaults
 from ..searching.trial import Level, Trial
 from ..storage.files import write_json, write_records
 from ..storage.reading import AGAIN, read_record
@@ -23,8 +23,11 @@ def write_trials(plan: Plan, found: list[tuple[Level, list[Trial]]]) -> None:
             "seeds": [level.seeds.start, level.seeds.stop - 1],
             "metric": plan.config.search.metric,
         }
-        # JSON has no infinity.
-        records += [asdict(t) | extra | ({"value": None} if t.failure else {}) for t in trials]
+        for trial in trials:
+            weights, settings = parted(trial.weights, plan.config.search)
+            own = {"weights": weights} | ({"settings": settings} if settings else {})
+            # JSON has no infinity.
+            records.append(asdict(trial) | own | extra | ({"value": None} if trial.failure else {}))
     write_records(plan.run.trials, records)
 
 
@@ -34,7 +37,7 @@ def draw_search(plan: Plan, found: list[tuple[Level, list[Trial]]]) -> None:
     found = [(level, [t for t in trials if not t.failure]) for level, trials in found]
     (_, screened), *_ = found
     search_cost(found, metric, plan.run.search_figure("cost"))
-    search_surfaces(screened, metric, plan.run.search_figure("surfaces"))
+    search_surfaces(screened, metric, plan.run.search_figure("surfaces"), list(plan.config.search.tune))
 
 
 def report_candidates(plan: Plan, screened: list[Trial], score_ensemble: Callable[[], float]) -> Iterator[str]:
@@ -44,9 +47,10 @@ def report_candidates(plan: Plan, screened: list[Trial], score_ensemble: Callabl
     """
     if not plan.run.candidates.exists():
         search, values = plan.config.search, {t.weights: None if t.failure else t.value for t in screened}
-        num_blocks = len(search.blocks)
-        fixed = fixed_candidates(len(screened[0].weights) // num_blocks)
-        table = {n: values[w * num_blocks] for n, w in zip(("pretrained", "uniform", "sum"), fixed, strict=False)}
+        num_blocks, tail = len(search.blocks), tuned_defaults(search)
+        fixed = fixed_candidates(len(parted(screened[0].weights, search)[0]) // num_blocks)
+        named = zip(("pretrained", "uniform", "sum"), fixed, strict=False)
+        table = {name: values[w * num_blocks + tail] for name, w in named}
         if search.combines_experts:
             try:
                 table["ensemble"] = score_ensemble()

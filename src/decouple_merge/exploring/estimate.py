@@ -34,7 +34,8 @@ class SearchKnowledge:
 
     Args:
         trials: ``search/trials.jsonl``; there need be none.
-        config: of the run, which says by which method and density the search merged.
+        config: of the run, which says by which method and density the search merged. Of one that tuned settings
+            with the weights nothing is known here.
     """
 
     def __init__(self, trials: Path, config: Config) -> None:
@@ -42,7 +43,7 @@ class SearchKnowledge:
         density = config.search.density
         # A page has one for all experts.
         self.density = None if isinstance(density, list) else density
-        found = read_records(trials, level=str, weights=list)
+        found = [] if config.search.tune else read_records(trials, level=str, weights=list)
         self.trials = [t for t in found if t.get("value") is not None]
 
     def knows(self, method: str, density: float) -> bool:

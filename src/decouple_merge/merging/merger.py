@@ -1,6 +1,6 @@
 """A merge that a network holds, made anew for every candidate."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ class Merger:
         context_of: a key's context, all that the rule needs besides the tensors; the rule's own settings where not
             given.
         patterns: of keys, as of ``group_keys``; each has weights of its own.
+        tuned: settings of the rule that stand behind the weights of each merge, with what they are for the base.
         dtype: of the merged model's files. What a network is given was rounded to it.
         device: where tensors are merged.
 
@@ -46,6 +47,7 @@ class Merger:
         method: str = "linear",
         context_of: Callable[[str], Context] = Context,
         patterns: Sequence[str] = ("*",),
+        tuned: Mapping[str, float] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device,
     ) -> None:
@@ -53,13 +55,13 @@ class Merger:
         self.base, self.experts, self.patterns = base, list(experts), list(patterns)
         self.rule, self.context_of, self.dtype, self.device = RULES[method], context_of, dtype, device
         self.keys = group_keys(all_keys(base, experts), patterns)
-        self.known: dict[str, tuple[Context, list[int]]] = {}
+        self.tuned, self.known = dict(tuned or {}), dict[str, tuple[Context, list[int]]]()
         self._targets: Tensors = {}
 
     @property
     def zeros(self) -> list[float]:
         """The weights that give the base."""
-        return [0.0] * (len(self.experts) * len(self.patterns))
+        return [0.0] * (len(self.experts) * len(self.patterns)) + list(self.tuned.values())
 
     @property
     def has_trunk(self) -> bool:
@@ -70,7 +72,7 @@ class Merger:
         """Merge the experts as ``arithmetic.merge`` does, bit for bit.
 
         Args:
-            weights: one for each expert, pattern after pattern.
+            weights: one for each expert, pattern after pattern, then the settings that are tuned.
             into: tensors to merge into, by key, that were such a merge.
 
         Returns:
@@ -110,12 +112,20 @@ class Merger:
 
     def _rows(self, weights: Sequence[float]) -> list[tuple[str, Sequence[float]]]:
         """List every key with its pattern's weights."""
-        num = len(self.experts)
+        num, num_weights = len(self.experts), len(self.experts) * len(self.patterns)
         if len(weights) != len(self.zeros):
-            raise UserError(f"{len(weights)} weights for {num} experts and {len(self.patterns)} patterns")
+            settings = f" and settings {', '.join(self.tuned)}" if self.tuned else ""
+            raise UserError(f"{len(weights)} weights for {num} experts and {len(self.patterns)} patterns{settings}")
         check_weights(weights, len(weights))
-        rows = [weights[i : i + num] for i in range(0, len(weights), num)]
+        self._tune(weights[num_weights:])
+        rows = [weights[i : i + num] for i in range(0, num_weights, num)]
         return [(key, row) for keys, row in zip(self.keys, rows, strict=True) for key in keys]
+
+    def _tune(self, settings: Sequence[float]) -> None:
+        now = dict(zip(self.tuned, settings, strict=True))
+        if now != self.tuned:
+            # What was measured may depend on them, as thresholds of a trim do on the density.
+            self.tuned, self.known = now, {}
 
     @torch.no_grad()
     def _merged(
@@ -151,6 +161,8 @@ class Merger:
         if key not in self.known:
             base, *experts = found
             context = self.context_of(key)
+            tuned: dict[str, Any] = dict(self.tuned)
+            context = replace(context, settings=replace(context.settings, **tuned))
             on_device = replace(context, fishers=[f.to(self.device) for f in context.fishers])
             measured = self.rule.measured(base, experts, on_device)
             order = order_of(experts, [0.0] * len(experts), context)

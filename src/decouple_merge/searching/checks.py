@@ -6,8 +6,8 @@ from ..merging.keys import group_keys
 from ..merging.rules import RULES, check_method
 from ..merging.rules.rule import Settings
 from ..models.base import Base
+from .candidates import check_weights
 from .checkpoints import load_checkpoints
-from .levels import check_weights
 
 
 def check_search(settings: Search, base: Base, num_combined: int) -> None:

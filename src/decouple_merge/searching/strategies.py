@@ -27,10 +27,13 @@ NUM_DRAWN = 64
 class Space:
     """The weights that may be chosen: one in [low, high] for each expert, but for those that are frozen.
 
+    Strategies see a cube: all that is free lies in [low, high] for them, settings that are tuned along too.
+
     Attributes:
         frozen: for each expert its fixed weight, or None where it is free.
         total: what the weights of each block add up to; None leaves them free.
         num_blocks: the weights are those of the first block, then of the second, ….
+        tuned: bounds of the settings that stand behind the weights.
     """
 
     low: float
@@ -38,16 +41,20 @@ class Space:
     frozen: tuple[float | None, ...]
     total: float | None = None
     num_blocks: int = 1
+    tuned: tuple[tuple[float, float], ...] = ()
 
     @property
     def num_free(self) -> int:
-        return self.frozen.count(None)
+        return self.frozen.count(None) + len(self.tuned)
 
     def embed(self, free: Sequence[float]) -> Weights:
         """Put free weights in their places, moved into the space and rounded, so that equal candidates are equal."""
         size, moved = len(self.frozen) // self.num_blocks, iter(free)
         rows = [self.frozen[i : i + size] for i in range(0, len(self.frozen), size)]
-        return tuple(w for fixed in rows for w in self._embed_block(fixed, moved))
+        weights = [w for fixed in rows for w in self._embed_block(fixed, moved)]
+        shares = [min(max((place - self.low) / (self.high - self.low), 0.0), 1.0) for place in moved]
+        settings = [round(least + s * (most - least), 6) for s, (least, most) in zip(shares, self.tuned, strict=True)]
+        return (*weights, *settings)
 
     def _embed_block(self, fixed: Sequence[float | None], free: Iterator[float]) -> list[float]:
         own = [float(next(free)) for weight in fixed if weight is None]
@@ -56,8 +63,11 @@ class Space:
         return [next(moved) if weight is None else weight for weight in fixed]
 
     def free(self, weights: Weights) -> list[float]:
-        """Pick out the free weights."""
-        return [w for w, fixed in zip(weights, self.frozen, strict=True) if fixed is None]
+        """Pick out the free weights, and the settings as places in [low, high]."""
+        num, span = len(self.frozen), self.high - self.low
+        chosen = [w for w, fixed in zip(weights[:num], self.frozen, strict=True) if fixed is None]
+        shares = [(v - least) / (most - least) for v, (least, most) in zip(weights[num:], self.tuned, strict=True)]
+        return chosen + [self.low + share * span for share in shares]
 
     def __contains__(self, weights: Weights) -> bool:
         return self.embed(self.free(weights)) == weights
@@ -174,14 +184,19 @@ def evolution(space: Space, known: Known, seed: int, num_parents: int = 8, num_c
         population |= dict(zip(children, (yield children), strict=True))
 
 
-def greedy_soup(num_experts: int) -> Strategy:
-    """Add experts to a uniform soup, best first, each kept where it helps (Wortsman et al. 2022, algorithm 1)."""
-    single = [tuple(float(i == j) for j in range(num_experts)) for i in range(num_experts)]
+def greedy_soup(num_experts: int, settings: Weights = ()) -> Strategy:
+    """Add experts to a uniform soup, best first, each kept where it helps (Wortsman et al. 2022, algorithm 1).
+
+    Args:
+        settings: that stand behind the weights of each candidate.
+    """
+    single = [(*(float(i == j) for j in range(num_experts)), *settings) for i in range(num_experts)]
     values = yield single
     order = sorted(range(num_experts), key=lambda i: values[i])
     members, best = [order[0]], values[order[0]]
     for i in order[1:]:
         joined = [*members, i]
-        (value,) = yield [tuple(round(1 / len(joined), 6) if j in joined else 0.0 for j in range(num_experts))]
+        soup = [round(1 / len(joined), 6) if j in joined else 0.0 for j in range(num_experts)]
+        (value,) = yield [(*soup, *settings)]
         if value <= best:
             members, best = joined, value

@@ -26,6 +26,7 @@ class Trial:
     Attributes:
         level: of fidelity, by name.
         number: its place in the order in which the level's candidates were proposed.
+        weights: its merging weights, and behind them the settings that are tuned.
         worker: who evaluated it.
         started: when, ISO 8601 by that worker's clock; with ``seconds`` it shows idle devices.
         failure: why the candidate is lost; its value is infinite, and nobody chooses it.
