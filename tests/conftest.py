@@ -122,7 +122,7 @@ def tiny_config(tiny_base: Path, tiny_images: Path) -> Callable[..., Config]:
             "evaluate": {"num_images": 10, "num_sample_images": 2},
         }
         for section, changes in sections.items():
-            values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes
+            values[section] = {**values.get(section, {}), **changes} if isinstance(changes, dict) else changes
         return Config.model_validate(values)
 
     return make
@@ -171,7 +171,7 @@ def text_config(tiny_text_base: Path, tiny_captioned: Path) -> Callable[..., Con
             "evaluate": {"num_images": 6, "num_seed_sets": 1, "num_sample_images": 2},
         }
         for section, changes in sections.items():
-            values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes
+            values[section] = {**values.get(section, {}), **changes} if isinstance(changes, dict) else changes
         return Config.model_validate(values)
 
     return make

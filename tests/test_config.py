@@ -43,7 +43,10 @@ def test_an_unknown_key_names_the_nearest_valid_one(tmp_path: Path, text: str, u
 
 
 def test_a_key_of_several_sections_names_them_all(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'learning_rate'; .* is 'finetune.learning_rate' or 'pretrain.learning_rate'"):
+    with pytest.raises(
+        UserError,
+        match=r"'learning_rate'; .* is 'finetune.learning_rate' or 'distil.learning_rate' or 'pretrain.learning_rate'",
+    ):
         load_config(write(tmp_path, "learning_rate: 1.0e-4"))
     with pytest.raises(UserError, match=r"'data.num_steps'; the nearest valid key is 'sample.num_steps' or 'search"):
         load_config(write(tmp_path, "data: {num_steps: 4}"))

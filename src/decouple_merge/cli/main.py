@@ -16,7 +16,7 @@ from .files import info, merge
 from .images import sample
 from .init import init
 from .reports import report
-from .runs import analyze, finetune, fisher, gram, pretrain, run, search, study
+from .runs import analyze, distil, finetune, fisher, gram, pretrain, run, search, study
 from .scores import evaluate, stats
 from .status import status
 
@@ -25,6 +25,7 @@ for verb in (
     run,
     finetune,
     search,
+    distil,
     status,
     analyze,
     fisher,

@@ -1,4 +1,4 @@
-"""The verbs of a run folder: ``run``, ``finetune``, ``search``, ``fisher``, ``analyze``, ``study`` and ``pretrain``."""
+"""The verbs of a run folder: ``run``, ``finetune``, ``search``, ``distil``, ``fisher``, …."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,6 +80,28 @@ def search(
         return
     show(selection.search_weights(opened, wait), run_folder)
     console.print(f"merged model: {run_folder / 'merged'}")
+
+
+def distil(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with a merged model")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the section distil")
+    ] = None,
+    wait: Wait = False,
+) -> None:
+    """Pull a run's merged model towards its experts, each on its own timesteps, in a few hundred updates.
+
+    Example: `deme distil runs/fashion-quick --set num_updates=300`
+    """
+    from ..config import Distil, load_config, validate
+    from ..experiment import distilling, plan
+
+    config = load_config(run_folder / "config.yaml")
+    values = config.distil.model_dump(exclude_unset=True) if config.distil else {}
+    chosen = validate(Distil, values, "--set of deme distil", overrides)
+    opened = plan.prepare(config.model_copy(update={"distil": chosen}), run_folder)
+    show(distilling.distil(opened, wait), run_folder)
+    console.print(f"distilled model: {run_folder / 'distilled'}")
 
 
 def fisher(

@@ -6,6 +6,7 @@ Imports errors, seeds, storage.
 from .analyze import Analyze
 from .balancing import Balancing, Clusters
 from .data import Data
+from .distil import Distil
 from .document import dump_commented
 from .evaluate import Evaluate, Reference
 from .finetune import Finetune, Lora, Projection, Ranges
@@ -32,6 +33,7 @@ __all__ = [
     "Data",
     "Density",
     "Distance",
+    "Distil",
     "Drawing",
     "Ema",
     "Evaluate",

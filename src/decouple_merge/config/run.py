@@ -6,6 +6,7 @@ from ..errors import UserError
 from ..seeds import check_disjoint
 from .analyze import Analyze
 from .data import Data
+from .distil import Distil
 from .evaluate import Evaluate
 from .finetune import Finetune
 from .numbers import NonNegativeInt
@@ -21,6 +22,8 @@ class Config(Pieces):
 
     Attributes:
         base: a pipeline folder, the name of a base that we ship, or a hub name.
+        distil: pull the merged model towards the experts after the search; ``{}`` with the section's own settings, None
+            leaves it as it is.
     """
 
     seed: NonNegativeInt = 0
@@ -30,6 +33,7 @@ class Config(Pieces):
     sample: Sample = Sample()
     text: Text = Text()
     search: Search = Search()
+    distil: Distil | None = None
     evaluate: Evaluate = Evaluate()
     analyze: Analyze = Analyze()
     pretrain: Pretrain | None = None
@@ -71,7 +75,7 @@ class Config(Pieces):
     @property
     def distance_seeds(self) -> range:
         """Seeds of the images that are drawn during training, after all the search's."""
-        trainings = [t for t in (self.finetune, self.pretrain) if t is not None]
+        trainings = [t for t in (self.finetune, self.distil, self.pretrain) if t is not None]
         num = max(t.distance.num_images if t.distance else 0 for t in trainings)
         return range(self.all_search_seeds.stop, self.all_search_seeds.stop + num)
 
@@ -98,6 +102,21 @@ class Config(Pieces):
             raise UserError(
                 f"search.over is {over} and finetune.keep_every keeps {len(self.kept_updates)}, expected at least 2: "
                 f"set it to a part of the baseline's {self.finetune.num_updates * self.finetune.num_experts} updates"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _distilled_from_experts(self) -> "Config":
+        if self.distil is None:
+            return self
+        if not self.search.combines_experts:
+            raise UserError(
+                "distil pulls a merge towards its experts, and the search combines other models: leave it out"
+            )
+        if self.finetune.projection.placement == "trunk":
+            raise UserError(
+                "distil is set and finetune.projection.placement is trunk, whose layers no stock network holds: take "
+                "folded or none"
             )
         return self
 

@@ -116,6 +116,10 @@ def _merging(
     if num:
         stages.append(Stage("searching, each worker", searching))
         stages.append(Stage("writing the merged model", searching | written))
+    if config.distil is not None:
+        moments = _moments([*map(math.prod, shapes)], config.distil)
+        parts = {"network": size, f"{num} teachers": num * size, "gradients": size, "EMA": size, "moments": moments}
+        stages.append(Stage("pulling the merged model to the experts", parts))
     if num and config.search.learns_start:
         stages.append(Stage("learning a start of the search", searching | learning))
     stages.append(Stage("drawing, one model", drawing))

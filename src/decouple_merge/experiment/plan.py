@@ -29,7 +29,7 @@ from ..searching.checks import check_search
 from ..searching.learned import layer_patterns
 from ..storage.files import write_json
 from ..storage.run_folder import Run
-from ..training.checks import check_finetune
+from ..training.checks import check_finetune, check_training
 from ..training.made_from import check_unchanged
 from .located import located
 from .manifest import check_owner, claim, manifest
@@ -62,6 +62,9 @@ def check(config: Config, out: Path) -> Plan:
     check_evaluate(config, base)
     check_distance(config, config.finetune, base)
     check_finetune(config.finetune, base, default_device())
+    if config.distil is not None:
+        check_training(config.distil, base, default_device())
+        check_distance(config, config.distil, base)
     _check_sizes(config, base)
     check_search(config.search, base, config.num_combined)
     images = load_images(config.data, base.channels, base.image_size)

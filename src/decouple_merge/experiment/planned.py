@@ -13,7 +13,7 @@ from ..models.base import Base
 from ..sampling.sampler import Denoiser, Prompts, ensemble_denoiser, open_prompts, prompts_label
 from ..storage.run_folder import Run
 
-BASELINE = "baseline-finetuned"
+BASELINE, DISTILLED = "baseline-finetuned", "distilled"
 
 
 @dataclass

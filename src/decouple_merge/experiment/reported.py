@@ -16,6 +16,7 @@ def report_models(plan: Plan) -> list[str]:
         BASELINE: is_trained and plan.config.finetune.baseline,
         "ensemble": over == "experts",
         "merged": over != "nothing",
+        "distilled": plan.config.distil is not None,
     }
     return [name for name, is_made in models.items() if is_made]
 

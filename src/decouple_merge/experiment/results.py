@@ -64,7 +64,7 @@ def is_made(plan: Plan, model: str) -> bool:
         return is_finished(plan.run.baseline(BASELINE))
     if model == "ensemble":
         return all(is_finished(plan.run.expert(i)) for i in range(len(plan.ranges)))
-    return plan.run.merged.exists()
+    return (plan.run.merged if model == "merged" else plan.run.distilled).exists()
 
 
 def _weights_of(plan: Plan, model: str) -> Tensors:
@@ -72,7 +72,7 @@ def _weights_of(plan: Plan, model: str) -> Tensors:
         return plan.base.network.state_dict()
     if model == BASELINE:
         return read_tensors(plan.run.baseline(BASELINE) / "model.safetensors")[0]
-    return load_network(plan.run.merged)
+    return load_network(plan.run.merged if model == "merged" else plan.run.distilled)
 
 
 def denoiser_of(plan: Plan, model: str, device: torch.device) -> Denoiser:

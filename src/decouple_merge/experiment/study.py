@@ -19,6 +19,7 @@ from ..storage.study_folder import StudyFolder
 from ..training.made_from import is_finished
 from ..training.records import StepRecord
 from . import workflow
+from .distilling import distil
 from .given import write_given
 from .located import located
 from .manifest import check_owner
@@ -174,6 +175,7 @@ def _events(piece: Piece, plan: Plan, folder: StudyFolder) -> Iterator[workflow.
                 yield from train_shared(plan, training, folder)
         if over != "nothing":
             yield from search_weights(plan)
+            yield from distil(plan)
         for training in every:
             yield from train_shared(plan, training, folder)
         yield from evaluate_shared(plan, folder)

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from ..config import Finetune, Projection
+from ..config import Distil, Finetune, Projection
 from ..diffusion.timesteps import TimestepRange
 from ..training.trainer import Task
-from .planned import BASELINE, Plan
+from .planned import BASELINE, DISTILLED, Plan
 
 # A task with its settings and the folder of its result.
 Training = tuple[Task, Finetune, Path]
+DistilledTraining = tuple[Task, Distil, Path]
 
 
 def expert_task(plan: Plan, index: int) -> Task:
@@ -30,8 +31,17 @@ def trainings(plan: Plan) -> list[Training]:
     experts = [expert_training(plan, index) for index in range(num)]
     if not finetune.baseline:
         return experts
-    whole = Task(BASELINE, TimestepRange(0, plan.base.num_train_timesteps), plan.ranges)
-    return [(whole, _baseline_settings(plan), plan.run.baseline(BASELINE)), *experts]
+    return [(_whole_task(plan, BASELINE), _baseline_settings(plan), plan.run.baseline(BASELINE)), *experts]
+
+
+def distilled_training(plan: Plan) -> DistilledTraining | None:
+    """Say how the merged model is pulled towards the experts; None where the config doesn't ask for it."""
+    settings = plan.config.distil
+    return None if settings is None else (_whole_task(plan, DISTILLED), settings, plan.run.distilling)
+
+
+def _whole_task(plan: Plan, name: str) -> Task:
+    return Task(name, TimestepRange(0, plan.base.num_train_timesteps), plan.ranges)
 
 
 def _baseline_settings(plan: Plan) -> Finetune:

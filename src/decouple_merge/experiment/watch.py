@@ -20,8 +20,9 @@ from ..training.made_from import num_ranks
 from ..training.records import StepRecord
 from ..training.trainer import Task
 from .costs import told
-from .planned import Plan
+from .planned import DISTILLED, Plan
 from .reported import report_references
+from .teachers import distillation_of
 
 
 def compared_of(plan: Plan, extractor: str) -> tuple[Extractor, Reference]:
@@ -84,6 +85,6 @@ def train_watched(plan: Plan, task: Task, settings: Training, folder: Path) -> I
 
 def _train_watched(plan: Plan, task: Task, settings: Training, folder: Path) -> Iterator[StepRecord]:
     distance = training_distance(plan, task.own, settings.distance) if settings.distance and is_first() else None
-    config = plan.config
-    records = train(plan.base, plan.images, config.data, task, settings, config.seed, folder, distance)
+    config, distillation = plan.config, distillation_of(plan) if task.name == DISTILLED else None
+    records = train(plan.base, plan.images, config.data, task, settings, config.seed, folder, distance, distillation)
     yield from told(plan.run.progress(task.name), records)

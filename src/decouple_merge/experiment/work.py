@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from ..config import Finetune, Training
+from ..config import Distil, Finetune, Training
 from ..executors.distributed import world_size
 from ..searching.levels import levels
 from ..training.made_from import num_ranks
 from ..training.trainer import Task
 from .planned import Plan
 from .reported import report_models
-from .trainings import trainings
+from .trainings import distilled_training, trainings
 
 # Of the network for an image of an update: forward, and backward at twice the cost; a teacher looks at it once more.
 UPDATE_PASSES, TEACHER_PASSES = 3, 1
@@ -23,7 +23,8 @@ def work_of(plan: Plan) -> dict[str, Any]:
     config, evaluate = plan.config, plan.config.evaluate
     every = levels(config, config.num_combined) if config.search.over != "nothing" else []
     firsts = [evaluate.first_seed + i * evaluate.num_images for i in range(evaluate.num_seed_sets)]
-    return _trained(plan, trainings(plan)) | {
+    distilled = distilled_training(plan)
+    return _trained(plan, [*trainings(plan), *([distilled] if distilled else [])]) | {
         "levels": [
             {
                 "name": level.name,
@@ -69,4 +70,4 @@ def _trained(plan: Plan, every: Any) -> dict[str, Any]:
 
 
 def _has_teacher(settings: Training) -> bool:
-    return isinstance(settings, Finetune) and settings.consistency_weight > 0
+    return isinstance(settings, Distil) or (isinstance(settings, Finetune) and settings.consistency_weight > 0)

@@ -15,6 +15,7 @@ from ..storage.locks import enter, hold
 from ..storage.run_folder import Run
 from ..training.records import StepRecord
 from .combined import load_combined
+from .distilling import distil
 from .finetuning import finetune_experts
 from .manifest import check_claimed
 from .plan import prepare
@@ -51,6 +52,7 @@ def run(config: Config, out: Path, wait: bool = False, page: bool = True) -> Ite
             norms = task_vector_norms(plan.base.network.state_dict(), load_combined(plan))
             yield "task vector norms: " + ", ".join(f"{n:.3f}" for n in norms)
             yield from search_weights(plan)
+            yield from distil(plan)
         yield from report(plan)
         if page:
             yield f"report: {write_report([plan.run.folder])}"

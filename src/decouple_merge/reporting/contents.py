@@ -93,7 +93,7 @@ class Contents:
 
 def in_order(models: Any) -> list[str]:
     """List models once: pretrained, what has its compute, ensemble, merged, others."""
-    kinds = ("pretrained", "baseline-", "ensemble", "merged")
+    kinds = ("pretrained", "baseline-", "ensemble", "merged", "distilled")
     places = {m: next((i for i, k in enumerate(kinds) if m.startswith(k)), len(kinds)) for m in dict.fromkeys(models)}
     return sorted(places, key=lambda m: places[m])
 

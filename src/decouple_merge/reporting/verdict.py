@@ -17,6 +17,7 @@ TITLES = {
     "baseline-finetuned": "finetuned on all timesteps, equal compute",
     "ensemble": "ensemble of the experts",
     MERGED: "merged",
+    "distilled": "merged, then pulled to the experts",
 }
 
 

@@ -73,6 +73,14 @@ class Run:
         return self.folder / "merged"
 
     @property
+    def distilling(self) -> Path:
+        return self.folder / "distilling"
+
+    @property
+    def distilled(self) -> Path:
+        return self.folder / "distilled"
+
+    @property
     def merged_lora(self) -> Path:
         return self.folder / "merged-lora"
 

@@ -17,6 +17,7 @@ from ..models.lora import FILE
 from ..seeds import stream_seed
 from ..storage.files import write_json, write_tensors
 from ..storage.run_folder import kept_weights
+from .distillation import Distillation
 from .made_from import RECORD, check_unchanged, is_finished, training_record
 from .records import Log, StepRecord, step_record
 from .trainer import Task, Trainer
@@ -36,6 +37,7 @@ def train(
     seed: int,
     folder: Path,
     distance: Distance | None = None,
+    distillation: Distillation | None = None,
 ) -> Iterator[StepRecord]:
     """Train a copy of the base on one task; yields progress, leaves the folded EMA weights in ``folder``.
 
@@ -48,15 +50,17 @@ def train(
     Args:
         distance: scores the averaged weights, given under the base's keys, every ``settings.distance.every`` updates.
             It must leave them as they are; then the training is bitwise the same with it and without.
+        distillation: what to begin with and to be pulled to, instead of the base and the data.
 
     Raises:
         UserError: the training was begun with something else, the loss is no longer finite, a saved state is damaged,
             or the processes don't share the folder.
     """
     record = training_record(base, images, data, task, settings, seed)
+    record |= distillation.made_from if distillation else {}
     check_unchanged(folder, record)
     if not is_finished(folder):
-        trainer = Trainer(base, task, settings, seed)
+        trainer = Trainer(base, task, settings, seed, distillation)
         state = folder / "state" / "state.safetensors"
         if state.exists():
             trainer.load(state)

@@ -26,6 +26,7 @@ from ..models.network import predict
 from ..seeds import generator, stream_seed
 from .balancing import Setup, balancer_of
 from .compilation import check_compiled
+from .distillation import Distillation
 from .ema import AveragedParameters
 from .optimizers import make_optimizer
 from .parametrisation import parametrisation_of
@@ -66,18 +67,23 @@ class Trainer:
     Args:
         settings: of a base from nothing, or a ``Finetune``, which has a teacher, a mixture with all timesteps, and a
             parametrisation of its own.
+        distillation: weights to begin with, and networks whose outputs are the targets.
     """
 
-    def __init__(self, base: Base, task: Task, settings: Training, seed: int) -> None:
+    def __init__(
+        self, base: Base, task: Task, settings: Training, seed: int, distillation: Distillation | None = None
+    ) -> None:
         self.base, self.task, self.settings, self.seed = base, task, settings, seed
         self.global_prob = settings.global_prob if isinstance(settings, Finetune) else 0.0
         self.consistency_weight = settings.consistency_weight if isinstance(settings, Finetune) else 0.0
         self.device = default_device()
-        self.rank, self.world = distributed.rank(), distributed.world_size()
+        self.rank, self.world, self.distillation = distributed.rank(), distributed.world_size(), distillation
         self.process = base.process.to(self.device)
         self.weight = weight_of(settings.weighting, **settings.weighting_options)
         self.parametrisation = parametrisation_of(settings, task.name, seed)
         network: Any = self.parametrisation.network(base).train()
+        if distillation is not None:
+            network.load_state_dict(distillation.start)
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self.network: nn.Module = network
@@ -171,6 +177,8 @@ class Trainer:
         noise = share(lambda num: torch.randn(num, *x0.shape[1:], generator=draws)).to(self.device)
         x_t, target = process.mix(x0, noise, t), process.target(x0, noise, t)
         with autocast(self.settings.mixed_precision, self.device):
+            if self.distillation is not None:
+                target = self.distillation.target(base, x_t, t, condition)
             teacher_output = None
             if self.teacher is not None:
                 with torch.no_grad():
