@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from conftest import WORDS, make_sdxl_unet, make_text_unet, make_unet
 from decouple_merge import load_ensemble
 from decouple_merge.config import Config, Sample, Text
+from decouple_merge.diffusion.routing import RangeRouter
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.experiment.provenance import made_from
@@ -138,7 +139,7 @@ def test_an_expert_is_read_only_when_t_comes_into_its_range(
 ) -> None:
     reads: list[int] = []
     hold = TimestepEnsemble._hold
-    monkeypatch.setattr(TimestepEnsemble, "_hold", lambda self, i, w: (reads.append(i), hold(self, i, w)))
+    monkeypatch.setattr(TimestepEnsemble, "_hold", lambda self, i: (reads.append(i), hold(self, i)))
     base, ensemble = load_base(str(tiny_base)), load_ensemble(tiny_base, experts, RANGES, one_resident=True)
     ours(base, ensemble, num_steps=20)
     assert reads == [2, 1, 0]
@@ -217,7 +218,7 @@ def test_a_runs_ensemble_is_the_one_that_the_run_scores(
     for model in scored:
         drawn = sample_images(model, plan.base, SEEDS, Sample(num_steps=8, batch_size=3), CPU)
         assert torch.equal(torch.cat(list(drawn)), found)
-    assert [(r.low, r.high) for r in load_ensemble(tmp_path / "run").ranges] == (ranges or [(0, 20), (20, 40)])
+    assert [(r.low, r.high) for r in load_ensemble(tmp_path / "run").router.ranges] == (ranges or [(0, 20), (20, 40)])
 
 
 def test_a_run_whose_experts_keep_trunk_projections_is_loaded_with_them(
@@ -240,8 +241,6 @@ def test_a_run_whose_experts_keep_trunk_projections_is_loaded_with_them(
         CPU,
     )
     assert torch.equal(found, torch.cat(list(drawn)))
-    with pytest.raises(ValueError, match="1 of 2 experts have trunk projections; expected all or none"):
-        load_ensemble(plan.config.base, [tmp_path / "run/experts/0", experts[0]])
 
 
 def test_it_answers_what_pipelines_read_of_a_network(tiny_text_base: Path, text_experts: list[Path]) -> None:
@@ -265,26 +264,36 @@ def test_a_timestep_may_be_a_number_a_tensor_or_a_batch(tiny_base: Path, experts
         assert torch.equal(ensemble(x, torch.tensor([24, 24])).sample, expected)
 
 
-def test_a_batch_over_several_ranges_is_refused(tiny_base: Path, experts: list[Path]) -> None:
-    ensemble = load_ensemble(tiny_base, experts, RANGES)
-    with pytest.raises(ValueError, match=r"batch are \[2, 3\], of the ranges \[0, 3\) to \[3, 25\); expected those of"):
-        ensemble(torch.zeros(2, 1, 8, 8), torch.tensor([2, 3]))
+@pytest.mark.parametrize("one_resident", [False, True])
+def test_each_image_of_a_batch_gets_the_network_of_its_own_t(
+    tiny_base: Path, experts: list[Path], one_resident: bool
+) -> None:
+    ensemble, x = load_ensemble(tiny_base, experts, RANGES, one_resident), torch.randn(3, 1, 8, 8)
+    t = torch.tensor([2, 30, 3])
+    with torch.no_grad():
+        found, plain = ensemble(x, t).sample, ensemble(x, t, return_dict=False)[0]
+        alone = [ensemble(x, each).sample[i] for i, each in enumerate(t)]
+    assert torch.equal(found, torch.stack(alone))
+    assert torch.equal(found, plain)
+    with pytest.raises(ValueError, match=r"timesteps \(3, 2\) that ask for 2 networks, expected one for each image"):
+        ensemble(x, torch.tensor([[2, 3], [2, 2], [3, 3]]))
 
 
-def test_experts_of_another_architecture_are_refused(tiny_base: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_a_file_of_another_architecture_is_refused(tiny_base: Path, experts: list[Path], tmp_path: Path) -> None:
     other = tmp_path / "other"
     DDPMPipeline(make_unet(layers_per_block=2), DDPMScheduler(num_train_timesteps=40)).save_pretrained(other)
-    with pytest.raises(ValueError, match=r"other doesn't fit the base: unknown: down_blocks\.0\.resnets\.1"):
-        load_ensemble(tiny_base, [experts[0], other])
-    weights = [load_network(experts[0]), load_network(other)]
-    with pytest.raises(ValueError, match="expert 1 doesn't fit the base"):
-        TimestepEnsemble([make_unet()], [TimestepRange(0, 20), TimestepRange(20, 40)], 40, weights)
+    file = other / "unet/diffusion_pytorch_model.safetensors"
+    with pytest.raises(ValueError, match=r"safetensors doesn't fit the base: unknown: down_blocks\.0\.resnets\.1"):
+        load_ensemble(tiny_base, [experts[0], file])
+    weights, same = [load_network(experts[0]), load_network(other)], make_unet()
+    with pytest.raises(ValueError, match="network 1 doesn't fit the base"):
+        TimestepEnsemble([same, same], RangeRouter([TimestepRange(0, 20), TimestepRange(20, 40)], 40), weights)
 
 
 def test_wrong_numbers_of_experts_and_ranges_are_refused(tiny_base: Path, experts: list[Path]) -> None:
-    with pytest.raises(ValueError, match="3 experts for 2 ranges, expected one each"):
+    with pytest.raises(ValueError, match="3 models for 2 ranges, expected one each"):
         load_ensemble(tiny_base, experts, [(0, 20), (20, 40)])
-    with pytest.raises(ValueError, match="range 1 starts at 21, expected 20"):
+    with pytest.raises(ValueError, match=r"no range holds \[20, 21\), expected a partition of \[0, 40\)"):
         load_ensemble(tiny_base, experts, [(0, 20), (21, 30), (30, 40)], one_resident=True)
 
 

@@ -13,13 +13,15 @@ from conftest import make_unet, save_stable_diffusion
 from decouple_merge.config import Config, Finetune, Sample, load_config
 from decouple_merge.diffusion.process import Flow
 from decouple_merge.diffusion.ranges import cut_ranges, listed_ranges
+from decouple_merge.diffusion.routing import RangeRouter
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.experiment import workflow
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.experiment.pretraining import pretrain
 from decouple_merge.models.base import load_base
-from decouple_merge.models.ensemble import TimestepEnsemble, load_ensemble
+from decouple_merge.models.ensemble import TimestepEnsemble
+from decouple_merge.models.mixture import load_ensemble
 from decouple_merge.models.network import new_network
 from decouple_merge.models.ranges import ranges_of
 from decouple_merge.models.schedulers import make_scheduler
@@ -159,7 +161,7 @@ def test_the_first_step_is_the_noisiest_experts_and_a_step_on_an_edge_the_upper_
     networks = [new_network(base).requires_grad_(False).eval() for _ in range(2)]
     networks[1].conv_out.bias.fill_(100.0)  # type: ignore[union-attr, operator]
     ranges = [TimestepRange(0, 833.3333), TimestepRange(833.3333, 1000)]
-    ensemble = TimestepEnsemble(networks, ranges, 1000, None, base.timestep_of)
+    ensemble = TimestepEnsemble(networks, RangeRouter(ranges, 1000), None, base.timestep_of)
     x = torch.zeros(1, 1, 8, 8)
 
     def is_noisiest(t: float) -> bool:

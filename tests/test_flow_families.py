@@ -15,11 +15,11 @@ from decouple_merge.config import Config, Sample, Text
 from decouple_merge.diffusion.process import Flow
 from decouple_merge.experiment import workflow
 from decouple_merge.models.base import load_base
-from decouple_merge.models.ensemble import load_ensemble
 from decouple_merge.models.families import FAMILIES
 from decouple_merge.models.families.flux import pack, save_flux, tiny_flux, unpack
 from decouple_merge.models.families.sd3 import save_sd3
 from decouple_merge.models.families.z_image import save_z_image
+from decouple_merge.models.mixture import load_ensemble
 from decouple_merge.models.schedulers import make_scheduler
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
 from decouple_merge.storage.files import read_tensors

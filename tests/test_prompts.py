@@ -13,6 +13,7 @@ from torch import Tensor
 from conftest import WORDS, save_stable_diffusion, stock_images
 from decouple_merge.cli import main as cli
 from decouple_merge.config import Protocol, Sample, Text
+from decouple_merge.diffusion.routing import RangeRouter
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.evaluation.evaluate import evaluate_model
 from decouple_merge.models.base import Base, load_base
@@ -139,7 +140,8 @@ def test_the_ensemble_gives_the_texts_to_the_expert_of_each_step(base: Base) -> 
         expert.register_forward_pre_hook(
             lambda m, args, kwargs, i=index: calls.append((i, len(kwargs["encoder_hidden_states"]))), with_kwargs=True
         )
-    both = denoiser(base, TimestepEnsemble(experts, [TimestepRange(0, 20), TimestepRange(20, 40)], 40))
+    router = RangeRouter([TimestepRange(0, 20), TimestepRange(20, 40)], 40)
+    both = denoiser(base, TimestepEnsemble(experts, router))
     found = draw(base, [0, 1], ask(base), both, sampler="DDIM")
     # Steps at 31, 21, 11 and 1.
     assert calls == [(1, 4), (1, 4), (0, 4), (0, 4)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from conftest import make_unet
 from decouple_merge.config import Config, Sample
 from decouple_merge.data.images import to_model
+from decouple_merge.diffusion.routing import RangeRouter
 from decouple_merge.diffusion.timesteps import TimestepRange, range_index
 from decouple_merge.models.base import Base, load_base
 from decouple_merge.models.ensemble import TimestepEnsemble
@@ -172,7 +173,13 @@ def test_the_ensemble_runs_the_expert_whose_range_holds_t(base: Base, sampler: s
     single = Recorder(base.network)
     draw(base, [0], denoiser(base, single), sampler=sampler, num_steps=num_steps)
     experts = [Recorder(base.network) for _ in RANGES]
-    draw(base, [0], denoiser(base, TimestepEnsemble(experts, RANGES, 40)), sampler=sampler, num_steps=num_steps)
+    draw(
+        base,
+        [0],
+        denoiser(base, TimestepEnsemble(experts, RangeRouter(RANGES, 40))),
+        sampler=sampler,
+        num_steps=num_steps,
+    )
     for index, expert in enumerate(experts):
         assert expert.seen == [t for t in single.seen if RANGES[index].low <= int(t) < RANGES[index].high]
     assert sum(len(e.seen) for e in experts) == len(single.seen) >= num_steps
@@ -181,7 +188,7 @@ def test_the_ensemble_runs_the_expert_whose_range_holds_t(base: Base, sampler: s
 def test_the_ensemble_does_not_dispatch_on_the_steps_index(base: Base) -> None:
     """Two steps visit t = 20 and 0: the middle and the first expert, and never the last."""
     experts = [Recorder(base.network) for _ in RANGES]
-    draw(base, [0], denoiser(base, TimestepEnsemble(experts, RANGES, 40)), num_steps=2)
+    draw(base, [0], denoiser(base, TimestepEnsemble(experts, RangeRouter(RANGES, 40))), num_steps=2)
     assert [e.seen for e in experts] == [[0.0], [20.0], []]
 
 
@@ -191,7 +198,7 @@ def test_different_experts_make_a_different_image(base: Base) -> None:
     with torch.no_grad():
         for p in other.parameters():
             p += 0.1 * torch.randn_like(p)
-    both = TimestepEnsemble([base.network, other], [TimestepRange(0, 20), TimestepRange(20, 40)], 40)
+    both = TimestepEnsemble([base.network, other], RangeRouter([TimestepRange(0, 20), TimestepRange(20, 40)], 40))
     mixed = draw(base, SEEDS, denoiser(base, both))
     assert not torch.equal(mixed, draw(base, SEEDS))
     assert not torch.equal(mixed, draw(base, SEEDS, denoiser(base, other)))
@@ -200,7 +207,7 @@ def test_different_experts_make_a_different_image(base: Base) -> None:
 @pytest.mark.parametrize("sampler", ["DDIM", "DDPM", "HeunDiscrete"])
 def test_an_ensemble_of_equal_experts_is_the_single_model_bit_for_bit(base: Base, sampler: str) -> None:
     copies = [sampling_copy(base.network, Sample(), CPU) for _ in RANGES]
-    found = draw(base, SEEDS, denoiser(base, TimestepEnsemble(copies, RANGES, 40)), sampler=sampler)
+    found = draw(base, SEEDS, denoiser(base, TimestepEnsemble(copies, RangeRouter(RANGES, 40))), sampler=sampler)
     assert torch.equal(found, draw(base, SEEDS, sampler=sampler))
 
 
@@ -212,12 +219,12 @@ def test_an_ensemble_of_equal_experts_is_the_single_model_bit_for_bit(base: Base
         ([TimestepRange(0, 20), TimestepRange(20, 39)], r"ends at 39, expected 40"),
         ([TimestepRange(0, 20), TimestepRange(20, 41)], r"range 1 is \[20, 41\), expected a non-empty part"),
         ([TimestepRange(20, 40), TimestepRange(0, 20)], r"range 0 starts at 20, expected 0"),
-        ([TimestepRange(0, 40)], r"2 experts for 1 ranges"),
+        ([TimestepRange(0, 40)], r"2 networks for the 1 of the router"),
     ],
 )
 def test_ranges_that_are_no_partition_are_refused(base: Base, ranges: list[TimestepRange], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TimestepEnsemble([base.network, base.network], ranges, 40)
+        TimestepEnsemble([base.network, base.network], RangeRouter(ranges, 40))
 
 
 def test_a_timestep_outside_every_range_is_named() -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from conftest import make_unet
 from decouple_merge.cli import progress
 from decouple_merge.config import Config, Evaluate, Finetune, Search
+from decouple_merge.diffusion.routing import RangeRouter
 from decouple_merge.evaluation.score import score
 from decouple_merge.experiment import pretraining, trainings
 from decouple_merge.experiment.plan import prepare
@@ -93,7 +94,8 @@ def test_the_distance_is_that_of_the_saved_expert_on_its_range_and_the_base_on_t
     records = list(expert(plan))
     trained = type(plan.base.network).from_config(plan.base.network.config)
     trained.load_state_dict(read_tensors(plan.run.expert(0) / "model.safetensors")[0])
-    model = denoiser(plan.base, TimestepEnsemble([trained.eval(), plan.base.network.eval()], plan.ranges, 40))
+    router = RangeRouter(plan.ranges, 40)
+    model = denoiser(plan.base, TimestepEnsemble([trained.eval(), plan.base.network.eval()], router))
     compared = compared_of(plan, "effnetlite0")
 
     def scored(model: Any) -> float:

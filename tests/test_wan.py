@@ -18,8 +18,8 @@ from decouple_merge.experiment.finetuning import finetune_experts
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.merging.recipes import merge_models, repeat_merge
 from decouple_merge.models.base import load_base
-from decouple_merge.models.ensemble import load_ensemble
 from decouple_merge.models.families.wan import TwoTransformers, save_wan, tiny_wan
+from decouple_merge.models.mixture import load_ensemble
 from decouple_merge.models.network import predict
 from decouple_merge.models.parts import load_vae
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images

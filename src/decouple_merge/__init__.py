@@ -21,7 +21,7 @@ _PUBLIC = {
     "merge": "merging.arithmetic",
     "merge_models": "merging.recipes",
     "TimestepEnsemble": "models.ensemble",
-    "load_ensemble": "models.ensemble",
+    "load_ensemble": "models.mixture",
     "sample_images": "sampling.sampler",
     "sample_model": "sampling.folder",
     "evaluate_model": "evaluation.evaluate",

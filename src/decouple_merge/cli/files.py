@@ -81,15 +81,22 @@ def merge(
 
 
 def info(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Pipeline, network folder, file or LoRA")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Pipeline, network folder, file, LoRA or mixture")],
 ) -> None:
-    """Say what a model's files hold, and how it was merged.
+    """Say what a model's files hold and how it was merged, or check a mixture's and say which network runs where.
 
     Example: `deme info fashion-ddpm`
     """
+    from ..config import is_document
     from ..merging.described import describe_model
 
-    for line in describe_model(model):
+    if is_document(str(model)):
+        from ..models.mixture import describe_mixture
+
+        lines = describe_mixture(model)
+    else:
+        lines = describe_model(model)
+    for line in lines:
         console.print(line)
 
 

@@ -11,7 +11,7 @@ from .options import Address, Executor, PromptFile, chosen
 
 def sample(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Pipeline folder or name, or run folder (its ensemble)")
+        str, typer.Argument(metavar="MODEL", help="Pipeline, run folder (its ensemble), or a mixture's YAML")
     ],
     out: Annotated[Path, typer.Option(help="Folder for PNGs, each named by its seed")],
     num_images: Annotated[int | None, typer.Option(min=1, help="As many as prompts where not given")] = None,

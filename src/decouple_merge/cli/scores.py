@@ -17,7 +17,7 @@ Set = Annotated[
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL_OR_IMAGES", help="Pipeline, run, or images in any form data.source takes"),
+        typer.Argument(metavar="MODEL_OR_IMAGES", help="Pipeline, run, mixture, or images as data.source takes them"),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(metavar="REF", help="Images, a model, or statistics of deme stats, pytorch-fid or ADM")

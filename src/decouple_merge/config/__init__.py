@@ -12,6 +12,7 @@ from .evaluate import Evaluate, Reference
 from .finetune import Finetune, Lora, Projection, Ranges
 from .loader import dump_config, load_config, validate
 from .merge import Merge
+from .mixture import Mixture, is_document, load_mixture
 from .pieces import Pieces
 from .pretrain import PartTraining, Pretrain, TextEncoder, Vae
 from .protocol import Protocol, load_protocol
@@ -40,6 +41,7 @@ __all__ = [
     "Finetune",
     "Lora",
     "Merge",
+    "Mixture",
     "Origin",
     "PartTraining",
     "Pieces",
@@ -64,7 +66,9 @@ __all__ = [
     "dump_commented",
     "dump_config",
     "dump_study",
+    "is_document",
     "load_config",
+    "load_mixture",
     "load_protocol",
     "load_study",
     "parse_recipe",

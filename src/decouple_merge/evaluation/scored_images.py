@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import Protocol, Text
+from ..config import Protocol, Text, is_document
 from ..data.captions import texts_of
 from ..data.decoding import RESIZE, resize_images
 from ..data.prompts import load_prompts
@@ -50,10 +50,10 @@ class Scored:
 
 
 def is_model(name: str) -> bool:
-    """Say whether a name is that of a pipeline or a run, as opposed to images."""
+    """Say whether a name is that of a pipeline, a run or a mixture, as opposed to images."""
     path = find_model(name) or Path(name)
     is_hub_name = not path.exists() and name.count("/") == 1 and name[0] not in "./~" and ":" not in name
-    return is_hub_name or (path / "model_index.json").exists() or is_run(name)
+    return is_hub_name or (path / "model_index.json").exists() or is_run(name) or is_document(name)
 
 
 def open_scored(model: str | Iterable[Tensor], settings: Protocol, with_texts: bool = False) -> Scored:

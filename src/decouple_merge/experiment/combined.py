@@ -6,8 +6,8 @@ from ..config import Config
 from ..errors import UserError
 from ..merging.arithmetic import Model, Tensors
 from ..merging.keys import check_same_keys
-from ..models.ensemble import load_expert
 from ..models.lora import FILE, as_adapted
+from ..models.run_experts import load_expert
 from ..searching.checkpoints import load_checkpoints
 from ..storage.files import read_tensors
 from ..storage.run_folder import kept_weights

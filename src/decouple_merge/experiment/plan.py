@@ -20,9 +20,9 @@ from ..executors import check_executor, distributed
 from ..executors.devices import check_memory, default_device
 from ..merging.arithmetic import Tensors
 from ..models.base import Base, load_base
-from ..models.ensemble import load_expert
 from ..models.parts import check_caption_dropout, texts_to_encode
 from ..models.ranges import ranges_of, with_density
+from ..models.run_experts import load_expert
 from ..sampling.checks import check_sample
 from ..sampling.sampler import check_prompts
 from ..searching.checks import check_search

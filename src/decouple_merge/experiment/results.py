@@ -18,6 +18,7 @@ from ..executors import run_all
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..models.identity import model_sha256
+from ..models.mixture import mixture_of
 from ..models.network import load_network, num_parameters
 from ..sampling.folder import drawn_from, write_images
 from ..sampling.model import drawn_with
@@ -85,7 +86,7 @@ def denoiser_of(plan: Plan, model: str, device: torch.device) -> Denoiser:
 def sha256_of(plan: Plan, model: str) -> str:
     """Hash a model of the table, as it is now."""
     if model == "ensemble":
-        return model_sha256(plan.base, load_experts(plan), plan.ranges)
+        return mixture_of(plan.base, plan.ranges, load_experts(plan)).sha256
     return model_sha256(plan.base, None if model == "pretrained" else [_weights_of(plan, model)])
 
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..config import Distance, Training
+from ..diffusion.routing import RangeRouter
 from ..diffusion.timesteps import TimestepRange
 from ..evaluation.extractors import Extractor
 from ..evaluation.metrics import METRICS
@@ -57,8 +58,9 @@ def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Cal
 
     def distance(weights: Tensors) -> float:
         trained = sampling_network(base, weights, drawing, device)
-        networks = [trained if r == own else others for r in ranges]
-        model = denoiser(base, TimestepEnsemble(networks, ranges, base.num_train_timesteps, None, base.timestep_of))
+        router = RangeRouter(ranges, base.num_train_timesteps, [int(r != own) for r in ranges])
+        networks = [trained, others][: router.num_networks]
+        model = denoiser(base, TimestepEnsemble(networks, router, None, base.timestep_of))
         seeds = config.distance_seeds[: settings.num_images]
         batches = sample_images(model, base, seeds, drawing, device, prompts=prompts)
         return score(batches, [settings.metric], [compared])[settings.metric]

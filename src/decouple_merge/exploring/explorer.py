@@ -15,7 +15,7 @@ from ..executors.devices import default_device
 from ..merging.merger import Merger
 from ..merging.recipes import merge_models
 from ..merging.rules.rule import Context, Settings
-from ..models.ensemble import open_run
+from ..models.run_experts import open_run
 from ..sampling.model import run_prompts
 from ..sampling.sampler import (
     Denoiser,

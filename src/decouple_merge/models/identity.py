@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..diffusion.timesteps import TimestepRange
 from ..storage.made_from import MadeFrom, plain
 from ..storage.tensors import hash_tensors
 from .base import Base
@@ -38,24 +37,36 @@ def base_parts(base: Base) -> MadeFrom:
 
 
 def model_sha256(
-    base: Base, weights: Sequence[dict[str, Tensor]] | None = None, ranges: Sequence[TimestepRange] = ()
+    base: Base,
+    weights: Sequence[Mapping[str, Tensor]] | None = None,
+    routing: Any = (),
+    configs: Sequence[Any] = (),
 ) -> str:
     """Hash all that the images of a model depend on but seeds, prompts and the settings that it is drawn with.
 
     Weights count as float32, in which they are loaded, whatever a file has.
 
     Args:
-        weights: of the network, or of an ensemble's experts; the base's own where not given.
-        ranges: of the experts.
+        weights: of the network, or of a mixture's networks; the base's own where not given.
+        routing: what decides which of them runs, ``Router.record``.
+        configs: of networks of another architecture than the base's; None of the others.
     """
     parts = base_parts(base)
     own = parts.pop("weights")
-    hashes = [own] if weights is None else [_float_sha256(each) for each in weights]
-    return _sha256([hashes, [[r.low, r.high] for r in ranges], parts])
+    hashes: list[Any] = [own] if weights is None else [_float_sha256(each) for each in weights]
+    for i, config in enumerate(configs):
+        if config is not None:
+            hashes[i] = [hashes[i], _settings(config)]
+    return _sha256([hashes, routing, parts])
 
 
-def _float_sha256(tensors: dict[str, Tensor]) -> str:
-    return hash_tensors((k, v.float() if v.is_floating_point() else v) for k, v in sorted(tensors.items()))
+def _float_sha256(tensors: Mapping[str, Tensor]) -> str:
+    def widened() -> Iterator[tuple[str, Tensor]]:
+        for key in sorted(tensors):
+            tensor = tensors[key]
+            yield key, tensor.float() if tensor.is_floating_point() else tensor
+
+    return hash_tensors(widened())
 
 
 def _settings(config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Open any model to draw with: a pipeline, or the ensemble of a run's experts."""
+"""Open any model to draw with: a pipeline, the ensemble of a run's experts, or a mixture."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,16 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from ..config import Sample, Text
+from ..config import Sample, Text, is_document, load_mixture
 from ..data.prompts import load_prompts
+from ..diffusion.routing import RangeRouter
 from ..errors import UserError
 from ..models.base import Base, load_base
-from ..models.ensemble import RunEnsemble, open_run
 from ..models.identity import model_sha256
+from ..models.mixture import Mixture, mixture_of, open_mixture
 from ..models.network import load_network, new_network
 from ..models.parts import texts_to_encode
+from ..models.run_experts import open_run
 from ..storage.layouts import PROJECTIONS_FILE
 from ..storage.reading import AGAIN, read_record
 from ..storage.run_folder import Run
@@ -27,7 +29,7 @@ from .sampler import (
     check_prompts,
     choose_prompts,
     denoiser,
-    ensemble_denoiser,
+    mixture_denoiser,
     prompts_label,
     sample_images,
     sampling_copy,
@@ -45,14 +47,14 @@ class OpenedModel:
 
     Attributes:
         network: of a pipeline.
-        ensemble: of a run.
+        mixture: of a file, or a run's experts.
         prompts: all that images may be drawn from; empty for a model that reads none.
         first_seed: which has the first prompt.
     """
 
     base: Base
     network: nn.Module | None
-    ensemble: RunEnsemble | None
+    mixture: Mixture | None
     settings: Sample
     text: Text
     prompts: list[str]
@@ -74,8 +76,9 @@ class OpenedModel:
 
     def notes(self) -> Iterator[str]:
         """Say what is to be known before it draws: that an ensemble's sampler isn't what its ranges were cut for."""
-        if self.ensemble is not None:
-            yield from unlike_shares(self.base, self.ensemble.ranges, self.settings, self.ensemble.step_shares)
+        if self.mixture is not None and isinstance(self.mixture.router, RangeRouter):
+            ranges = self.mixture.router.ranges
+            yield from unlike_shares(self.base, ranges, self.settings, self.mixture.step_shares)
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -86,8 +89,8 @@ class OpenedModel:
     @cached_property
     def sha256(self) -> str:
         """The hash of all that is read, as ``models.identity`` counts it."""
-        if self.ensemble is not None:
-            return model_sha256(self.base, self.ensemble.experts, self.ensemble.ranges)
+        if self.mixture is not None:
+            return self.mixture.sha256
         assert self.network is not None
         return model_sha256(self.base, [self.network.state_dict()])
 
@@ -109,8 +112,8 @@ class OpenedModel:
         yield from sample_images(model, self.base, seeds, self.settings, device, prompts=prompts, share=share)
 
     def _denoiser(self, device: torch.device) -> Denoiser:
-        if self.ensemble is not None:
-            return ensemble_denoiser(self.base, self.ensemble.ranges, self.ensemble.experts, self.settings, device)
+        if self.mixture is not None:
+            return mixture_denoiser(self.mixture, self.settings, device)
         assert self.network is not None
         return denoiser(self.base, sampling_copy(self.network, self.settings, device))
 
@@ -131,7 +134,7 @@ def is_run(name: str) -> bool:
 
 
 def open_model(name: str, settings: Sample, text: Text, first_seed: int = 0) -> OpenedModel:
-    """Open a pipeline, or the ensemble of a run folder, with the prompts for it.
+    """Open a pipeline, a mixture's file, or the ensemble of a run folder, with the prompts for it.
 
     Args:
         settings: how it draws.
@@ -146,8 +149,13 @@ def open_model(name: str, settings: Sample, text: Text, first_seed: int = 0) -> 
         run = open_run(Path(name))
         both = run.config.text.model_copy(update=text.model_dump(include=text.model_fields_set))
         prompts = run_prompts(Run(Path(name)), run.base, text, both)
-        return OpenedModel(run.base, None, run, settings, both, prompts, first_seed if text.prompts else 0)
-    prompts, base = load_prompts(text), load_base(name)
+        mixture = mixture_of(run.base, run.ranges, run.experts, run.step_shares)
+        return OpenedModel(run.base, None, mixture, settings, both, prompts, first_seed if text.prompts else 0)
+    prompts = load_prompts(text)
+    if is_document(name):
+        mixture = open_mixture(load_mixture(Path(name)))
+        return OpenedModel(mixture.base, None, mixture, settings, text, prompts, first_seed)
+    base = load_base(name)
     network = base.network
     if (Path(name) / PROJECTIONS_FILE).exists():
         network = new_network(base, "trunk")

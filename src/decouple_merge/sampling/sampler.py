@@ -15,9 +15,11 @@ from ..data.images import to_pixels
 from ..data.latents import DTYPES, open_texts
 from ..diffusion.timesteps import TimestepRange
 from ..errors import NotFiniteError, UserError
+from ..merging.keys import has_trunk
 from ..models.base import Base
-from ..models.ensemble import TimestepEnsemble
 from ..models.family import Encoders
+from ..models.members import Member
+from ..models.mixture import Mixture, mixture_of
 from ..models.network import blank_network, build_network, cast_inputs, predict
 from ..models.parts import load_vae, texts_to_encode
 from ..models.schedulers import make_scheduler, sampler_of
@@ -62,10 +64,16 @@ def ensemble_denoiser(
     device: torch.device,
 ) -> Denoiser:
     """Combine experts, one for each range, all in memory or one at a time, as the settings say."""
-    held = experts[:1] if settings.one_resident else experts
-    networks = [sampling_network(base, e, settings, device) for e in held]
-    kept = experts if settings.one_resident else None
-    return denoiser(base, TimestepEnsemble(networks, ranges, base.num_train_timesteps, kept, base.timestep_of))
+    return mixture_denoiser(mixture_of(base, ranges, experts), settings, device)
+
+
+def mixture_denoiser(mixture: Mixture, settings: Sample, device: torch.device) -> Denoiser:
+    """Combine the networks of a mixture, all in memory or one at a time, as the settings say."""
+
+    def build(member: Member) -> nn.Module:
+        return blank_sampling_network(member.base, has_trunk(member.weights), settings, device)
+
+    return denoiser(mixture.base, mixture.module(settings.one_resident, build))
 
 
 def choose_prompts(prompts: Sequence[str], seeds: Sequence[int], first_seed: int) -> list[str]:

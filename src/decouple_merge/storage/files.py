@@ -8,8 +8,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pooch
@@ -23,6 +24,8 @@ from .reading import MAX_LINES_BYTES, as_record, check_file, parse_json, read_te
 
 # Folders in which something is being written, or was when its writer died.
 LEFTOVERS = ".deme-*.tmp"
+# At once, where a file is only read to be in the system's cache.
+READ_BYTES = 1 << 20
 
 
 def cache_folder() -> Path:
@@ -184,3 +187,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: no whole safetensors file ({error}); remove it to make it again") from error
+
+
+def read_ahead(paths: Iterable[Path]) -> None:
+    """Have files read into the system's cache by a thread, so that who maps them later needn't wait for the disk."""
+
+    def read() -> None:
+        for path in paths:
+            # What can't be read is told of by who needs it.
+            with suppress(OSError), path.open("rb", buffering=0) as file:
+                while file.readinto(chunk):
+                    pass
+
+    chunk = bytearray(READ_BYTES)
+    Thread(target=read, name="read ahead", daemon=True).start()

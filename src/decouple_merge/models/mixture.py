@@ -1,0 +1,183 @@
+"""Mixtures: which networks a router chooses from, opened from a file, a run or names."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Mixture as Settings
+from ..config import is_document, load_mixture
+from ..config.mixture import MixtureRange
+from ..diffusion.ranges import end_of, filled_ranges, in_timesteps
+from ..diffusion.routing import RangeRouter, Router
+from ..diffusion.timesteps import TimestepRange
+from ..errors import UserError
+from ..merging.keys import has_trunk
+from ..storage.hub import pipeline_folder
+from .base import Base, load_base
+from .ensemble import TimestepEnsemble
+from .identity import model_sha256
+from .members import Member, Place, open_member
+from .network import blank_network, num_parameters
+from .run_experts import open_run
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Networks and what chooses among them.
+
+    Attributes:
+        members: by the router's numbers.
+        step_shares: of each range, by the scheduler that the base had in training, where experts' record has them.
+    """
+
+    base: Base
+    members: list[Member]
+    router: Router
+    step_shares: list[float] | None = None
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all that is read, as ``models.identity`` counts it."""
+        others = [None if m.base is self.base else m.base.network.config for m in self.members]
+        return model_sha256(self.base, [m.weights for m in self.members], self.router.record(), others)
+
+    def module(self, one_resident: bool, build: Callable[[Member], nn.Module]) -> TimestepEnsemble:
+        """Make one denoiser of it.
+
+        Args:
+            one_resident: hold one network in memory at a time.
+            build: makes a network of a member's architecture, which is filled here.
+        """
+        if one_resident:
+            made: dict[tuple[int, bool], nn.Module] = {}
+            kinds = [(id(m.base), has_trunk(m.weights)) for m in self.members]
+            networks = []
+            for member, kind in zip(self.members, kinds, strict=True):
+                made[kind] = made[kind] if kind in made else build(member)
+                networks.append(made[kind])
+            weights = [m.weights for m in self.members]
+            return TimestepEnsemble(networks, self.router, weights, self.base.timestep_of)
+        networks = [build(member) for member in self.members]
+        for network, member in zip(networks, self.members, strict=True):
+            _fill(network, member)
+        return TimestepEnsemble(networks, self.router, None, self.base.timestep_of)
+
+
+@torch.no_grad()
+def _fill(network: nn.Module, member: Member) -> None:
+    for key, value in network.state_dict().items():
+        value.copy_(member.weights[key])
+
+
+def mixture_of(
+    base: Base,
+    ranges: Sequence[TimestepRange],
+    experts: Sequence[dict[str, Tensor]],
+    step_shares: list[float] | None = None,
+) -> Mixture:
+    """Make the mixture of a base's experts, one for each range."""
+    members = [Member(f"expert {i}", base, tensors) for i, tensors in enumerate(experts)]
+    return Mixture(base, members, RangeRouter(ranges, base.num_train_timesteps), step_shares)
+
+
+def open_mixture(settings: Settings) -> Mixture:
+    """Open the networks that a mixture names, and require that they go together.
+
+    Raises:
+        UserError: ranges overlap, leave a gap or are narrower than the band, or as ``open_member``.
+    """
+    folder, base = pipeline_folder(settings.base), load_base(settings.base)
+    parts = [(part.low, part.high, part.model) for part in settings.ranges]
+    filled = filled_ranges(base.process, settings.unit, parts, settings.rest)
+    names = list(dict.fromkeys(name for _, name in filled))
+    band = in_timesteps(base.process, settings.unit, settings.band)
+    router = RangeRouter(
+        [own for own, _ in filled], base.num_train_timesteps, [names.index(name) for _, name in filled], band
+    )
+    return Mixture(base, [open_member(name, Place(folder, base)) for name in names], router)
+
+
+def load_ensemble(
+    model: str | Path | Settings,
+    models: Sequence[str | Path] = (),
+    ranges: Sequence[tuple[int | float, int | float]] | None = None,
+    one_resident: bool = False,
+    band: int | float = 0,
+) -> TimestepEnsemble:
+    """Build one denoiser of networks: a mixture file's, a run's experts, or any of one family; float32, on the CPU.
+
+    Args:
+        model: a mixture's YAML file or settings, or a run folder with finished experts; where models are given, the
+            base by folder or hub name.
+        models: ``base``, pipelines by folder or hub name, networks' folders, expert folders, weight files or LoRAs, the
+            cleanest range's first.
+        ranges: [low, high) in timesteps, one for each of the models; where not given equal parts of [0, T), or of a
+            flow's sampling steps. A file and a run have their own.
+        one_resident: hold one network in memory, and read the others from their files when t comes to them.
+        band: of models, the width of the soft hand-over around every edge, in timesteps.
+
+    Raises:
+        UserError: as ``open_mixture``; or the model is neither a file nor a run, and no models are given.
+    """
+    mixture = _opened(model, models, ranges, band)
+    return mixture.module(
+        one_resident, lambda member: blank_network(member.base, torch.float32, "cpu", has_trunk(member.weights))
+    )
+
+
+def _opened(
+    model: str | Path | Settings,
+    models: Sequence[str | Path],
+    ranges: Sequence[tuple[int | float, int | float]] | None,
+    band: int | float,
+) -> Mixture:
+    if isinstance(model, Settings):
+        return open_mixture(model)
+    if not models:
+        return open_any(Path(model))
+    pairs = ranges
+    if pairs is None:
+        pairs = [(own.low, own.high) for own in load_base(str(model)).process.split(len(models))]
+    if len(pairs) != len(models):
+        raise UserError(f"{len(models)} models for {len(pairs)} ranges, expected one each")
+    parts = [MixtureRange(low=low, high=high, model=str(m)) for (low, high), m in zip(pairs, models, strict=True)]
+    return open_mixture(Settings(base=str(model), ranges=parts, band=band))
+
+
+def open_any(path: Path) -> Mixture:
+    """Open the mixture of a YAML file, or of a run's experts.
+
+    Raises:
+        UserError: as ``load_mixture`` and ``open_mixture``, or ``open_run``.
+    """
+    if is_document(str(path)):
+        return open_mixture(load_mixture(path))
+    run = open_run(path)
+    return mixture_of(run.base, run.ranges, run.experts, run.step_shares)
+
+
+def describe_mixture(path: Path) -> Iterator[str]:
+    """Say what a mixture's file holds, after everything in it was opened and checked.
+
+    Raises:
+        UserError: as ``open_any``.
+    """
+    settings = load_mixture(path)
+    mixture = open_mixture(settings)
+    end = end_of(mixture.base.process, settings.unit, "the mixture has")
+    yield (
+        f"{path}: {len(mixture.members)} networks of {settings.base}, a {type(mixture.base.pipeline).__name__}, on "
+        f"[0, {end}) in {settings.unit}s, band {settings.band:g}"
+    )
+    assert isinstance(mixture.router, RangeRouter)
+    for own, number in zip(mixture.router.ranges, mixture.router.numbers, strict=True):
+        member = mixture.members[number]
+        share = mixture.base.process.step_share(own)
+        yield (
+            f"timesteps {own}, {share:.0%} of even steps: {member.name}, "
+            f"{num_parameters(member.base.network):,} parameters"
+        )
+    yield f"sha256 of all that is drawn with: {mixture.sha256}"
