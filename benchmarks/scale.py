@@ -15,7 +15,7 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from decouple_merge.config import Config, load_config
-from schedule import batches_of, makespan
+from schedule import batches_of, makespan, num_shares
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Of the pretrained, the equally finetuned, the ensemble and the merged model.
@@ -74,13 +74,13 @@ def stages(
     trainings = [expert * finetune.num_ranges, *[expert] * finetune.num_ranges] if finetune.baseline else []
     trainings = trainings or [expert] * finetune.num_ranges
     longest = max(trainings) / max(1.0, shared * num_gpus / len(trainings))
-    took, _ = makespan(batches_of(config), num_gpus, config.sample.num_steps, 0.1)
-    pieces = NUM_MODELS * config.evaluate.num_seed_sets
+    took, _ = makespan(batches_of(config), num_gpus, config.sample, 0.1)
+    sets, num_each = NUM_MODELS * config.evaluate.num_seed_sets, num_shares(config.evaluate.num_images, config.sample)
     drawn = config.evaluate.num_images * config.sample.num_steps * guided * forward / speed
     return {
         "trainings": max(longest, sum(trainings) / num_gpus),
         "search": took * guided * forward / speed,
-        "evaluation": drawn * -(-pieces // num_gpus),
+        "evaluation": drawn * -(-sets * num_each // num_gpus) / num_each,
     }
 
 

@@ -3,7 +3,8 @@
     python benchmarks/schedule.py configs/sd14.yaml --workers 1 8 64 512
 
 A candidate takes as long as its images times their steps, give or take a spread. Nothing is drawn. The numbers are
-those of the strategy, its batches and the levels of halving: who proposes waits for the whole batch.
+those of the strategy, its batches and the levels of halving: who proposes waits for the whole batch. Workers share the
+images of a candidate, as the search does; what each of them takes to merge it is not counted.
 """
 
 import argparse
@@ -11,7 +12,8 @@ import heapq
 import random
 from pathlib import Path
 
-from decouple_merge.config import Config, load_config
+from decouple_merge.config import Config, Sample, load_config
+from decouple_merge.evaluation.shared_features import SharedFeatures
 from decouple_merge.searching import levels
 from decouple_merge.searching.strategies import Weights
 from decouple_merge.searching.study import open_study
@@ -43,14 +45,20 @@ def batches_of(config: Config) -> list[Batch]:
     return found
 
 
-def makespan(batches: list[Batch], num_workers: int, num_steps: int, spread: float) -> tuple[float, float]:
-    """Let the workers take candidates as they become free; returns when all is done, and the work in it, in steps."""
+def num_shares(num_images: int, sample: Sample) -> int:
+    """Count the shares that a set of images is cut into."""
+    return len(SharedFeatures(Path(), num_images, sample.batch_size).shares)
+
+
+def makespan(batches: list[Batch], num_workers: int, sample: Sample, spread: float) -> tuple[float, float]:
+    """Let the workers take shares as they become free; returns when all is done, and the work in it, in steps."""
     chance, now, work = random.Random(0), 0.0, 0.0
     for level, num in batches:
-        free = [now] * num_workers
+        free, num_each = [now] * num_workers, num_shares(len(level.seeds), sample)
         for _ in range(num):
-            takes = len(level.seeds) * (level.num_steps or num_steps) * max(0.1, chance.gauss(1, spread))
-            heapq.heapreplace(free, free[0] + takes)
+            takes = len(level.seeds) * (level.num_steps or sample.num_steps) * max(0.1, chance.gauss(1, spread))
+            for _ in range(num_each):
+                heapq.heapreplace(free, free[0] + takes / num_each)
             work += takes
         now = max(free)
     return now, work
@@ -69,7 +77,7 @@ def main() -> None:
         config = load_config(arguments.config, chosen)
         batches = batches_of(config)
         for num in arguments.workers:
-            took, work = makespan(batches, num, config.sample.num_steps, arguments.spread)
+            took, work = makespan(batches, num, config.sample, arguments.spread)
             print(
                 f"{strategy} | {size} | {sum(n for _, n in batches)} | {num} | {took / work:.3f} | {work / took:.1f} | "
                 f"{1 - work / took / num:.0%}"

@@ -12,8 +12,8 @@ from decouple_merge.config import Config
 from decouple_merge.experiment import subjects
 from decouple_merge.experiment.plan import check
 from decouple_merge.experiment.planned import Plan
-from decouple_merge.experiment.results import denoiser_of
 from decouple_merge.experiment.subjects import HELD, Drawing, subject_of
+from decouple_merge.experiment.table_models import denoiser_of
 from decouple_merge.sampling.sampler import sample_images
 
 MakeConfig = Callable[..., Config]

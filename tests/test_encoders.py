@@ -24,7 +24,7 @@ from decouple_merge.config import Protocol
 from decouple_merge.evaluation.evaluate import evaluate_model
 from decouple_merge.evaluation.extractors import load_extractor
 from decouple_merge.experiment.plan import prepare
-from decouple_merge.experiment.results import _evaluate_model, wanted_records
+from decouple_merge.experiment.results import evaluate_models, wanted_records
 from decouple_merge.models.encoders import ENCODERS, load_encoder, resize_pillow, resize_plain
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -157,7 +157,7 @@ def test_a_run_measures_on_the_models_its_config_names_what_the_verb_does(
     plan = prepare(tiny_config(evaluate={"metrics": metrics, **given}, search={"metric": "cmmd"}), tmp_path / "run")
     config = plan.config
     wanted = [r for r in wanted_records(plan, ["pretrained"]) if r["seeds"][0] == 0]
-    found = list(_evaluate_model(plan, wanted))
+    found = list(evaluate_models(plan, wanted))
     settings = Protocol(metrics=metrics, num_images=10, sample=config.sample, **given)
     events = evaluate_model(config.base, config.data.source, settings, name="pretrained")
     assert [r | {"time": ""} for r in found] == [r | {"time": ""} for r in events if isinstance(r, dict)]

@@ -29,8 +29,8 @@ from decouple_merge.experiment.finetuning import finetune_experts
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.searching import leader
 from decouple_merge.searching.leader import LeaderWatch, leading
-from decouple_merge.searching.levels import work
 from decouple_merge.searching.study import open_storage, open_study
+from decouple_merge.searching.worker import work
 from decouple_merge.storage.locks import hold, make_once
 from decouple_merge.storage.run_folder import Run
 from test_evaluate import features_of

@@ -22,7 +22,8 @@ from decouple_merge.experiment import finetuning, workflow
 from decouple_merge.experiment.dry_run import describe
 from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.experiment.planned import Plan
-from decouple_merge.experiment.results import Row, denoiser_of
+from decouple_merge.experiment.results import Row
+from decouple_merge.experiment.table_models import denoiser_of
 from decouple_merge.models.base import load_base
 from decouple_merge.models.network import new_network
 from decouple_merge.sampling.folder import sample_model

@@ -15,10 +15,11 @@ import pytest
 
 from decouple_merge.config import Config
 from decouple_merge.searching import study as study_module
-from decouple_merge.searching.levels import levels, search, work
+from decouple_merge.searching.levels import levels, search
 from decouple_merge.searching.strategies import Weights
 from decouple_merge.searching.study import Study, beating, open_storage, open_study, trials
 from decouple_merge.searching.trial import Level, Score, Trial
+from decouple_merge.searching.worker import work
 
 SETTINGS = {
     "strategy": "evolution",

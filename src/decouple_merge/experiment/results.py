@@ -6,36 +6,26 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import torch
-
 from ..config import Config
-from ..evaluation.extractors import EXTRACTORS, label_of, load_extractor, weights_of
+from ..evaluation.extractors import EXTRACTORS, label_of, weights_of
 from ..evaluation.metrics import METRICS, extractors_of
-from ..evaluation.records import identity_of, wanted_record, with_value
-from ..evaluation.references import Compared, reference_name, text_reference, texts_name
-from ..evaluation.score import score
-from ..executors import run_all
+from ..evaluation.records import identity_of, wanted_record
+from ..evaluation.references import reference_name, texts_name
 from ..executors.devices import default_device
-from ..merging.arithmetic import Tensors
-from ..models.identity import model_sha256
-from ..models.mixture import mixture_of
 from ..models.network import load_network, num_parameters
 from ..sampling.folder import drawn_from, write_images
 from ..sampling.model import drawn_with
 from ..sampling.sampler import (
-    Denoiser,
     choose_prompts,
-    denoiser,
     sample_images,
     sampling_fields,
-    sampling_network,
 )
-from ..storage.files import append_record, read_records, read_tensors
-from ..training.made_from import is_finished
+from ..storage.files import append_record, read_records
 from .costs import timed
-from .plan import load_experts
-from .planned import BASELINE, Plan
+from .planned import Plan
 from .reported import report_models, report_references
+from .scoring import score_sets
+from .table_models import denoiser_of, sha256_of
 from .watch import reported_with
 
 
@@ -55,39 +45,6 @@ class Row:
     @property
     def spread(self) -> float:
         return max(self.values) - min(self.values)
-
-
-def is_made(plan: Plan, model: str) -> bool:
-    """Say whether a model of the table is there."""
-    if model == "pretrained":
-        return True
-    if model == BASELINE:
-        return is_finished(plan.run.baseline(BASELINE))
-    if model == "ensemble":
-        return all(is_finished(plan.run.expert(i)) for i in range(len(plan.ranges)))
-    return (plan.run.merged if model == "merged" else plan.run.distilled).exists()
-
-
-def _weights_of(plan: Plan, model: str) -> Tensors:
-    if model == "pretrained":
-        return plan.base.network.state_dict()
-    if model == BASELINE:
-        return read_tensors(plan.run.baseline(BASELINE) / "model.safetensors")[0]
-    return load_network(plan.run.merged if model == "merged" else plan.run.distilled)
-
-
-def denoiser_of(plan: Plan, model: str, device: torch.device) -> Denoiser:
-    if model == "ensemble":
-        return plan.ensemble(load_experts(plan), device)
-    network = sampling_network(plan.base, _weights_of(plan, model), plan.config.report_sample, device)
-    return denoiser(plan.base, network)
-
-
-def sha256_of(plan: Plan, model: str) -> str:
-    """Hash a model of the table, as it is now."""
-    if model == "ensemble":
-        return mixture_of(plan.base, plan.ranges, load_experts(plan)).sha256
-    return model_sha256(plan.base, None if model == "pretrained" else [_weights_of(plan, model)])
 
 
 def _seed_set(config: Config, index: int) -> range:
@@ -125,26 +82,6 @@ def _names(plan: Plan) -> dict[str, dict[str, str | int | None]]:
     return found
 
 
-def _evaluate_model(plan: Plan, wanted: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Score one model on one set of seeds, for all metrics that are wanted; the images are drawn once."""
-    config, device, first = plan.config, default_device(), wanted[0]
-    seeds, metrics = range(first["seeds"][0], first["seeds"][1] + 1), [r["metric"] for r in wanted]
-    prompts = plan.open_prompts(device)
-    compared: list[Compared] = []
-    for name in extractors_of(metrics):
-        if EXTRACTORS[name].reads_texts:
-            assert prompts is not None
-            extractor = load_extractor(name, device, weights_of(name, config.evaluate))
-            compared.append((extractor, text_reference(prompts.prompts, prompts.choose(seeds), extractor)))
-        else:
-            compared.append(reported_with(plan, name))
-    model = denoiser_of(plan, first["model"], device)
-    batches = sample_images(model, plan.base, seeds, config.report_sample, device, prompts=prompts)
-    values = score(batches, metrics, compared)
-    for record in wanted:
-        yield with_value(record, values[record["metric"]])
-
-
 def evaluate_models(plan: Plan, wanted: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Score models on sets of report seeds; yields the records that the run's metrics lack, which then has them.
 
@@ -152,22 +89,25 @@ def evaluate_models(plan: Plan, wanted: list[dict[str, Any]]) -> Iterator[dict[s
         wanted: records of ``wanted_records``.
     """
     done = {identity_of(r) for r in read_records(plan.run.metrics, model=str, metric=str, seeds=list)}
-    missing = [record for record in wanted if identity_of(record) not in done]
-    together: dict[Any, list[dict[str, Any]]] = {}
-    for record in sorted(missing, key=lambda r: r["seeds"]):
-        together.setdefault((record["seeds"][0], record["model"]), []).append(record)
     # Cached before several processes ask for it at once.
-    for name in extractors_of([record["metric"] for record in missing]):
+    for name in extractors_of([record["metric"] for record in wanted if identity_of(record) not in done]):
         if not EXTRACTORS[name].reads_texts:
             reported_with(plan, name)
-    calls = [(plan, records) for records in together.values()]
-    scored = run_all(_evaluate_model, calls, *plan.config.where, folder=plan.run.folder)
-    for record in timed(plan.run, "evaluate", scored):
-        # A piece that was lost and done again may tell a number twice.
-        if identity_of(record) not in done:
-            done.add(identity_of(record))
-            append_record(plan.run.metrics, record)
-            yield record
+    # Once more where a process was lost between a number and its record.
+    while sets := _sets([record for record in wanted if identity_of(record) not in done]):
+        for record in timed(plan.run, "evaluate", score_sets(plan, sets)):
+            if identity_of(record) not in done:
+                done.add(identity_of(record))
+                append_record(plan.run.metrics, record)
+                yield record
+
+
+def _sets(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Group records by the images that they are of: one model's on one set of seeds."""
+    together: dict[Any, list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda r: r["seeds"]):
+        together.setdefault((record["seeds"][0], record["model"]), []).append(record)
+    return list(together.values())
 
 
 def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:

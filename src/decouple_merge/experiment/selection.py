@@ -1,6 +1,7 @@
 """The choice of a run's merge: its search, led by one process and helped by others."""
 
 import functools
+import shutil
 from collections.abc import Callable, Iterator
 
 from ..evaluation.metrics import METRICS
@@ -12,10 +13,11 @@ from ..merging.survival import survival_line
 from ..models.base import tensors_sha256
 from ..searching.candidates import ranked, tuned_defaults
 from ..searching.leader import leading
-from ..searching.levels import levels, search, work
+from ..searching.levels import levels, search
 from ..searching.scorer import Scorer
-from ..searching.study import Study, open_storage, open_study, trials
-from ..searching.trial import Level, Trial
+from ..searching.study import OpenLevel, open_storage, open_study, trials
+from ..searching.trial import Helper, Level, Objective, Trial
+from ..searching.worker import work
 from ..storage.locks import enter, hold
 from ..storage.made_from import digest_of
 from .combined import held_models, load_combined
@@ -30,7 +32,6 @@ from .trials import draw_search, report_candidates, write_trials
 from .watch import compared_of
 
 Event = str | Trial
-OpenLevel = Callable[[str], Study]
 
 
 def open_merger(plan: Plan, experts: list[Tensors], experts_sha256: list[str]) -> Merger:
@@ -48,11 +49,12 @@ def open_merger(plan: Plan, experts: list[Tensors], experts_sha256: list[str]) -
     )
 
 
-def open_scorer(plan: Plan, merger: Merger) -> Scorer:
+def open_scorer(plan: Plan, merger: Merger, hashes: list[str]) -> Scorer:
     """Open what a run's candidates are scored with: a network, features, a reference, prompts."""
+    folder = plan.run.shares / _digest(plan, hashes)
     metric = plan.config.search.metric
     compared, prompts = compared_of(plan, METRICS[metric].extractor), plan.open_prompts(merger.device)
-    return Scorer(plan.base, merger, metric, compared, plan.config.sample, prompts)
+    return Scorer(plan.base, merger, metric, compared, plan.config.sample, prompts, folder)
 
 
 def search_weights(plan: Plan, wait: bool = False) -> Iterator[Event]:
@@ -82,6 +84,7 @@ def search_weights(plan: Plan, wait: bool = False) -> Iterator[Event]:
         options, folder = plan.config.executor_options, plan.run.folder
         events = run_all(_lead_or_help, calls, num, plan.config.executor, options, folder)
         yield from timed(plan.run, "search", events)
+        shutil.rmtree(plan.run.shares, ignore_errors=True)
 
 
 def help_search(plan: Plan) -> Iterator[Event]:
@@ -98,9 +101,8 @@ def help_search(plan: Plan) -> Iterator[Event]:
 
 
 def _help(plan: Plan, experts: list[Tensors], hashes: list[str]) -> Iterator[Event]:
-    scorer = _scorer_when_asked(plan, open_merger(plan, experts, hashes))
-    open_level = level_opener(plan, hashes)
-    yield from work(open_level, plan.config, len(experts), lambda weights, level: scorer()(weights, level))
+    scorer = _scorer_when_asked(plan, open_merger(plan, experts, hashes), hashes)
+    yield from work(level_opener(plan, hashes), plan.config, len(experts), *_scoring(scorer))
 
 
 def hashes_of(experts: list[Tensors]) -> list[str]:
@@ -108,9 +110,13 @@ def hashes_of(experts: list[Tensors]) -> list[str]:
     return [tensors_sha256(e) for e in experts]
 
 
-def _scorer_when_asked(plan: Plan, merger: Merger) -> Callable[[], Scorer]:
+def _scorer_when_asked(plan: Plan, merger: Merger, hashes: list[str]) -> Callable[[], Scorer]:
     """Open the scorer once, for the first candidate: a search that is finished needs neither features nor networks."""
-    return functools.cache(lambda: open_scorer(plan, merger))
+    return functools.cache(lambda: open_scorer(plan, merger, hashes))
+
+
+def _scoring(scorer: Callable[[], Scorer]) -> tuple[Objective, Helper]:
+    return lambda weights, level: scorer()(weights, level), lambda weights, level: scorer().help(weights, level)
 
 
 def level_opener(plan: Plan, hashes: list[str]) -> OpenLevel:
@@ -119,12 +125,15 @@ def level_opener(plan: Plan, hashes: list[str]) -> OpenLevel:
     A study's name has the digest of all that the search is made from: another search is another study.
     """
     plan.run.study.parent.mkdir(parents=True, exist_ok=True)
-    storage = open_storage(plan.run.study)
+    storage, digest = open_storage(plan.run.study), _digest(plan, hashes)
+    return lambda level: open_study(storage, f"{digest}-{level}")
+
+
+def _digest(plan: Plan, hashes: list[str]) -> str:
     record = search_record(plan, hashes)
     if rule := rule_records(plan):
         record |= {"rule": rule}
-    digest = digest_of(record)
-    return lambda level: open_study(storage, f"{digest}-{level}")
+    return digest_of(record)
 
 
 def _lead_or_help(plan: Plan, hashes: list[str], is_leader: bool) -> Iterator[Event]:
@@ -142,7 +151,7 @@ def _lead(plan: Plan, hashes: list[str]) -> Iterator[Event]:
     """Search; put the best merge on disk whenever there is a better one."""
     config, experts = plan.config, load_combined(plan)
     merger, open_level = open_merger(plan, experts, hashes), level_opener(plan, hashes)
-    scorer, every = _scorer_when_asked(plan, merger), levels(plan.config, len(experts))
+    scorer, every = _scorer_when_asked(plan, merger, hashes), levels(plan.config, len(experts))
 
     def done() -> list[tuple[Level, list[Trial]]]:
         return [(level, trials(open_level(level.name))) for level in every]
@@ -150,7 +159,8 @@ def _lead(plan: Plan, hashes: list[str]) -> Iterator[Event]:
     if not plan.run.merged.exists():
         yield from _forecast(plan, done(), scorer)
     learned = learn_start(plan, merger, hashes) if config.search.learns_start else None
-    for trial in search(open_level, config, len(experts), lambda weights, lv: scorer()(weights, lv), learned):
+    objective, helper = _scoring(scorer)
+    for trial in search(open_level, config, len(experts), objective, learned, helper):
         found = done()
         write_trials(plan, found)
         screen, screened = found[0]

@@ -27,10 +27,11 @@ from .plan import check, prepare
 from .planned import BASELINE, Plan, Plans
 from .provenance import check_stages
 from .reported import report_models
-from .results import is_made, wanted_records
+from .results import wanted_records
 from .selection import search_weights
 from .sharing import evaluate_shared, train_shared, training_key
 from .study_results import current_records, write_results
+from .table_models import is_made
 from .trainings import Training, trainings
 
 

@@ -18,8 +18,9 @@ from ..storage.files import read_records, write_json, write_text
 from ..storage.study_folder import StudyFolder
 from .planned import BASELINE, Plan, Plans
 from .reported import report_models
-from .results import is_made, wanted_records
+from .results import wanted_records
 from .sharing import drawing_key
+from .table_models import is_made
 
 # By arm and training seed, the records of a run that are of its models as they are now.
 Records = dict[tuple[str, int], list[dict[str, Any]]]

@@ -29,7 +29,7 @@ from ..storage.run_folder import Run, kept_checkpoints
 from .plan import load_experts
 from .planned import BASELINE, Plan
 from .reported import report_models
-from .results import denoiser_of, is_made, sha256_of
+from .table_models import denoiser_of, is_made, sha256_of
 
 # What an analysis may need besides the base, and whether a run holds it; "experts" and "merged" are loaded.
 HELD: dict[str, Callable[[Plan, Sequence[Path]], bool]] = {

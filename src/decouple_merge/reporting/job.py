@@ -245,7 +245,7 @@ class Job:
             return None
         first, last = self.work["sets"][0]
         passes = (last - first + 1) * self.work["num_steps"] * self.work["passes_per_step"]
-        return float(num * passes * per_pass / min(self._num_at_once, num))
+        return float(num * passes * per_pass / self._num_at_once)
 
 
 def _end(trial: Record) -> float:

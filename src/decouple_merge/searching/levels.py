@@ -5,19 +5,15 @@ with one worker as with many, and with or without an interruption. The objective
 """
 
 import math
-import os
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ..config import Config, Search
 from ..errors import UserError
 from ..seeds import stream_seed
 from .candidates import MULTIPLES, first_candidates, num_candidates, ranked, space_of, tuned_defaults
-from .leader import LeaderWatch
 from .strategies import Strategy, Weights, cma_es, coordinate, evolution, greedy_soup, grid, uniform_random
-from .study import Study, evaluate_all, evaluate_next, give_up_own, sampled, trials
-from .trial import Level, Objective, Trial
+from .study import OpenLevel, Study, evaluate_all, give_up_own, sampled, trials
+from .trial import Helper, Level, Objective, Trial, help_nobody
 
 
 def levels(config: Config, num_experts: int) -> list[Level]:
@@ -40,11 +36,12 @@ def levels(config: Config, num_experts: int) -> list[Level]:
 
 
 def search(
-    open_level: Callable[[str], Study],
+    open_level: OpenLevel,
     config: Config,
     num_experts: int,
     objective: Objective,
     learned: Weights | None = None,
+    helper: Helper = help_nobody,
 ) -> Iterator[Trial]:
     """Propose candidates, evaluate them beside any workers, promote the best; yields each trial as it is finished.
 
@@ -66,33 +63,13 @@ def search(
             batches = _proposals(settings, num_experts, config.seed, learned)
         else:
             batches = _one_batch(promoted[: level.num_candidates])
-        yield from _drive(study, batches, level, settings, objective)
+        yield from _drive(study, batches, level, settings, objective, helper)
         found = trials(study)
         promoted = [t.weights for t in ranked(found, settings)]
         if not promoted:
             reason = next((t.failure for t in found if t.failure), "none has the weights that search asks for")
             raise UserError(f"search: no candidate of {len(found)} on level {level.name} may be chosen: {reason}")
     studies[0].set_user_attr("finished", True)
-
-
-def work(
-    open_level: Callable[[str], Study], config: Config, num_experts: int, objective: Objective
-) -> Iterator[Trial | str]:
-    """Evaluate what a search proposes, until it is finished; yields each trial of this worker, and lines for the user.
-
-    Raises:
-        UserError: the search has had no leader for too long.
-    """
-    name = f"{socket.gethostname()}-{os.getpid()}"
-    every = [(level, open_level(level.name)) for level in levels(config, num_experts)]
-    bounds = (config.search.low, config.search.high)
-    watch = LeaderWatch(every[0][1])
-    while not every[0][1].user_attrs.get("finished"):
-        done = [t for level, study in every for t in evaluate_next(study, name, level, bounds, objective)]
-        yield from done
-        yield from watch.look()
-        if not done:
-            time.sleep(0.5)
 
 
 def _proposals(settings: Search, num_experts: int, seed: int, learned: Weights | None) -> Strategy:
@@ -127,7 +104,9 @@ def _one_batch(candidates: list[Weights]) -> Strategy:
     yield candidates
 
 
-def _drive(study: Study, batches: Strategy, level: Level, settings: Search, objective: Objective) -> Iterator[Trial]:
+def _drive(
+    study: Study, batches: Strategy, level: Level, settings: Search, objective: Objective, helper: Helper
+) -> Iterator[Trial]:
     """Evaluate batch after batch until the strategy ends or the budget is spent; yields the new trials."""
     # Places are counted over what was proposed, not over what is finished: workers may have been ahead of a kill.
     proposed: set[Weights] = set()
@@ -141,7 +120,7 @@ def _drive(study: Study, batches: Strategy, level: Level, settings: Search, obje
         for chunk in (places[i : i + size] for i in range(0, len(places), size)):
             if level.name == "screen" and _out_of_time(study, settings, chunk):
                 return
-            yield from evaluate_all(study, dict(chunk), level, (settings.low, settings.high), objective)
+            yield from evaluate_all(study, dict(chunk), level, (settings.low, settings.high), objective, helper)
         num_idle = 0 if fresh else num_idle + 1
         # A strategy that has converged may propose the same for ever.
         if len(proposed) >= level.num_candidates or num_idle > 100:

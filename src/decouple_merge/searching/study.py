@@ -28,7 +28,7 @@ from ..seeds import stream_seed
 from ..storage.locks import turn_lock
 from ..storage.reading import AGAIN
 from .strategies import Known, Space, Strategy, Weights
-from .trial import Level, Objective, Trial
+from .trial import Helper, Level, Objective, Trial, help_nobody
 
 # A worker that was silent for so long is dead, and its candidate is evaluated again.
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30
@@ -40,6 +40,8 @@ START = b'{"op_code":'
 
 
 Study = optuna.Study
+# Opens the study of a level by the level's name.
+OpenLevel = Callable[[str], Study]
 
 
 def open_storage(path: Path) -> JournalStorage:
@@ -100,9 +102,17 @@ def trials(study: Study) -> list[Trial]:
 
 
 def evaluate_all(
-    study: Study, places: dict[int, Weights], level: Level, bounds: tuple[float, float], objective: Objective
+    study: Study,
+    places: dict[int, Weights],
+    level: Level,
+    bounds: tuple[float, float],
+    objective: Objective,
+    helper: Helper = help_nobody,
 ) -> Iterator[Trial]:
-    """Queue the candidates that nobody has and evaluate what waits, until all are finished; yields them as they are."""
+    """Queue the candidates that nobody has and evaluate what waits, until all are finished; yields them as they are.
+
+    Where none waits, others are helped with theirs.
+    """
     reported = {t.number for t in trials(study)}
     beats: dict[int, tuple[int, float]] = {}
     # A storage may miss, for a moment, a trial that others finish while it is read: what was queued is counted here.
@@ -126,7 +136,8 @@ def evaluate_all(
                 study.enqueue_trial(params, user_attrs=attributes)
         taken = _take(study, MAIN)
         if taken is None:
-            time.sleep(0.2)
+            if not help_others(study, level, helper):
+                time.sleep(0.2)
         else:
             _evaluate(study, taken, level, bounds, objective)
 
@@ -139,6 +150,12 @@ def evaluate_next(
     done = taken and _evaluate(study, taken, level, bounds, objective)
     if done:
         yield done
+
+
+def help_others(study: Study, level: Level, helper: Helper) -> bool:
+    """Do a part of a candidate that another evaluates, if one is left; says whether there was one."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return any(helper(tuple(t.user_attrs["weights"]), level) for t in running if "weights" in t.user_attrs)
 
 
 def give_up_own(study: Study) -> None:
@@ -215,7 +232,7 @@ def _evaluate(
     try:
         trial.set_user_attr("merged_sha256", score.merged_sha256)
         trial.set_user_attr("failure", score.failure)
-        trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
+        trial.set_user_attr("seconds", round(time.monotonic() - started + score.seconds_of_others, 3))
         return _trial(study.tell(trial, score.value))
     except UpdateFinishedTrialError:
         return None

@@ -12,11 +12,13 @@ class Score:
 
     Attributes:
         failure: why the candidate is lost, and the value infinite: its images or features are NaN or infinite.
+        seconds_of_others: that other workers drew its images for, less what was waited for them.
     """
 
     value: float
     merged_sha256: str
     failure: str = ""
+    seconds_of_others: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class Trial:
         level: of fidelity, by name.
         number: its place in the order in which the level's candidates were proposed.
         weights: its merging weights, and behind them the settings that are tuned.
+        seconds: of all who drew its images.
         worker: who evaluated it.
-        started: when, ISO 8601 by that worker's clock; with ``seconds`` it shows idle devices.
+        started: when, ISO 8601 by that worker's clock.
         failure: why the candidate is lost; its value is infinite, and nobody chooses it.
     """
 
@@ -64,3 +67,10 @@ class Level:
 
 
 Objective = Callable[[Weights, Level], Score]
+# Does a part of the work on a candidate that another worker evaluates; says whether there was any left.
+Helper = Callable[[Weights, Level], bool]
+
+
+def help_nobody(weights: Weights, level: Level) -> bool:
+    """Leave to others what is theirs: a candidate is whole, or it is small."""
+    return False

@@ -141,6 +141,21 @@ def turn_lock(path: Path) -> FileLock:
     return FileLock(path)
 
 
+@contextmanager
+def free_lock(path: Path) -> Iterator[bool]:
+    """Hold a lock while the context lasts, if nobody holds it; gives whether it is held here now."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 def make_once(path: Path, make: Callable[[], None]) -> None:
     """Make a file of the cache where it isn't there; of several processes one does, the others wait."""
     # Here, since it imports torch, and who only looks at locks needs none.

@@ -41,6 +41,10 @@ class Run:
     def work(self) -> Path:
         return self.folder / "progress" / "work.json"
 
+    @property
+    def shares(self) -> Path:
+        return self.folder / "shares"
+
     def progress(self, training: str) -> Path:
         return self.folder / "progress" / f"{training}.json"
 
