@@ -45,6 +45,7 @@ ADAPTERS = {
     "peft": ["models.lora"],
     "bitsandbytes": ["training.optimizers"],
     "filelock": ["storage"],
+    "fsspec": ["storage.copies"],
     "jinja2": ["reporting.page"],
     "gradio": ["exploring.page"],
     "ray": ["executors.ray"],

@@ -24,6 +24,7 @@ class Config(Pieces):
         base: a pipeline folder, the name of a base that we ship, or a hub name.
         distil: pull the merged model towards the experts after the search; ``{}`` with the section's own settings, None
             leaves it as it is.
+        results: a URL of fsspec, such as ``s3://bucket/run``, to which ``deme run`` copies its folder after each stage.
     """
 
     seed: NonNegativeInt = 0
@@ -37,6 +38,7 @@ class Config(Pieces):
     evaluate: Evaluate = Evaluate()
     analyze: Analyze = Analyze()
     pretrain: Pretrain | None = None
+    results: str | None = None
 
     @property
     def kept_updates(self) -> range:

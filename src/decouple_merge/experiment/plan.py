@@ -27,6 +27,7 @@ from ..sampling.checks import check_sample
 from ..sampling.sampler import check_prompts
 from ..searching.checks import check_search
 from ..searching.learned import layer_patterns
+from ..storage.copies import check_url
 from ..storage.files import write_json
 from ..storage.run_folder import Run
 from ..training.checks import check_finetune, check_training
@@ -53,6 +54,8 @@ def check(config: Config, out: Path) -> Plan:
     config = located(config)
     check_owner(Run(out), config, [config.base, config.data.source])
     check_executor(config.executor)
+    if config.results is not None:
+        check_url(config.results, out)
     base = with_density(load_base(config.base, config.finetune.experts == "denoisers"), config.finetune)
     ranges = ranges_of(base, config.finetune)
     config = _with_layers(config, base)
