@@ -3,6 +3,7 @@
 import functools
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from ..evaluation.metrics import METRICS
 from ..executors import run_all
@@ -49,9 +50,8 @@ def open_merger(plan: Plan, experts: list[Tensors], experts_sha256: list[str]) -
     )
 
 
-def open_scorer(plan: Plan, merger: Merger, hashes: list[str]) -> Scorer:
-    """Open what a run's candidates are scored with: a network, features, a reference, prompts."""
-    folder = plan.run.shares / _digest(plan, hashes)
+def open_scorer(plan: Plan, merger: Merger, folder: Path | None = None) -> Scorer:
+    """Open what a run's candidates are scored with: a network, features, a reference, prompts; folder as ``Scorer``."""
     metric = plan.config.search.metric
     compared, prompts = compared_of(plan, METRICS[metric].extractor), plan.open_prompts(merger.device)
     return Scorer(plan.base, merger, metric, compared, plan.config.sample, prompts, folder)
@@ -112,7 +112,7 @@ def hashes_of(experts: list[Tensors]) -> list[str]:
 
 def _scorer_when_asked(plan: Plan, merger: Merger, hashes: list[str]) -> Callable[[], Scorer]:
     """Open the scorer once, for the first candidate: a search that is finished needs neither features nor networks."""
-    return functools.cache(lambda: open_scorer(plan, merger, hashes))
+    return functools.cache(lambda: open_scorer(plan, merger, plan.run.shares / _digest(plan, hashes)))
 
 
 def _scoring(scorer: Callable[[], Scorer]) -> tuple[Objective, Helper]:
