@@ -1,4 +1,4 @@
-"""The verbs of weight files: ``merge`` and ``info``."""
+"""The verbs of weight files: ``merge``, ``masks`` and ``info``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,6 +78,25 @@ def merge(
         show_bytes(recipes.merge_models(base, experts, settings, out, dry_run))
     if not dry_run:
         console.print(f"merged model: {out}")
+
+
+def masks(
+    merged: Annotated[Path, typer.Argument(metavar="MERGED", help="What a run or deme merge merged, with its record")],
+    out: Annotated[Path, typer.Option(help="New folder")],
+    pattern: Annotated[
+        str, typer.Option(metavar="mask|sign", help="Masks of the merge, or signs of the experts' task vectors")
+    ] = "mask",
+) -> None:
+    """Write a merge's experts as one bit an entry, and a mixture that draws with each on its own timesteps.
+
+    Example: `deme masks runs/fashion-quick/merged --out masks`
+    """
+    from ..merging.masks import PATTERNS, write_masks
+
+    if pattern not in PATTERNS:
+        raise UserError(f"--pattern is {pattern!r}, expected {' or '.join(PATTERNS)}")
+    show_bytes(write_masks(merged, out, pattern))
+    console.print(f"mixture: {out / 'mixture.yaml'}")
 
 
 def info(

@@ -12,7 +12,7 @@ import typer
 from ..errors import UserError
 from .console import NUM_PROCESSES, RANK
 from .explore import explore
-from .files import info, merge
+from .files import info, masks, merge
 from .images import sample
 from .init import init
 from .reports import report
@@ -31,6 +31,7 @@ for verb in (
     fisher,
     gram,
     merge,
+    masks,
     info,
     sample,
     evaluate,

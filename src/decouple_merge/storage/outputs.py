@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
@@ -127,6 +128,12 @@ def hashes_of_files(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def _foreign_to_masks(folder: Path) -> str | None:
+    """Name a file that ``deme masks`` doesn't write."""
+    names = sorted(path.name for path in folder.iterdir())
+    return next((n for n in names if n != "mixture.yaml" and not re.fullmatch(r"\d+\.safetensors", n)), None)
+
+
 def _foreign_to_merged_file(file: Path) -> str | None:
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -171,6 +178,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 MERGED_FOLDER = Kind("a folder of deme merge", True, _foreign_to_merge)
 MERGED_FILE = Kind("a .safetensors file of deme merge", False, _foreign_to_merged_file)
+MASKS = Kind("a folder of deme masks", True, _foreign_to_masks)
 STATISTICS = Kind("an npz file of deme stats", False, _foreign_to_statistics, apart=False)
 RECORDS = Kind("a file of metrics records", False, _foreign_to_records, is_replaced=False, apart=False)
 REPORT = Kind("a page of deme report", False, _foreign_to_report, apart=False)
