@@ -1,6 +1,7 @@
 """Experts as one bit an entry: bits come back, scales are those of least squares, and the files are small."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from decouple_merge.config import Merge
+from decouple_merge import load_ensemble
+from decouple_merge.config import Config, Merge
 from decouple_merge.errors import UserError
+from decouple_merge.experiment.finetuning import finetune_experts
+from decouple_merge.experiment.plan import prepare
 from decouple_merge.merging.masks import MaskedExpert, Pattern, open_masked, pack, unpack, write_masks
 from decouple_merge.merging.recipes import merge_models
 from decouple_merge.storage.tensors import TensorFiles
@@ -131,3 +135,26 @@ def test_what_masks_cannot_be_made_of_or_drawn_with_is_refused(models: tuple[Pat
     place.unlink()
     with pytest.raises(UserError, match="which is gone: put it back"):
         open_masked(file, load_file(models[0]))
+
+
+def test_a_mixture_draws_with_bits_and_moves_with_its_folder(
+    tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = tiny_config(finetune={"baseline": False}, search={"num_finalists": 0})
+    folder = tmp_path / "run"
+    for _ in finetune_experts(prepare(config, folder)):
+        pass
+    experts = [folder / "experts/0", folder / "experts/1"]
+    list(merge_models(config.base, experts, Merge(method="emr", weights=[1, 1]), tmp_path / "here/elected"))
+    lines = [line for line in write_masks(tmp_path / "here/elected", tmp_path / "here/masks") if isinstance(line, str)]
+    (tmp_path / "here").rename(tmp_path / "there")
+    ensemble = load_ensemble(tmp_path / "there/masks/mixture.yaml", one_resident=True)
+    base = load_file(Path(config.base) / "unet/diffusion_pytorch_model.safetensors")
+    for index, own in enumerate(ensemble.router.ranges):
+        ensemble(torch.zeros(1, 1, 8, 8), torch.tensor(own.low))
+        held = dict(ensemble.networks[0].state_dict())
+        expert = load_file(experts[index] / "model.safetensors")
+        left = sum(float((held[k] - expert[k]).square().sum()) for k in base)
+        whole = sum(float((base[k] - expert[k]).square().sum()) for k in base)
+        assert f"expert {index}: |expert - its bits| / |expert - base| = {(left / whole) ** 0.5:.3f}" in lines
+        assert 0.1 < left / whole < 0.8

@@ -36,7 +36,7 @@ class MixtureRange(Section):
 
 
 class Mixture(Section):
-    """Networks of one family, each on its ranges.
+    """Networks of one family, each on its ranges. Paths with a dot in front are counted from the file's folder.
 
     Attributes:
         base: the pipeline whose schedule, size and other parts count.
@@ -64,4 +64,12 @@ def load_mixture(path: Path) -> Mixture:
     Raises:
         UserError: the file is missing or no YAML, a key is unknown or lacks, or a value has the wrong type or range.
     """
-    return validate(Mixture, read_document(path), f"mixture {path}")
+    found = validate(Mixture, read_document(path), f"mixture {path}")
+    ranges = [part.model_copy(update={"model": _from(path, part.model)}) for part in found.ranges]
+    rest = None if found.rest is None else _from(path, found.rest)
+    return found.model_copy(update={"base": _from(path, found.base), "ranges": ranges, "rest": rest})
+
+
+def _from(path: Path, name: str) -> str:
+    """Count a path with a dot in front from the mixture's folder."""
+    return str(path.parent / name) if name.startswith(".") else name

@@ -140,10 +140,13 @@ def write_masks(merged: Path, out: Path, pattern: Pattern = "mask") -> Iterator[
     with atomic_path(out) as temporary:
         temporary.mkdir()
         for index, expert in enumerate(sources.experts):
-            tensors = _bits_of(expert, sources, merge)
+            squares = [0.0, 0.0]
+            tensors = _bits_of(expert, sources, merge, squares)
             for num in write_stream(temporary / f"{index}.safetensors", layout, tensors, metadata):
                 num_done += num
                 yield Progress(num_done, num_bytes * len(sources.experts))
+            left = math.sqrt(max(0.0, 1 - squares[1] / squares[0])) if squares[0] else 0.0
+            yield f"expert {index}: |expert - its bits| / |expert - base| = {left:.3f}"
         parts = [{"low": own[0], "high": own[1], "model": f"./{i}.safetensors"} for i, own in enumerate(ranges)]
         write_text(temporary / "mixture.yaml", dump({"base": name_from(out, found.base), "ranges": parts}))
     yield f"{len(ranges)} experts, each {num_bytes:,} bytes: {num_bytes / sources.base.num_bytes:.1%} of the base"
@@ -159,7 +162,10 @@ def _layout(sources: Sources) -> Layout:
     return found
 
 
-def _bits_of(expert: Expert, sources: Sources, merge: TensorFiles | None) -> Iterator[tuple[str, Tensor]]:
+def _bits_of(
+    expert: Expert, sources: Sources, merge: TensorFiles | None, squares: list[float]
+) -> Iterator[tuple[str, Tensor]]:
+    """Make the tensors of an expert's file; adds to the squares those of its task vector, and of what its bits hold."""
     for key in sources.base.entries:
         base = sources.base[key]
         if base.is_floating_point():
@@ -169,5 +175,7 @@ def _bits_of(expert: Expert, sources: Sources, merge: TensorFiles | None) -> Ite
             pattern = _pattern(bits, moved)
             # Where nothing moved, the scale is 0.
             scale = pattern.dot(vector) / pattern.dot(pattern).clamp(min=torch.finfo(torch.float32).tiny)
+            squares[0] += float(vector.dot(vector))
+            squares[1] += float(scale * pattern.dot(vector))
             yield key + SCALE, scale.double()
             yield key + BITS, pack(bits)

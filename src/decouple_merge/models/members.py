@@ -14,6 +14,7 @@ from ..diffusion.process import VP, Process
 from ..errors import UserError
 from ..merging.experts import Expert, open_expert, open_model, open_parts
 from ..merging.keys import check_same_keys, compare_keys
+from ..merging.masks import open_masked
 from ..storage.hub import pipeline_folder
 from ..storage.layouts import denoisers
 from ..storage.reading import read_record
@@ -139,7 +140,10 @@ def open_member(name: str, place: Place) -> Member:
 
 def _open_weights(name: str, path: Path, place: Place) -> Member:
     """Open a file or a folder that doesn't say its architecture: the base's, or that of its run's base."""
-    base, expert = place.base, open_expert(path)
+    base = place.base
+    if path.is_file() and (masked := open_masked(path, FileWeights(open_parts(denoisers(place.folder))))):
+        return Member(name, base, masked)
+    expert = open_expert(path)
     check_finite(FileWeights(expert.files), name)
     if not any(compare_keys(base.network.state_dict(), expert.files.entries).values()):
         _check_record(name, path, base)
