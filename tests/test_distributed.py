@@ -202,7 +202,7 @@ def test_after_the_trainings_the_first_goes_on_alone(
         (tmp_path / f"alone-{os.environ['RANK']}").touch()
         return []
 
-    for name in ("search_weights", "evaluate_run", "sample_grid"):
+    for name in ("search_weights", "evaluate_run"):
         monkeypatch.setattr(workflow, name, nothing)
     # num_processes is for what follows the trainings.
     config = tiny_config(finetune={"num_ranges": 2, "num_updates": 1}, num_processes=2)

@@ -259,7 +259,7 @@ def test_a_finished_run_with_another_evaluation_only_evaluates(done: Place) -> N
 
 
 def test_pictures_follow_the_sampler(done: Place) -> None:
-    events = list(evaluate_run(prepare(done.config(evaluate={"sampler": "DDPM", "num_steps": 3}), done.run)))
+    events = list(workflow.report(prepare(done.config(evaluate={"sampler": "DDPM", "num_steps": 3}), done.run)))
     assert {(e["sampler"], e["num_steps"]) for e in events if isinstance(e, dict)} == {("DDPM", 3)}
     drawn = drawn_from(done.run / "samples/ensemble/1.png")
     assert drawn is not None
@@ -327,7 +327,7 @@ def test_numbers_of_an_older_merged_model_stay_but_are_not_shown(done: Place) ->
     old, plan = done.records(), prepare(done.config(), done.run)
     pictures = contents(done.run / "samples/merged")
     add(done.run / "merged" / WEIGHTS, 0.5)
-    events = list(evaluate_run(plan))
+    events = list(workflow.report(plan))
     (new,) = [e for e in events if isinstance(e, dict)]
     assert new["model"] == "merged"
     assert new["model_sha256"] not in {r["model_sha256"] for r in old}

@@ -544,3 +544,15 @@ def test_blocks_are_merged_by_weights_of_their_own(method: str, done: Finished, 
     record = export_record(plan, [], levels(plan.config, 3)[-1], winner)
     assert (record["settings"]["blocks"], record["weights"]) == ({"up_blocks.*": list(rows[0])}, list(rows[1]))
     assert "Tensors that match `up_blocks.*` have the weights 0.2000, 0.9000, 0.4000." in model_card(record)
+
+
+def test_a_picture_shows_the_pretrained_model_before_anything_is_trained(done: Finished) -> None:
+    lines = [e for e in done.events if isinstance(e, str) and e.startswith("picture: ")]
+    made = [line.rpartition("samples.png, ")[2] for line in lines]
+    assert made == [
+        "pretrained",
+        "pretrained, baseline-finetuned, ensemble",
+        "pretrained, baseline-finetuned, ensemble, merged",
+    ]
+    first = next(i for i, e in enumerate(done.events) if isinstance(e, StepRecord))
+    assert done.events.index(lines[0]) < first

@@ -11,13 +11,8 @@ from ..evaluation.extractors import EXTRACTORS, label_of, weights_of
 from ..evaluation.metrics import METRICS, extractors_of
 from ..evaluation.records import identity_of, wanted_record
 from ..evaluation.references import reference_name, texts_name
-from ..executors.devices import default_device
 from ..models.network import load_network, num_parameters
-from ..sampling.folder import drawn_from, write_images
-from ..sampling.model import drawn_with
 from ..sampling.sampler import (
-    choose_prompts,
-    sample_images,
     sampling_fields,
 )
 from ..storage.files import append_record, read_records
@@ -25,7 +20,7 @@ from .costs import timed
 from .planned import Plan
 from .reported import report_models, report_references
 from .scoring import score_sets
-from .table_models import denoiser_of, sha256_of
+from .table_models import sha256_of
 from .watch import reported_with
 
 
@@ -114,24 +109,7 @@ def evaluate_run(plan: Plan) -> Iterator[dict[str, Any] | Row]:
     """Score every model of the result table on every set of report seeds; yields the table's rows."""
     wanted = wanted_records(plan, report_models(plan))
     yield from evaluate_models(plan, wanted)
-    _write_samples(plan, {record["model"]: record["model_sha256"] for record in wanted})
     yield from result_table(plan, wanted)
-
-
-def _write_samples(plan: Plan, models: dict[str, str]) -> None:
-    """Draw images of each model, by its hash, where they aren't there, or were drawn from something else."""
-    config, device = plan.config, default_device()
-    seeds = range(config.evaluate.first_seed, config.evaluate.first_seed + config.evaluate.num_sample_images)
-    asked = choose_prompts(plan.prompts, seeds, 0) if plan.prompts else [None] * len(seeds)
-    for model, sha256 in models.items():
-        common = {"model_sha256": sha256, **drawn_with(plan.base, config.report_sample, config.text)}
-        records = {seed: {**common, "prompt": prompt} for seed, prompt in zip(seeds, asked, strict=True)}
-        folder = plan.run.samples(model)
-        missing = [seed for seed, record in records.items() if drawn_from(folder / f"{seed}.png") != record]
-        if missing:
-            network, prompts = denoiser_of(plan, model, device), plan.open_prompts(device)
-            drawn = sample_images(network, plan.base, missing, config.report_sample, device, prompts=prompts)
-            write_images(drawn, missing, folder, records)
 
 
 def result_table(plan: Plan, wanted: list[dict[str, Any]]) -> Iterator[Row]:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..analysis.figures import sample_grid
 from ..config import Config
 from ..errors import UserError
 from ..executors import distributed
@@ -20,9 +19,9 @@ from .combined import load_combined
 from .distilling import distil
 from .finetuning import finetune_experts
 from .manifest import check_claimed
+from .pictures import draw_samples
 from .plan import prepare
 from .planned import Plan
-from .reported import report_models
 from .results import Row, evaluate_run
 from .selection import search_weights
 
@@ -47,12 +46,14 @@ def run(config: Config, out: Path, wait: bool = False, page: bool = True) -> Ite
         check_claimed(plan.run, plan.config)
         # Before any compute: a place that can't be written is found now.
         yield from copy_results(plan)
+        yield from draw_samples(plan)
         yield from finetune_experts(plan, wait=wait)
         is_first = distributed.is_first()
         distributed.leave()
         if not is_first:
             return
         yield from _or_later(copy_results(plan))
+        yield from draw_samples(plan)
         if config.search.over != "nothing":
             norms = task_vector_norms(plan.base.network.state_dict(), load_combined(plan))
             yield "task vector norms: " + ", ".join(f"{n:.3f}" for n in norms)
@@ -84,7 +85,8 @@ def _or_later(lines: Iterator[str]) -> Iterator[str]:
         yield f"warning: {error}"
 
 
-def report(plan: Plan) -> Iterator[dict[str, Any] | Row]:
-    """Score every model of the result table, and draw the figure of their samples; of a run whose search is done."""
+def report(plan: Plan) -> Iterator[str | dict[str, Any] | Row]:
+    """Draw every model of the result table, and score it; of a run whose search is done."""
+    # First: numbers may take hours, and a run that has them all has its figure.
+    yield from draw_samples(plan)
     yield from evaluate_run(plan)
-    sample_grid({m: plan.run.samples(m) for m in report_models(plan)}, plan.run.sample_figure)

@@ -165,8 +165,8 @@ def della_linear(base: Tensor, experts: list[Tensor], weights: list[float], cont
 def emr(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Pointwise:
     """Elect one vector: the sign of Σ w_i·τ_i, and the largest size with that sign (EMR; Huang et al. 2024).
 
-    θ + λ·w_k·τ_k with k the expert whose w_i·τ_i is the largest with the elected sign γ, entry by entry. EMR's
-    masks and scales for each task are not made.
+    θ + λ·w_k·τ_k with k the expert whose w_i·τ_i is the largest with the elected sign γ, entry by entry. Its
+    masks and scales for each expert are ``merging.masks``'.
     """
 
     def change(start: Tensor, others: list[Tensor]) -> Tensor:
