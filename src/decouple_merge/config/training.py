@@ -54,6 +54,8 @@ class Training(Section):
         batch_size: images per process and micro-batch; an update sees processes × batch_size × accumulation.
         num_ranks: processes that train one model together, each on batches of its own, on one machine and its GPUs;
             where torchrun started several, those do.
+        sharding: ``none``, every process holds the network, its averages and AdamW's moments; or ``full``, each holds a
+            part of every tensor (FSDP2), for networks that one GPU can't hold.
         schedule: the rate over the updates: ``constant``; ``cosine`` and ``linear`` fall to
             learning_rate × floor, which they reach after ``decay_fraction`` of the updates.
         optimizer: ``adamw``, torch's, fused; or ``adamw8bit``, bitsandbytes', whose moments take a quarter of that.
@@ -73,6 +75,7 @@ class Training(Section):
     batch_size: PositiveInt = 64
     accumulation: PositiveInt = 1
     num_ranks: PositiveInt = 1
+    sharding: Literal["none", "full"] = "none"
     learning_rate: PositiveFloat = 2e-4
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     num_warmup_updates: NonNegativeInt = 0

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..storage.files import remove_leftovers, workshop
 
 # What executors share; every other file of this room is one.
-SHARED = ("devices", "distributed")
+SHARED = ("devices", "distributed", "sharding")
 
 
 def executors() -> list[str]:

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
 from .devices import default_device
 from .local import run_all
+from .sharding import adding_up, share_out
 
 # Some wait while the first fills a cache or draws images. Not for a dead one: torchrun ends them all.
 TIMEOUT = timedelta(days=7)
@@ -125,16 +127,26 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
-def averaging(network: nn.Module) -> nn.Module:
-    """Wrap a network so that a backward pass leaves the mean of the processes' gradients; alone, leave it as it is."""
+def averaging(network: nn.Module, device: torch.device, shares_out: bool = False) -> nn.Module:
+    """Put a network on a device so that a backward pass leaves the mean of the processes' gradients.
+
+    Args:
+        shares_out: its parameters among the processes, each of which then holds a part.
+    """
     if world_size() == 1:
-        return network
+        return network.to(device)
+    if shares_out:
+        share_out(network, device, world_size())
+        return network.to(device)
+    network.to(device)
     has_unused = getattr(network, "has_unused_parameters", False)
     return DistributedDataParallel(network, gradient_as_bucket_view=True, find_unused_parameters=has_unused)
 
 
 def accumulating(network: nn.Module) -> AbstractContextManager[None]:
     """Let backward passes only add to this process's gradients; the next one outside averages their sum."""
+    if isinstance(network, FSDPModule):
+        return adding_up(network)
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 

@@ -21,6 +21,7 @@ from ..models.projection import attach_projections
 from ..storage.hub import pipeline_folder
 from ..storage.layouts import PICKLES, weight_files
 from ..storage.tensors import TensorFiles, num_bytes_of
+from ..training.made_from import num_ranks
 from .combined import are_adapters
 
 # Of bitsandbytes: smaller tensors keep moments of 32 bits, of larger ones a block shares a scale.
@@ -136,13 +137,16 @@ def _training(network: nn.Module, size: int, config: Config) -> dict[str, int]:
     # Those of each cluster, beside the one that is made of them.
     num_gradients = balancing.num_clusters if balancing and balancing.method in ("ant_nash", "pcgrad") else 0
     has_teacher = config.finetune.consistency_weight > 0 and config.finetune.lora is None
-    return {
+    held = {
         "network": _num_bytes([*network.parameters(), *network.buffers()]),
         "teacher": size if has_teacher else 0,
         "gradients": _num_bytes(trained) * (1 + num_gradients),
         "EMA": _num_bytes(trained),
         "moments": _moments([p.numel() for p in trained], config.finetune),
     }
+    # A process holds its part, besides the block that computes.
+    num_parts = num_ranks(config.finetune) if config.finetune.sharding == "full" else 1
+    return {name: -(-num_bytes // num_parts) for name, num_bytes in held.items()}
 
 
 def _moments(sizes: list[int], settings: Training) -> int:

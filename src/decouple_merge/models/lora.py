@@ -131,7 +131,8 @@ def unadapted_state_dict(network: nn.Module, parameters: dict[str, Tensor]) -> d
     Args:
         parameters: as of ``lora_factors``.
     """
-    state = {k.replace(".base_layer.", "."): v for k, v in network.state_dict().items() if f".{ADAPTER}." not in k}
+    state = {**network.state_dict(), **parameters}
+    state = {k.replace(".base_layer.", "."): v for k, v in state.items() if f".{ADAPTER}." not in k}
     for name, down, up in _factors(network, parameters):
         weight = state[f"{name}.weight"]
         state[f"{name}.weight"] = weight + (up.flatten(1) @ down.flatten(1)).view_as(weight)

@@ -27,6 +27,7 @@ def check_training(settings: Training, base: Base, device: torch.device) -> None
     _check_clusters(settings, base, base.process.split(1))
     _check_precision(settings, device)
     _check_optimizer(settings)
+    _check_sharding(settings)
     _check_tracker(settings)
     # Images, noise and their mixture, in float32.
     check_memory("batch_size", settings.batch_size, 3 * 4 * math.prod(base.shape), device)
@@ -65,6 +66,20 @@ def _check_optimizer(settings: Training) -> None:
     """Require that the optimiser is installed."""
     if settings.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise not_installed("optimizer adamw8bit", "bitsandbytes", "8bit", "set it to adamw")
+
+
+def _check_sharding(settings: Training) -> None:
+    """Refuse what needs whole tensors on each process, or was never tried on parts of them."""
+    method = settings.balancing.method if settings.balancing else ""
+    found = {
+        "compile is true": settings.compile,
+        f"optimizer is {settings.optimizer}": settings.optimizer != "adamw",
+        "mixed_precision is fp16": settings.mixed_precision == "fp16",
+        f"balancing is {method}": method in ("ant_nash", "pcgrad"),
+    }
+    if settings.sharding == "full" and any(found.values()):
+        first = next(what for what, is_so in found.items() if is_so)
+        raise UserError(f"sharding is full and {first}, which don't go together: change one of them")
 
 
 def _check_tracker(settings: Training) -> None:

@@ -20,6 +20,7 @@ from ..storage.run_folder import kept_weights
 from .distillation import Distillation
 from .made_from import RECORD, check_unchanged, is_finished, training_record
 from .records import Log, StepRecord, step_record
+from .state import remove_older, saved_state, state_path
 from .trainer import Task, Trainer
 
 # A record is yielded at most this often, so that a live view costs nothing.
@@ -61,16 +62,15 @@ def train(
     check_unchanged(folder, record)
     if not is_finished(folder):
         trainer = Trainer(base, task, settings, seed, distillation)
-        state = folder / "state" / "state.safetensors"
-        if state.exists():
-            trainer.load(state)
+        state = folder / "state"
+        if (found := saved_state(state, trainer.part)) is not None:
+            trainer.load(found)
         check_shared(folder, f"{task.name} after {trainer.num_done} updates")
         if is_first():
             write_json(folder / RECORD, record)
         batches = _batches(trainer, images, data)
         if not is_first():
-            while trainer.num_done < settings.num_updates:
-                trainer.update(batches)
+            _follow(trainer, batches, held_out_images(images, data), state)
             return
         with closing(Log(folder, trainer)) as log:
             yield from _steps(trainer, batches, held_out_images(images, data), distance, log, state)
@@ -101,24 +101,61 @@ def _steps(
     first = trainer.num_done
     while trainer.num_done < settings.num_updates:
         trainer.update(batches)
-        finished = trainer.num_done == settings.num_updates
-        validates = trainer.num_done % settings.validate_every == 0 or finished
-        if validates or time.monotonic() - shown >= SECONDS_BETWEEN_RECORDS:
+        does = _Due(settings, trainer.num_done)
+        if does.validate or time.monotonic() - shown >= SECONDS_BETWEEN_RECORDS:
             shown = time.monotonic()
             record = step_record(trainer, (shown - started) / (trainer.num_done - first))
-            if validates:
+            if does.validate:
                 record = replace(record, validation=trainer.validate(held_out))
-                if distance and settings.distance and (trainer.num_done % settings.distance.every == 0 or finished):
+                if distance and does.score:
                     record = replace(record, distance=distance(trainer.weights()))
                 log.write(record)
                 trainer.forget_losses()
                 first, started = trainer.num_done, time.monotonic()
             yield record
         # Before the state: a training that goes on from it has kept all that came before.
-        if settings.keep_every and trainer.num_done % settings.keep_every == 0:
+        if does.keep:
             write_tensors(kept_weights(log.folder, trainer.num_done), trainer.weights())
-        if trainer.num_done % settings.checkpoint_every == 0 and not finished:
-            trainer.save(state)
+        if does.save:
+            _save(trainer, state)
+
+
+def _follow(trainer: Trainer, batches: Iterator[Batch], held_out: Batch, state: Path) -> None:
+    """Train as a process that isn't the first: it writes nothing, but takes part where a network is shared out."""
+    while trainer.num_done < trainer.settings.num_updates:
+        trainer.update(batches)
+        does = _Due(trainer.settings, trainer.num_done)
+        if not trainer.is_shared_out:
+            continue
+        if does.validate:
+            trainer.validate(held_out)
+        for _ in range(does.score + does.keep):
+            trainer.weights()
+        if does.save:
+            _save(trainer, state)
+    if trainer.is_shared_out:
+        trainer.adapter()
+        trainer.weights()
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    """Write the state; of a network that is shared out every process its part, and the older ones go when all have."""
+    trainer.save(state_path(folder, trainer.num_done, trainer.part))
+    if trainer.is_shared_out:
+        check_shared(folder, f"the state after {trainer.num_done} updates")
+        if is_first():
+            remove_older(folder, trainer.num_done)
+
+
+class _Due:
+    """What is due after an update, in all processes alike: a validation, a distance, weights to keep, a state."""
+
+    def __init__(self, settings: Training, update: int) -> None:
+        finished = update == settings.num_updates
+        self.validate = update % settings.validate_every == 0 or finished
+        self.score = settings.distance is not None and (update % settings.distance.every == 0 or finished)
+        self.keep = settings.keep_every is not None and update % settings.keep_every == 0
+        self.save = update % settings.checkpoint_every == 0 and not finished
 
 
 def _write_result(trainer: Trainer, folder: Path) -> None:

@@ -18,7 +18,7 @@ from .trainer import Task
 RECORD = "expert.json"
 AGAIN = "remove the folder to train again"
 # Settings that change no weights, and those that ``own`` and ``ranges`` of the task say.
-SILENT = {"tracker", "checkpoint_every", "baseline", "num_ranges", "ranges", "num_ranks"}
+SILENT = {"tracker", "checkpoint_every", "baseline", "num_ranges", "ranges", "num_ranks", "sharding"}
 # Where the images come from and how they are read; their hash says what they are.
 PLACES = {"source", "path", "split", "column", "caption_column", "fit", "skip_damaged", "num_workers"}
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..config import Finetune, Lora, Projection, Training
@@ -35,9 +34,9 @@ class AllWeights:
         ]
         return [g for g in groups if g["params"]]
 
-    def teacher(self, base: Base, network: nn.Module, device: torch.device) -> nn.Module:
-        """Make a copy of the base's network that stays what it is."""
-        return new_network(base).to(device).requires_grad_(False).eval()
+    def teacher(self, base: Base, network: nn.Module) -> nn.Module:
+        """Make a copy of the base's network, on the CPU, that stays what it is."""
+        return new_network(base).requires_grad_(False).eval()
 
     def stock_weights(self, network: nn.Module, parameters: Tensors) -> Tensors:
         """Compute the weights under the base's keys, with other values of the trained parameters."""
@@ -68,7 +67,7 @@ class LowRank:
         """List what is trained, all with the same learning rate."""
         return [{"params": [p for p in network.parameters() if p.requires_grad], "scale": 1.0}]
 
-    def teacher(self, base: Base, network: nn.Module, device: torch.device) -> Callable[..., Any]:
+    def teacher(self, base: Base, network: nn.Module) -> Callable[..., Any]:
         """Make a function that calls the network without its adapters."""
 
         def bare(*args: Any, **kwargs: Any) -> Any:

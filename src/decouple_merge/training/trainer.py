@@ -21,6 +21,7 @@ from ..diffusion.weightings import weight_of
 from ..errors import UserError
 from ..executors import distributed
 from ..executors.devices import default_device
+from ..executors.sharding import gathered, share_out
 from ..models.base import Base
 from ..models.network import predict
 from ..seeds import generator, stream_seed
@@ -32,7 +33,7 @@ from .optimizers import make_optimizer
 from .parametrisation import parametrisation_of
 from .precision import autocast, grad_scaler
 from .schedule import learning_rate_at
-from .state import load_state, save_state
+from .state import Part, load_state, save_state
 from .validation import validation_losses
 
 
@@ -88,14 +89,18 @@ class Trainer:
             network.enable_gradient_checkpointing()
         self.network: nn.Module = network
         self.teacher = None
+        self.is_shared_out = settings.sharding == "full" and self.world > 1
         if self.consistency_weight:
-            self.teacher = self.parametrisation.teacher(base, network, self.device)
+            self.teacher = self.parametrisation.teacher(base, network)
         if settings.compile:
             for each in (self.network, self.teacher):
                 if isinstance(each, nn.Module):
                     each.compile()
-        network.to(self.device)
-        self.wrapped = distributed.averaging(network)
+        if isinstance(self.teacher, nn.Module):
+            if self.is_shared_out:
+                share_out(self.teacher, self.device, self.world)
+            self.teacher.to(self.device)
+        self.wrapped = distributed.averaging(network, self.device, self.is_shared_out)
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.balancer = balancer_of(
             Setup(self.process, task.own, self.global_prob, settings, self.parameters, (seed, task.name), self.device)
@@ -216,13 +221,31 @@ class Trainer:
         names = [name for name, p in self.network.named_parameters() if p.requires_grad]
         return dict(zip(names, values, strict=True))
 
+    @property
+    def part(self) -> Part | None:
+        """Which process this is, of how many, where the network is shared out."""
+        return (self.rank, self.world) if self.is_shared_out else None
+
+    def _averages(self) -> dict[str, Tensor] | None:
+        """Name the averaged parameters; of what is shared out the first process gets all tensors, the others None."""
+        averages = self._named(self.ema.values)
+        if not self.is_shared_out:
+            return averages
+        whole = gathered((self.network.state_dict() | averages).items(), self.rank == 0)
+        return whole or None
+
     def weights(self) -> dict[str, Tensor]:
-        """Compute the averaged weights under the base's keys: what the training has made so far."""
-        return self.parametrisation.stock_weights(self.network, self._named(self.ema.values))
+        """Compute the averaged weights under the base's keys: what the training has made so far.
+
+        Of a network that is shared out all processes must ask for them, and the first gets them.
+        """
+        averages = self._averages()
+        return {} if averages is None else self.parametrisation.stock_weights(self.network, averages)
 
     def adapter(self) -> dict[str, Tensor]:
-        """Name the averaged factors as diffusers loads them; empty where no adapter is trained."""
-        return self.parametrisation.adapter(self.base, self.network, self._named(self.ema.values))
+        """Name the averaged factors as diffusers loads them; empty where no adapter is trained. Else as ``weights``."""
+        averages = self._averages()
+        return {} if averages is None else self.parametrisation.adapter(self.base, self.network, averages)
 
     def _tensors(self) -> dict[str, Tensor]:
         network = {f"network.{name}": p for name, p in self._named(self.parameters).items()}
