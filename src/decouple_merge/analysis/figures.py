@@ -58,6 +58,22 @@ def training_curve(log: list[dict[str, Any]], ranges: tuple[TimestepRange, ...],
     _save(figure, out)
 
 
+def schedule_front(points: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str, out: Path) -> None:
+    """Draw distances over what drawing takes: what a search for schedules found, and single models with fewer steps.
+
+    Args:
+        points: seconds and distance, by the line's name; the first is bold.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for i, (name, line) in enumerate(points.items()):
+        seconds, values = zip(*sorted(line), strict=True)
+        axis.plot(seconds, values, "o-" if i == 0 else "s--", linewidth=2 if i == 0 else 1, markersize=4, label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    _save(figure, out)
+
+
 def search_cost(found: list[tuple[Level, list[Trial]]], metric: str, out: Path) -> None:
     """Draw every candidate's value over the images drawn until then, level after level, and the best of each level.
 

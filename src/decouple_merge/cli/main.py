@@ -17,6 +17,7 @@ from .images import sample
 from .init import init
 from .reports import report
 from .runs import analyze, distil, finetune, fisher, gram, pretrain, run, search, study
+from .schedule import schedule
 from .scores import evaluate, stats
 from .status import status
 
@@ -41,6 +42,7 @@ for verb in (
     pretrain,
     study,
     init,
+    schedule,
 ):
     app.command()(verb)
 

@@ -7,12 +7,13 @@ from .analyze import Analyze
 from .balancing import Balancing, Clusters
 from .data import Data
 from .distil import Distil
+from .document import dump as dump_document
 from .document import dump_commented
 from .evaluate import Evaluate, Reference
 from .finetune import Finetune, Lora, Projection, Ranges
 from .loader import dump_config, load_config, validate
 from .merge import Merge
-from .mixture import Mixture, is_document, load_mixture
+from .mixture import Mixture, Schedule, is_document, load_mixture, load_schedule
 from .pieces import Pieces
 from .pretrain import PartTraining, Pretrain, TextEncoder, Vae
 from .protocol import Protocol, load_protocol
@@ -25,6 +26,7 @@ from .section import Precision, Section
 from .stats import Stats
 from .study import Study, arm_configs, dump_study, load_study
 from .training import Density, Distance, Ema, Training
+from .zoo import ScheduleSearch, Zoo, load_zoo
 
 __all__ = [
     "Analyze",
@@ -54,6 +56,8 @@ __all__ = [
     "Recipe",
     "Reference",
     "Sample",
+    "Schedule",
+    "ScheduleSearch",
     "Search",
     "Section",
     "Stats",
@@ -62,15 +66,19 @@ __all__ = [
     "TextEncoder",
     "Training",
     "Vae",
+    "Zoo",
     "arm_configs",
     "dump_commented",
     "dump_config",
+    "dump_document",
     "dump_study",
     "is_document",
     "load_config",
     "load_mixture",
     "load_protocol",
+    "load_schedule",
     "load_study",
+    "load_zoo",
     "parse_recipe",
     "validate",
 ]

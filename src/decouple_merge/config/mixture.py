@@ -53,9 +53,45 @@ class Mixture(Section):
     rest: Name | None = None
 
 
+class Schedule(Section):
+    """Which network runs at each step of a sampler (OMS-DPM, Liu et al. 2023). Paths as in a mixture.
+
+    Attributes:
+        base: as of a mixture.
+        models: as of a mixture's ranges, by the names that the steps have.
+        steps: for each slot of the sampler's even grid a name, or 0 where the step is skipped; the noisiest first.
+    """
+
+    base: Name
+    models: dict[str, Name] = Field(min_length=1)
+    steps: list[str | Literal[0]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> "Schedule":
+        if unknown := [step for step in self.steps if step and step not in self.models]:
+            raise UserError(f"steps has {unknown[0]!r}, expected 0 or one of the models {', '.join(self.models)}")
+        if not any(self.steps):
+            raise UserError("steps skips every step, expected at least one that runs")
+        return self
+
+
 def is_document(name: str) -> bool:
-    """Say whether a model's name is that of a YAML file, a mixture's."""
+    """Say whether a model's name is that of a YAML file, a mixture's or a schedule's."""
     return Path(name).suffix in YAML and Path(name).is_file()
+
+
+def load_schedule(path: Path) -> Schedule | None:
+    """Read a schedule's YAML; None where the file has no steps, and so is another's.
+
+    Raises:
+        UserError: as ``load_mixture``.
+    """
+    values = read_document(path)
+    if "steps" not in values:
+        return None
+    found = validate(Schedule, values, f"schedule {path}")
+    models = {name: resolve(path, model) for name, model in found.models.items()}
+    return found.model_copy(update={"base": resolve(path, found.base), "models": models})
 
 
 def load_mixture(path: Path) -> Mixture:
@@ -65,11 +101,11 @@ def load_mixture(path: Path) -> Mixture:
         UserError: the file is missing or no YAML, a key is unknown or lacks, or a value has the wrong type or range.
     """
     found = validate(Mixture, read_document(path), f"mixture {path}")
-    ranges = [part.model_copy(update={"model": _from(path, part.model)}) for part in found.ranges]
-    rest = None if found.rest is None else _from(path, found.rest)
-    return found.model_copy(update={"base": _from(path, found.base), "ranges": ranges, "rest": rest})
+    ranges = [part.model_copy(update={"model": resolve(path, part.model)}) for part in found.ranges]
+    rest = None if found.rest is None else resolve(path, found.rest)
+    return found.model_copy(update={"base": resolve(path, found.base), "ranges": ranges, "rest": rest})
 
 
-def _from(path: Path, name: str) -> str:
+def resolve(path: Path, name: str) -> str:
     """Count a path with a dot in front from the mixture's folder."""
     return str(path.parent / name) if name.startswith(".") else name

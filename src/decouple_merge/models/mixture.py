@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..config import Mixture as Settings
-from ..config import is_document, load_mixture
+from ..config import Schedule, is_document, load_mixture, load_schedule
 from ..config.mixture import MixtureRange
 from ..diffusion.ranges import end_of, filled_ranges, in_timesteps
 from ..diffusion.routing import RangeRouter, Router
@@ -22,6 +23,7 @@ from .identity import model_sha256
 from .members import Member, Place, open_member
 from .network import blank_network, num_parameters
 from .run_experts import open_run
+from .schedulers import make_scheduler
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,24 @@ class Mixture:
     Attributes:
         members: by the router's numbers.
         step_shares: of each range, by the scheduler that the base had in training, where experts' record has them.
+        num_slots: of a schedule, how many steps the sampler's grid has, of which ``kept`` run, by their places.
     """
 
     base: Base
     members: list[Member]
     router: Router
     step_shares: list[float] | None = None
+    num_slots: int | None = None
+    kept: tuple[int, ...] | None = None
 
     @property
     def sha256(self) -> str:
         """The hash of all that is read, as ``models.identity`` counts it."""
         others = [None if m.base is self.base else m.base.network.config for m in self.members]
-        return model_sha256(self.base, [m.weights for m in self.members], self.router.record(), others)
+        routing = self.router.record()
+        if self.kept is not None:
+            routing = {"router": routing, "num_slots": self.num_slots, "kept": self.kept}
+        return model_sha256(self.base, [m.weights for m in self.members], routing, others)
 
     def module(self, one_resident: bool, build: Callable[[Member], nn.Module]) -> TimestepEnsemble:
         """Make one denoiser of it.
@@ -62,12 +70,13 @@ class Mixture:
             return TimestepEnsemble(networks, self.router, weights, self.base.timestep_of)
         networks = [build(member) for member in self.members]
         for network, member in zip(networks, self.members, strict=True):
-            _fill(network, member)
+            fill(network, member)
         return TimestepEnsemble(networks, self.router, None, self.base.timestep_of)
 
 
 @torch.no_grad()
-def _fill(network: nn.Module, member: Member) -> None:
+def fill(network: nn.Module, member: Member) -> None:
+    """Copy the weights of a member into a network of its architecture."""
     for key, value in network.state_dict().items():
         value.copy_(member.weights[key])
 
@@ -98,6 +107,34 @@ def open_mixture(settings: Settings) -> Mixture:
         [own for own, _ in filled], base.num_train_timesteps, [names.index(name) for _, name in filled], band
     )
     return Mixture(base, [open_member(name, Place(folder, base)) for name in names], router)
+
+
+def open_schedule(settings: Schedule) -> Mixture:
+    """Open the networks that a schedule's steps name, and require that they go together.
+
+    Raises:
+        UserError: as ``open_member``; or the base's sampler can't leave steps out.
+    """
+    folder, base = pipeline_folder(settings.base), load_base(settings.base)
+    names = list(dict.fromkeys(step for step in settings.steps if step))
+    members = [open_member(settings.models[name], Place(folder, base)) for name in names]
+    numbers = [names.index(step) if step else None for step in settings.steps]
+    kept = tuple(i for i, number in enumerate(numbers) if number is not None)
+    return Mixture(base, members, step_router(base, numbers), num_slots=len(numbers), kept=kept)
+
+
+def step_router(base: Base, numbers: Sequence[int | None]) -> RangeRouter:
+    """Make the router of a schedule: each timestep has the network of the nearest step that runs.
+
+    Args:
+        numbers: the number of each step's network, the noisiest step first; None where it is skipped.
+    """
+    kept = [i for i, number in enumerate(numbers) if number is not None]
+    scheduler = make_scheduler(base, None, len(numbers), None, kept)
+    visited = base.process.visited(scheduler.timesteps).tolist()[::-1]
+    edges = [0, *((low + high) / 2 for low, high in pairwise(visited)), base.num_train_timesteps]
+    networks = [number for number in reversed(numbers) if number is not None]
+    return RangeRouter([TimestepRange(*ends) for ends in pairwise(edges)], base.num_train_timesteps, networks)
 
 
 def load_ensemble(
@@ -148,13 +185,14 @@ def _opened(
 
 
 def open_any(path: Path) -> Mixture:
-    """Open the mixture of a YAML file, or of a run's experts.
+    """Open the mixture or the schedule of a YAML file, or the mixture of a run's experts.
 
     Raises:
-        UserError: as ``load_mixture`` and ``open_mixture``, or ``open_run``.
+        UserError: as ``load_mixture``, ``open_mixture`` and ``open_schedule``, or ``open_run``.
     """
     if is_document(str(path)):
-        return open_mixture(load_mixture(path))
+        schedule = load_schedule(path)
+        return open_mixture(load_mixture(path)) if schedule is None else open_schedule(schedule)
     run = open_run(path)
     return mixture_of(run.base, run.ranges, run.experts, run.step_shares)
 
@@ -165,6 +203,9 @@ def describe_mixture(path: Path) -> Iterator[str]:
     Raises:
         UserError: as ``open_any``.
     """
+    if (schedule := load_schedule(path)) is not None:
+        yield from _describe_schedule(path, schedule)
+        return
     settings = load_mixture(path)
     mixture = open_mixture(settings)
     end = end_of(mixture.base.process, settings.unit, "the mixture has")
@@ -180,4 +221,17 @@ def describe_mixture(path: Path) -> Iterator[str]:
             f"timesteps {own}, {share:.0%} of even steps: {member.name}, "
             f"{num_parameters(member.base.network):,} parameters"
         )
+    yield f"sha256 of all that is drawn with: {mixture.sha256}"
+
+
+def _describe_schedule(path: Path, settings: Schedule) -> Iterator[str]:
+    mixture = open_schedule(settings)
+    assert mixture.kept is not None
+    yield (
+        f"{path}: {len(mixture.members)} networks of {settings.base}, a {type(mixture.base.pipeline).__name__}, on "
+        f"{len(mixture.kept)} of {mixture.num_slots} steps"
+    )
+    names = [step for step in settings.steps if step]
+    for name, member in zip(dict.fromkeys(names), mixture.members, strict=True):
+        yield f"{name}, {names.count(name)} steps: {member.name}, {num_parameters(member.base.network):,} parameters"
     yield f"sha256 of all that is drawn with: {mixture.sha256}"

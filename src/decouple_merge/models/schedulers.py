@@ -1,6 +1,7 @@
 """The samplers: any scheduler of diffusers on a base's own schedule."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
@@ -10,6 +11,7 @@ from ..diffusion.process import Flow
 from ..errors import UserError, is_ours
 from .base import Base
 from .processes import dynamic_mu, flow_arguments
+from .skipping import skipping
 
 
 def sampler_of(base: Base, sampler: str | None) -> str:
@@ -19,15 +21,22 @@ def sampler_of(base: Base, sampler: str | None) -> str:
     return type(base.pipeline.scheduler).__name__.removesuffix("Scheduler")
 
 
-def make_scheduler(base: Base, sampler: str | None, num_steps: int, timestep_spacing: str | None) -> Any:
+def make_scheduler(
+    base: Base,
+    sampler: str | None,
+    num_steps: int,
+    timestep_spacing: str | None,
+    kept: Sequence[int] | None = None,
+) -> Any:
     """Build any diffusers scheduler from the base's own config, with its timesteps set as the stock pipeline sets them.
 
     Args:
         sampler: by name, as ``sampler_of`` takes it.
+        kept: places of the steps that run, rising; all where not given.
 
     Raises:
-        UserError: diffusers has no such scheduler, it can't sample the base's process, or it refuses the number of
-            steps.
+        UserError: diffusers has no such scheduler, it can't sample the base's process or leave steps out, or it refuses
+            the number of steps.
     """
     sampler = sampler_of(base, sampler)
     name = sampler if sampler.endswith("Scheduler") else sampler + "Scheduler"
@@ -49,8 +58,9 @@ def make_scheduler(base: Base, sampler: str | None, num_steps: int, timestep_spa
         )
     if timestep_spacing is not None:
         changes["timestep_spacing"] = timestep_spacing
+    kind: Any = cls if kept is None else skipping(cls, kept, num_steps)
     try:
-        scheduler: Any = cls.from_config(own.config, **base.family.sampler_config, **changes)
+        scheduler: Any = kind.from_config(own.config, **base.family.sampler_config, **changes)
         scheduler.set_timesteps(num_steps, **_timestep_arguments(base, scheduler, num_steps))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         if is_ours(error):
@@ -61,7 +71,7 @@ def make_scheduler(base: Base, sampler: str | None, num_steps: int, timestep_spa
 
 def _timestep_arguments(base: Base, scheduler: Any, num_steps: int) -> dict[str, Any]:
     """List what the stock pipeline tells its own scheduler beside the number of steps."""
-    if type(scheduler) is not type(base.pipeline.scheduler):
+    if not isinstance(scheduler, type(base.pipeline.scheduler)):
         return {}
     arguments: dict[str, Any] = {}
     num_tokens = base.family.num_tokens(base.network, base.shape)

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from ..config import Sample, Text, is_document, load_mixture
+from ..config import Sample, Text, is_document
 from ..data.prompts import load_prompts
 from ..diffusion.routing import RangeRouter
 from ..errors import UserError
 from ..models.base import Base, load_base
 from ..models.identity import model_sha256
-from ..models.mixture import Mixture, mixture_of, open_mixture
+from ..models.mixture import Mixture, mixture_of, open_any
 from ..models.network import load_network, new_network
 from ..models.parts import texts_to_encode
 from ..models.run_experts import open_run
@@ -76,7 +76,10 @@ class OpenedModel:
 
     def notes(self) -> Iterator[str]:
         """Say what is to be known before it draws: that an ensemble's sampler isn't what its ranges were cut for."""
-        if self.mixture is not None and isinstance(self.mixture.router, RangeRouter):
+        if self.mixture is not None and self.mixture.kept is not None:
+            num, of = len(self.mixture.kept), self.mixture.num_slots
+            yield f"the schedule runs {num} of its {of} steps, whatever num_steps is"
+        elif self.mixture is not None and isinstance(self.mixture.router, RangeRouter):
             ranges = self.mixture.router.ranges
             yield from unlike_shares(self.base, ranges, self.settings, self.mixture.step_shares)
 
@@ -109,13 +112,29 @@ class OpenedModel:
                 self.base.encoders, self.prompts, self.text, device, first_seed=self.first_seed, seeds=seeds
             )
         model = self._denoiser(device)
-        yield from sample_images(model, self.base, seeds, self.settings, device, prompts=prompts, share=share)
+        kept = None if self.mixture is None else self.mixture.kept
+        batches = sample_images(model, self.base, seeds, self.settings, device, None, prompts, share, kept)
+        yield from batches
 
     def _denoiser(self, device: torch.device) -> Denoiser:
         if self.mixture is not None:
             return mixture_denoiser(self.mixture, self.settings, device)
         assert self.network is not None
         return denoiser(self.base, sampling_copy(self.network, self.settings, device))
+
+
+def schedule_settings(settings: Sample, num_slots: int) -> Sample:
+    """Take a schedule's own number of steps, on the base's own grid.
+
+    Raises:
+        UserError: the settings ask for another grid.
+    """
+    if settings.sampler is not None or settings.timestep_spacing is not None:
+        raise UserError(
+            f"sampler is {settings.sampler} and timestep_spacing {settings.timestep_spacing}, and a schedule of models "
+            "has the base's own grid: leave both out"
+        )
+    return settings.model_copy(update={"num_steps": num_slots})
 
 
 def drawn_with(base: Base, settings: Sample, text: Text) -> dict[str, Any]:
@@ -153,7 +172,9 @@ def open_model(name: str, settings: Sample, text: Text, first_seed: int = 0) -> 
         return OpenedModel(run.base, None, mixture, settings, both, prompts, first_seed if text.prompts else 0)
     prompts = load_prompts(text)
     if is_document(name):
-        mixture = open_mixture(load_mixture(Path(name)))
+        mixture = open_any(Path(name))
+        if mixture.num_slots is not None:
+            settings = schedule_settings(settings, mixture.num_slots)
         return OpenedModel(mixture.base, None, mixture, settings, text, prompts, first_seed)
     base = load_base(name)
     network = base.network

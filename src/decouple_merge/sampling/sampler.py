@@ -174,6 +174,7 @@ def sample_images(
     num_steps: int | None = None,
     prompts: Prompts | None = None,
     share: slice = slice(None),
+    kept: Sequence[int] | None = None,
 ) -> Iterator[UInt8[Tensor, "batch c h w"]]:
     """Draw one image for each seed; yields uint8 batches in the order of the seeds.
 
@@ -186,6 +187,7 @@ def sample_images(
         num_steps: instead of the settings'.
         prompts: for a text-to-image or class-conditional base.
         share: of the batches; other processes draw the others, to the same bits as one would.
+        kept: places of the steps that run; all where not given.
 
     Raises:
         UserError: such a base has no prompts, or another has some.
@@ -198,7 +200,7 @@ def sample_images(
         padded = [*batch] + [batch[-1]] * (size - len(batch))
         generators = [torch.Generator().manual_seed(seed) for seed in padded]
         # Multistep samplers keep a history: each batch has its own scheduler.
-        scheduler = make_scheduler(base, settings.sampler, steps, settings.timestep_spacing)
+        scheduler = make_scheduler(base, settings.sampler, steps, settings.timestep_spacing, kept)
         noise = torch.stack([torch.randn(base.shape, generator=g) for g in generators]).to(device)
         x = denoise(model if prompts is None else prompts.guide(model, padded), scheduler, noise, generators)
         images = (x if prompts is None else prompts.decode(x))[: len(batch)]

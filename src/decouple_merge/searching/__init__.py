@@ -1,5 +1,4 @@
-"""The search for merging weights: strategies, levels, the workers' queue, the scorer, learned weights.
+"""The searches for merging weights and for schedules: strategies, levels, the workers' queue, scorers, predictors.
 
-Imports config, data, diffusion, errors, evaluation, merging, models, sampling, seeds, storage,
-training.
+Imports config, data, diffusion, errors, evaluation, executors, merging, models, sampling, seeds, storage, training.
 """

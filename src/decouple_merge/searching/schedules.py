@@ -85,8 +85,8 @@ def evolve(
         for _ in range(NUM_TRIES * population_size):
             if len(children) == population_size:
                 break
-            pair = [chance.choice(parents), chance.choice(parents)]
-            child = list(min(pair, key=lambda slots: population[slots]))
+            mother, father = chance.choice(parents), chance.choice(parents)
+            child = list(mother if population[mother] <= population[father] else father)
             for place in chance.sample(range(len(child)), min(len(child), chance.randint(1, MAX_MUTATIONS))):
                 child[place] = chance.randint(0, len(seconds))
             slots = tuple(child)

@@ -18,6 +18,8 @@ from .reading import file_sha256
 
 # Of our npz files, which are zip archives.
 STATISTICS_COMMENT = b"deme stats"
+# First line of our schedules.
+SCHEDULE_MARK = "# Written by deme schedule"
 # Of our pages, in their head.
 REPORT_MARK = b'name="generator" content="deme report'
 
@@ -176,9 +178,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _foreign_to_schedule(path: Path) -> str | None:
+    with path.open("rb") as file:
+        is_ours = file.read(len(SCHEDULE_MARK)) == SCHEDULE_MARK.encode()
+    return None if is_ours else "something else than a schedule of deme schedule"
+
+
 MERGED_FOLDER = Kind("a folder of deme merge", True, _foreign_to_merge)
 MERGED_FILE = Kind("a .safetensors file of deme merge", False, _foreign_to_merged_file)
 MASKS = Kind("a folder of deme masks", True, _foreign_to_masks)
+SCHEDULE = Kind("a YAML file of deme schedule", False, _foreign_to_schedule, apart=False)
 STATISTICS = Kind("an npz file of deme stats", False, _foreign_to_statistics, apart=False)
 RECORDS = Kind("a file of metrics records", False, _foreign_to_records, is_replaced=False, apart=False)
 REPORT = Kind("a page of deme report", False, _foreign_to_report, apart=False)
