@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from decouple_merge.cli import main
 from decouple_merge.config import Config, dump_config
 from decouple_merge.errors import UserError
 from decouple_merge.executors import distributed
@@ -250,23 +251,36 @@ def test_two_launches_at_once_do_not_meet(tmp_path: Path) -> None:
         assert out.split("\n") == [expected, expected, ""]
 
 
-def test_the_command_under_torchrun_prints_once_and_refuses_other_verbs(
-    tiny_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_the_command_under_torchrun_prints_once(tiny_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(dump_config(tiny_config(finetune={**ONE_EXPERT, "num_updates": 2})))
     deme = ("-m", "decouple_merge.cli")
     training = torchrun(*deme, "finetune", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "run"))
-    search = torchrun(*deme, "search", str(tmp_path / "run"))
     out, err = training.communicate(timeout=200)
     assert training.returncode == 0, err
     assert out.count("an update sees 2 processes × batch_size 4 × accumulation 1 = 8 images") == 1
     assert out.count("expert-0 2/2") == 1
-    _, err = search.communicate(timeout=200)
-    assert search.returncode != 0
-    assert [line for line in err.split("\n") if line.startswith("deme:")] == [
-        "deme: deme search was started 2 times, expected once: only trainings (run, finetune, pretrain) are shared by "
-        "torchrun's processes; start it without torchrun"
-    ]
+
+
+@pytest.mark.parametrize(("rank", "start", "waits"), [(0, "deme: ", []), (1, "deme: process 1: ", [5])])
+def test_other_verbs_refuse_to_be_started_by_torchrun_and_the_first_process_says_so_first(
+    rank: int,
+    start: str,
+    waits: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    waited: list[float] = []
+    for name, value in {"NUM_PROCESSES": 2, "RANK": rank}.items():
+        monkeypatch.setattr(main, name, value)
+    monkeypatch.setattr(main.time, "sleep", waited.append)
+    monkeypatch.setattr(sys, "argv", ["deme", "search", "run"])
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert capsys.readouterr().err == (
+        f"{start}deme search was started 2 times, expected once: only trainings (run, finetune, pretrain) are shared "
+        "by torchrun's processes; start it without torchrun\n"
+    )
+    assert waited == waits
 
 
 class Overflowing(torch.amp.GradScaler):
