@@ -1,4 +1,4 @@
-"""Time a forward pass of a float32 network laid out and compiled in several ways, in turn, in seconds of one CPU thread.
+"""Time a float32 forward pass of a network laid out and compiled in several ways, in turn, in seconds of a CPU thread.
 
     python benchmarks/forward.py models/fashion-ddpm --batch-size 125 --num-repeats 15
 
