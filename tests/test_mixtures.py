@@ -17,9 +17,13 @@ from decouple_merge.diffusion.ranges import filled_ranges
 from decouple_merge.diffusion.routing import RangeRouter
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.models import ensemble as ensembles
+from decouple_merge.models.base import load_base
+from decouple_merge.models.families import FAMILIES
+from decouple_merge.models.families.wan import save_wan
 from decouple_merge.models.mixture import describe_mixture, open_mixture
 from decouple_merge.models.network import num_parameters
 from decouple_merge.sampling.model import open_model
+from decouple_merge.sampling.sampler import Prompts, denoiser
 from decouple_merge.storage.files import read_tensors, write_json, write_tensors
 
 CPU = torch.device("cpu")
@@ -27,13 +31,17 @@ X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 HALVES = [TimestepRange(0, 20), TimestepRange(20, 40)]
 
 
-def save(folder: Path, seed: int, scheduler: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """Save a pipeline of random weights."""
-    network = make_unet(**changes)
+def perturb(network: Any, seed: int) -> Any:
     draws = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in network.parameters():
             p += 0.1 * torch.randn(p.shape, generator=draws)
+    return network.eval()
+
+
+def save(folder: Path, seed: int, scheduler: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """Save a pipeline of random weights."""
+    network = perturb(make_unet(**changes), seed)
     DDPMPipeline(network, DDPMScheduler(**{"num_train_timesteps": 40, **(scheduler or {})})).save_pretrained(folder)
     return folder
 
@@ -110,6 +118,48 @@ def test_networks_of_any_size_file_or_adapter_take_turns(mixture: Path, tiny_bas
         assert torch.equal(every(X, t).sample, network(X, t).sample)
         assert torch.equal(one(X, t).sample, network(X, t).sample)
         assert num_parameters(one) == num_parameters(network)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "depth"),
+    [
+        ("StableDiffusionPipeline", "layers_per_block"),
+        ("DiTPipeline", "num_layers"),
+        ("StableDiffusion3Pipeline", "num_layers"),
+        ("FluxPipeline", "num_layers"),
+        ("ZImagePipeline", "n_layers"),
+        ("WanPipeline", "num_layers"),
+    ],
+)
+def test_a_deeper_network_hands_over_to_the_base_in_every_family(kind: str, depth: str, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    if kind == "WanPipeline":
+        save_wan(folder, boundary_ratio=None)
+    else:
+        FAMILIES[kind].save_tiny(folder)
+    base = load_base(str(folder))
+    config = dict(base.network.config)
+    perturbed = perturb(type(base.network).from_config(config | {depth: config[depth] + 1}), 1)
+    perturbed.save_pretrained(tmp_path / "deeper")
+    middle, width = base.num_train_timesteps / 2, base.num_train_timesteps / 5
+    ranges = [(0, middle), (middle, base.num_train_timesteps)]
+    ensemble = load_ensemble(folder, [tmp_path / "deeper", "base"], ranges, band=width)
+    texts = ["0", "1"] if kind == "DiTPipeline" else ["one cat", "sun"]
+    prompts = Prompts(base.encoders, texts, Text(guidance_scale=1), CPU)  # type: ignore[arg-type]
+    x = torch.randn(2, *base.shape, generator=torch.Generator().manual_seed(0))
+
+    def says(network: Any, t: float) -> Tensor:
+        return prompts.guide(denoiser(base, network), [0, 1])(x, t)
+
+    deeper, own = ensemble.networks
+    for share in (0.0, 0.25, 0.5):
+        t = middle - width / 2 + share * width
+        expected = (1 - share) * says(deeper, t) + share * says(own, t)
+        torch.testing.assert_close(says(ensemble, t), expected, atol=1e-4, rtol=1e-4)
+    assert (says(deeper, middle) - says(own, middle)).abs().max() > 0.01
+    both = says(ensemble, torch.tensor([middle / 4, middle * 1.75]))  # type: ignore[arg-type]
+    assert torch.equal(both[0], says(deeper, torch.tensor([middle / 4, middle * 1.75]))[0])  # type: ignore[arg-type]
 
 
 def drawn(name: str, **settings: Any) -> Tensor:
@@ -224,6 +274,10 @@ def test_what_does_not_go_together_is_refused(
 
 
 def test_an_unknown_key_is_named(mixture: Path) -> None:
+    zoo = mixture.with_name("zoo.yaml")
+    zoo.write_text("base: b\nmodels: {a: base}\n")
+    with pytest.raises(ValueError, match=r"zoo\.yaml has models and no ranges, as a zoo: give it to deme schedule"):
+        open_model(str(zoo), Sample(), Text())
     mixture.write_text(mixture.read_text() + "boundary: 3\n")
     with pytest.raises(ValueError, match=r"mixture .*yaml: unknown key 'boundary'; the nearest valid key is"):
         load_mixture(mixture)

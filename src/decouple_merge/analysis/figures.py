@@ -68,7 +68,7 @@ def schedule_front(points: dict[str, list[tuple[float, float]]], xlabel: str, yl
     for i, (name, line) in enumerate(points.items()):
         seconds, values = zip(*sorted(line), strict=True)
         axis.plot(seconds, values, "o-" if i == 0 else "s--", linewidth=2 if i == 0 else 1, markersize=4, label=name)
-    axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.legend(frameon=False)
     figure.tight_layout()
     _save(figure, out)

@@ -100,7 +100,10 @@ def load_mixture(path: Path) -> Mixture:
     Raises:
         UserError: the file is missing or no YAML, a key is unknown or lacks, or a value has the wrong type or range.
     """
-    found = validate(Mixture, read_document(path), f"mixture {path}")
+    values = read_document(path)
+    if "models" in values and "ranges" not in values:
+        raise UserError(f"{path} has models and no ranges, as a zoo: give it to deme schedule, which writes a schedule")
+    found = validate(Mixture, values, f"mixture {path}")
     ranges = [part.model_copy(update={"model": resolve(path, part.model)}) for part in found.ranges]
     rest = None if found.rest is None else resolve(path, found.rest)
     return found.model_copy(update={"base": resolve(path, found.base), "ranges": ranges, "rest": rest})

@@ -78,7 +78,7 @@ def find_schedule(zoo: Zoo, budget: float, out: Path) -> Iterator[str]:
         for share in zoo.schedule.shares:
             if share * budget < seconds[cheapest]:
                 continue
-            best[share] = _evolved(folder, opened, predictor, seconds, share * budget)
+            best[share] = _evolved(folder, opened, predictor, seconds, share * budget, known)
             slots = best[share]
             yield (
                 f"{share:.0%} of the budget: {sum(map(bool, slots))} of {len(slots)} steps, "
@@ -169,22 +169,38 @@ def _learn(zoo: Zoo, opened: OpenedZoo, known: dict[Slots, float]) -> tuple[Pred
     return predictor, kendall_tau(predict(predictor, schedules[num:]), values[num:])
 
 
-def _evolved(folder: Folder, opened: OpenedZoo, predictor: Predictor, seconds: list[float], budget: float) -> Slots:
+def _evolved(
+    folder: Folder,
+    opened: OpenedZoo,
+    predictor: Predictor,
+    seconds: list[float],
+    budget: float,
+    known: dict[Slots, float],
+) -> Slots:
     """Evolve schedules under a budget, and choose the best of the last ones for real.
 
-    With them compete as many even steps of each single model as the budget pays for.
+    With them compete as many even steps of each single model as the budget pays for, and the best random schedule.
     """
     settings = opened.zoo.schedule
     chance = random.Random(stream_seed(opened.zoo.seed, "evolution"))
     even = [longest_even(k + 1, settings.num_slots, seconds, budget) for k in range(len(seconds))]
     single = [slots for slots in even if slots is not None]
+    paid = sorted((s for s in known if cost_of(s, seconds) <= budget), key=lambda slots: known[slots])
     start = [random_slots(settings.num_slots, seconds, budget, chance) for _ in range(settings.population)]
 
     def ranked(schedules: list[Slots]) -> list[float]:
         return predict(predictor, schedules)
 
-    last = evolve(ranked, [*single, *start], seconds, budget, settings.num_generations, settings.population, chance)
-    finalists = dict.fromkeys([*last[: settings.num_finalists], *single])
+    last = evolve(
+        ranked,
+        [*single, *paid[: settings.population], *start],
+        seconds,
+        budget,
+        settings.num_generations,
+        settings.population,
+        chance,
+    )
+    finalists = dict.fromkeys([*last[: settings.num_finalists], *single, *paid[:1]])
     return min(finalists, key=lambda slots: _score(folder, opened, slots))
 
 

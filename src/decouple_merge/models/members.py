@@ -132,7 +132,13 @@ def open_member(name: str, place: Place) -> Member:
         own = _architecture(name, path, base)
     else:
         return _open_weights(name, path, place)
-    weights = FileWeights(open_model(path))
+    try:
+        weights = FileWeights(open_model(path))
+    except UserError:
+        if name != "base":
+            raise
+        # It was read by diffusers, which knows pickles too.
+        return Member(name, base, base.network.state_dict())
     check_same_keys(own.network.state_dict(), weights.files.entries, name)
     check_finite(weights, name)
     return Member(name, own, weights)
