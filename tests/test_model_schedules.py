@@ -113,6 +113,8 @@ def test_one_model_at_every_slot_is_the_plain_sampler_to_the_bit(tmp_path: Path,
     base = save(tmp_path / "base", 1, scheduler)
     path = write_schedule(tmp_path, base, ["it"] * 8, it="base")
     assert torch.equal(draw(path), draw(base, num_steps=8))
+    with pytest.raises(ValueError, match=r"sampler is UniPCMultistep and .* has the grid of the base"):
+        open_model(str(path), Sample(sampler="UniPCMultistep"), Text())
 
 
 def test_every_second_slot_is_the_sampler_with_half_the_steps(tmp_path: Path) -> None:

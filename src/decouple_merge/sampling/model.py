@@ -20,6 +20,7 @@ from ..models.mixture import Mixture, mixture_of, open_any
 from ..models.network import load_network, new_network
 from ..models.parts import texts_to_encode
 from ..models.run_experts import open_run
+from ..models.schedulers import sampler_of
 from ..storage.layouts import PROJECTIONS_FILE
 from ..storage.reading import AGAIN, read_record
 from ..storage.run_folder import Run
@@ -123,16 +124,17 @@ class OpenedModel:
         return denoiser(self.base, sampling_copy(self.network, self.settings, device))
 
 
-def schedule_settings(settings: Sample, num_slots: int) -> Sample:
+def schedule_settings(base: Base, settings: Sample, num_slots: int) -> Sample:
     """Take a schedule's own number of steps, on the base's own grid.
 
     Raises:
         UserError: the settings ask for another grid.
     """
-    if settings.sampler is not None or settings.timestep_spacing is not None:
+    own = sampler_of(base, None)
+    if sampler_of(base, settings.sampler).removesuffix("Scheduler") != own or settings.timestep_spacing is not None:
         raise UserError(
             f"sampler is {settings.sampler} and timestep_spacing {settings.timestep_spacing}, and a schedule of models "
-            "has the base's own grid: leave both out"
+            f"has the grid of the base's {own}: leave both out"
         )
     return settings.model_copy(update={"num_steps": num_slots})
 
@@ -174,7 +176,7 @@ def open_model(name: str, settings: Sample, text: Text, first_seed: int = 0) -> 
     if is_document(name):
         mixture = open_any(Path(name))
         if mixture.num_slots is not None:
-            settings = schedule_settings(settings, mixture.num_slots)
+            settings = schedule_settings(mixture.base, settings, mixture.num_slots)
         return OpenedModel(mixture.base, None, mixture, settings, text, prompts, first_seed)
     base = load_base(name)
     network = base.network

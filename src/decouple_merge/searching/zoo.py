@@ -47,8 +47,8 @@ class OpenedZoo:
         check_metrics([self.metric], zoo.stats)
         check_is_distance(self.metric, "schedule.metric")
         check_num_images(self.metric, zoo.schedule.num_images, "schedule.num_images")
-        self.settings = schedule_settings(zoo.sample, zoo.schedule.num_slots)
         folder, self.base = pipeline_folder(zoo.base), load_base(zoo.base)
+        self.settings = schedule_settings(self.base, zoo.sample, zoo.schedule.num_slots)
         members = [open_member(name, Place(folder, self.base)) for name in zoo.models.values()]
         texts = load_prompts(zoo.text)
         check_prompts(self.base, bool(texts))
