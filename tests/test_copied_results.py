@@ -55,7 +55,7 @@ def test_what_is_gone_there_is_copied_again_and_what_is_gone_here_is_removed(run
 
 
 def test_nothing_in_the_making_is_copied(run: Path, url: str) -> None:
-    for name in (".deme-x.tmp/model.safetensors", "experts/0/state/ema.safetensors", "shares/a/0.safetensors"):
+    for name in (".deme-x.tmp/model.safetensors", "experts/0/state/1", "shares/a/0.safetensors", "x.lock"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("half")
     list(copy_changed(run, url))

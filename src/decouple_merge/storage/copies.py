@@ -81,11 +81,12 @@ def _copy(folder: Path, copied: dict[str, list[int]], filesystem: Any, root: str
 
 
 def _files(folder: Path) -> list[Path]:
-    """List the files of a folder that are whole: not hidden, and in no folder that is left out."""
+    """List the files of a folder that are whole: neither hidden nor locks, and in no folder that is left out."""
     return [
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file()
+        and path.suffix != ".lock"
         and not any(part.startswith(".") or part in LEFT_OUT for part in path.relative_to(folder).parts)
     ]
 
