@@ -16,7 +16,7 @@ from .files import info, masks, merge
 from .images import sample
 from .init import init
 from .reports import report
-from .runs import analyze, distil, finetune, fisher, gram, pretrain, run, search, study
+from .runs import analyze, distil, finetune, fisher, gram, pretrain, prune, run, search, study
 from .schedule import schedule
 from .scores import evaluate, stats
 from .status import status
@@ -25,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 for verb in (
     run,
     finetune,
+    prune,
     search,
     distil,
     status,

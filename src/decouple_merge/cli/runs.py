@@ -1,4 +1,4 @@
-"""The verbs of a run folder: ``run``, ``finetune``, ``search``, ``distil``, ``fisher``, …."""
+"""The verbs of a config or a run folder: ``run``, ``finetune``, ``prune``, ``search``, ``distil``, …."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +58,26 @@ def finetune(
 
     settings, folder = _load(config, out, chosen(overrides, executor, address))
     show(finetuning.finetune_experts(plan.prepare(settings, folder, wait), only, wait), folder)
+
+
+def prune(
+    config: ConfigFile,
+    index: Annotated[int, typer.Option("--range", metavar="I", help="The range whose loss says what matters")],
+    keep: Annotated[float, typer.Option(help="Share of the channels that is kept at every level, such as 0.7")],
+    out: Annotated[Path, typer.Option(help="Folder of the pruned pipeline")],
+    overrides: Set = None,
+    num_batches: Annotated[int, typer.Option(min=1, help="Of finetune.batch_size images, for the importance")] = 10,
+) -> None:
+    """Make a config's base narrower for one of its ranges, by the importance of channels to the range's own loss.
+
+    The result is a pipeline that stock diffusers loads, to be finetuned on the range.
+
+    Example: `deme prune fashion-quick --range 0 --keep 0.7 --out pruned/0`
+    """
+    from ..config import load_config
+    from ..experiment.pruning import prune_base
+
+    show(prune_base(load_config(config, overrides), index, keep, out, num_batches))
 
 
 def search(

@@ -13,14 +13,22 @@ from ..merging.arithmetic import cast
 from ..merging.joining import leave_out
 from ..storage.files import atomic_path
 from ..storage.layouts import PROJECTIONS_FILE
+from ..storage.outputs import hashes_of_files
 from .base import Base
 from .network import blank_network
 
 
-def save_pipeline(base: Base, folder: Path) -> None:
-    """Write a base that was made here, with all of its parts."""
+def save_pipeline(base: Base, folder: Path, name: str | None = None, record: dict[str, Any] | None = None) -> None:
+    """Write a base that was made here, with all of its parts.
+
+    Args:
+        name: of a record of how it was made, which also lists the hashes of the files.
+    """
     with atomic_path(folder) as temporary:
         base.pipeline.save_pretrained(temporary)
+        if name is not None:
+            listed = {**(record or {}), "files": hashes_of_files(temporary)}
+            (temporary / name).write_text(json.dumps(listed, indent=2) + "\n")
 
 
 def export_pipeline(

@@ -1,6 +1,6 @@
 """What a kind of pipeline answers for itself: a subclass of ``Family`` for each, in a file of ``families/``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -191,6 +191,22 @@ class Family:
     def trunk_channels(self, network: Any) -> dict[str, int]:
         """Say the channels of each block's feature map [n, C, h, w], by the block's name; empty where there is none."""
         return {}
+
+    def narrow(self, network: Any, keep: float) -> Any:
+        """Make an untrained network of the same kind with a share of the channels at every level.
+
+        Raises:
+            UserError: there is none: the share is too small, or the kind of network can't be pruned.
+        """
+        raise UserError(f"a {type(network).__name__} can't be pruned; expected the UNet2DModel of a pipeline on pixels")
+
+    def fill_narrow(self, network: Any, narrow: Any, products: Mapping[str, Tensor]) -> None:
+        """Give what ``narrow`` made those channels of a network that matter most.
+
+        Args:
+            products: of the loss's gradient and the weight, g·θ, under every parameter's key.
+        """
+        raise NotImplementedError
 
     def encode_images(self, vae: Any, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2 z hz wz"]:
         """Encode images in [-1, 1] to mean and log-variance of latents, in the scale that the denoiser works in."""

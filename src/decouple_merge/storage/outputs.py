@@ -7,6 +7,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,13 @@ def _check_movable(folder: Path) -> None:
         raise OSError("the current folder, or one around it")
 
 
-def _foreign_to_merge(folder: Path) -> str | None:
-    """Name a file that isn't as ``merge.json`` lists it; hidden ones count, since the folder is replaced as a whole."""
-    listed = _read_json(folder / "merge.json").get("files")
+def _foreign_to_listed(record: str, folder: Path) -> str | None:
+    """Name a file that isn't as the record lists it; hidden ones count, since the folder is replaced as a whole."""
+    listed = _read_json(folder / record).get("files")
     known = listed if isinstance(listed, dict) else {}
     for path in sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()):
         name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not path.is_file() or not (name in known or (known and name == "merge.json")):
+        if path.is_symlink() or not path.is_file() or not (name in known or (known and name == record)):
             return name
         if name in known and file_sha256(path) != known[name]:
             return f"{name}, which was changed since"
@@ -184,7 +185,8 @@ def _foreign_to_schedule(path: Path) -> str | None:
     return None if is_ours else "something else than a schedule of deme schedule"
 
 
-MERGED_FOLDER = Kind("a folder of deme merge", True, _foreign_to_merge)
+MERGED_FOLDER = Kind("a folder of deme merge", True, partial(_foreign_to_listed, "merge.json"))
+PRUNED = Kind("a folder of deme prune", True, partial(_foreign_to_listed, "prune.json"))
 MERGED_FILE = Kind("a .safetensors file of deme merge", False, _foreign_to_merged_file)
 MASKS = Kind("a folder of deme masks", True, _foreign_to_masks)
 SCHEDULE = Kind("a YAML file of deme schedule", False, _foreign_to_schedule, apart=False)

@@ -1,15 +1,18 @@
 """UNet2DModel on pixels, alone or told a class: DDPMPipeline, DDIMPipeline, PNDMPipeline."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from torch import Tensor
 
 from ...errors import UserError
 from ...merging.card import EXAMPLE, TASK
 from ..family import Encoders, Family
 from ..unet_blocks import unet_channels, unet_output_layers
+from .unet_pruning import fill_narrow, narrow_network
 
 # Of a base from nothing.
 SCHEDULERS: dict[str, Any] = {
@@ -49,6 +52,12 @@ class UNet(Family):
 
     def trunk_channels(self, network: Any) -> dict[str, int]:
         return unet_channels(network)
+
+    def narrow(self, network: Any, keep: float) -> Any:
+        return narrow_network(network, keep)
+
+    def fill_narrow(self, network: Any, narrow: Any, products: Mapping[str, Tensor]) -> None:
+        fill_narrow(network, narrow, products)
 
     def usage(self, encoders: Encoders | None) -> tuple[str, str]:
         if encoders is None:
