@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,13 @@ from decouple_merge.cli import main as cli
 from decouple_merge.config import Config, Sample
 from decouple_merge.errors import NotFiniteError
 from decouple_merge.evaluation.extractors import Extractor
-from decouple_merge.evaluation.score import extract, score_features
+from decouple_merge.evaluation.score import Features, extract, score_features
 from decouple_merge.experiment.finetuning import finetune_experts
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.experiment.planned import Plan
 from decouple_merge.experiment.selection import search_weights
 from decouple_merge.models.base import load_base
-from decouple_merge.sampling.sampler import Denoiser, sample_images
+from decouple_merge.sampling.sampler import sample_images
 from decouple_merge.searching.candidates import ranked
 from decouple_merge.searching.levels import search
 from decouple_merge.searching.scorer import Scorer
@@ -120,17 +120,17 @@ def test_a_run_records_what_it_lost(
 ) -> None:
     plan: Plan = prepare(tiny_config(search={"num_finalists": 0}), tmp_path / "run")
     list(finetune_experts(plan))
-    original, num_calls = Scorer.distance, 0
+    original, num_calls = Scorer._distance, 0
 
-    def distance(self: Scorer, model: Denoiser, level: Level) -> float:
+    def distance(self: Scorer, features: Iterator[Features]) -> float:
         """Lose the third candidate, which is the sum of all."""
         nonlocal num_calls
         num_calls += 1
         if num_calls == 3:
             raise NotFiniteError("2 of 8 images are NaN")
-        return original(self, model, level)
+        return original(self, features)
 
-    monkeypatch.setattr(Scorer, "distance", distance)
+    monkeypatch.setattr(Scorer, "_distance", distance)
     lines = [e for e in search_weights(plan) if isinstance(e, str)]
     records = [json.loads(line) for line in plan.run.trials.read_text().splitlines()]
     lost = [r for r in records if r["failure"]]

@@ -77,12 +77,17 @@ def names_of_places(model: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
                 yield prefix + key, get_args(field.annotation) != () and "list" in str(field.annotation)
 
 
-def test_every_path_of_a_config_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("left_out", ["distil.", "search.checkpoints"])
+def test_every_path_of_a_config_is_made_absolute(
+    left_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     places = dict(names_of_places(Config))
     assert places.keys() >= {"base", "data.source", "data.path", "text.prompts", "search.checkpoints"}
     assert places.keys() >= {"evaluate.inception_weights", "evaluate.dinov2", "evaluate.clip"}
+    # The two don't go together.
+    places = {key: is_list for key, is_list in places.items() if not key.startswith(left_out)}
     overrides = [f"{key}={['here'] if is_list else 'here'}" for key, is_list in places.items()]
     for section in [key.removesuffix(".similarity") for key in places if key.endswith(".similarity")]:
         overrides.append(f"{section}.clusters=gradient")
@@ -208,7 +213,8 @@ def test_workers_get_tensors_without_shared_memory(tmp_path: Path, monkeypatch: 
     assert sorted(run_all(sums, [(shared, 1), (shared, 2)], 2)) == [2000.0, 3000.0]
     # What a worker does with its copy is its own, and nothing is left.
     assert shared["a"].sum() == 1000
-    assert list(tmp_path.iterdir()) == []
+    # The server of the workers has a socket there, as long as it lives.
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith("pymp-")] == []
 
 
 def test_the_config_of_a_run_has_no_relative_path(tiny_config: Callable[..., Config], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from decouple_merge.merging.order import summing_order
 from decouple_merge.merging.rules import RULES
 from decouple_merge.merging.rules.averages import linear
+from decouple_merge.merging.rules.elections import ROUNDED_TIE, elected_signs
 from decouple_merge.merging.rules.rule import Context, Settings, merge_tensor
 from decouple_merge.merging.rules.sums import Coefficients, combine
 
@@ -218,3 +219,11 @@ def test_half_precision_is_summed_in_float32() -> None:
     found = combine([base, expert], coefficients)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, base.float() + (expert.float() - base.float()) / 3, rtol=0, atol=1e-7)
+
+
+def test_votes_that_cancel_but_for_the_rounding_of_a_rescale_elect_nobody() -> None:
+    moves, weights = [3.25, -0.6875, 3.375], [1.5, -1.5, -1.75]
+    assert sum(w * m for w, m in zip(weights, moves, strict=True)) == 0
+    rescaled = [torch.tensor([m]) / 0.7 for m in moves]
+    assert elected_signs(rescaled, weights).item() != 0
+    assert elected_signs(rescaled, weights, ROUNDED_TIE).item() == 0

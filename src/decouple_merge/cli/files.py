@@ -106,8 +106,8 @@ def info(
 
     Example: `deme info fashion-ddpm`
     """
-    from ..config import is_document
     from ..merging.described import describe_model
+    from ..storage.reading import is_document
 
     if is_document(str(model)):
         from ..models.mixture import describe_mixture

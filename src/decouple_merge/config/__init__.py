@@ -13,7 +13,7 @@ from .evaluate import Evaluate, Reference
 from .finetune import Finetune, Lora, Projection, Ranges
 from .loader import dump_config, load_config, validate
 from .merge import Merge
-from .mixture import Mixture, Schedule, is_document, load_mixture, load_schedule
+from .mixture import Mixture, Schedule, load_mixture, load_schedule
 from .pieces import Pieces
 from .pretrain import PartTraining, Pretrain, TextEncoder, Vae
 from .protocol import Protocol, load_protocol
@@ -72,7 +72,6 @@ __all__ = [
     "dump_config",
     "dump_document",
     "dump_study",
-    "is_document",
     "load_config",
     "load_mixture",
     "load_protocol",

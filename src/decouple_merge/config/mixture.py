@@ -12,8 +12,6 @@ from .numbers import Integer, NonNegativeFloat, Number
 from .paths import Name
 from .section import Section
 
-YAML = (".yaml", ".yml")
-
 
 class MixtureRange(Section):
     """A network and the range that is its own.
@@ -73,11 +71,6 @@ class Schedule(Section):
         if not any(self.steps):
             raise UserError("steps skips every step, expected at least one that runs")
         return self
-
-
-def is_document(name: str) -> bool:
-    """Say whether a model's name is that of a YAML file, a mixture's or a schedule's."""
-    return Path(name).suffix in YAML and Path(name).is_file()
 
 
 def load_schedule(path: Path) -> Schedule | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import Protocol, Text, is_document
+from ..config import Protocol, Text
 from ..data.captions import texts_of
 from ..data.decoding import RESIZE, resize_images
 from ..data.prompts import load_prompts
@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..executors.devices import default_device
 from ..sampling.model import is_run, open_model
 from ..sampling.sampler import seed_batches
+from ..storage.reading import is_document
 from ..storage.shipped import find_model
 
 

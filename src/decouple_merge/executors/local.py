@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,10 @@ from ..storage.packed import pack, unpack
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LOOKS = 1.0
+# A server imports once what all workers import, and forks them in an instant. Elsewhere a fork loses what system
+# libraries have set up.
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+PACKAGE = __name__.partition(".")[0]
 # The file of function and calls.
 PACKED = "calls.pt"
 # For a worker that is done, until it is killed.
@@ -80,10 +85,12 @@ def _run_packed(packed: Path, num_calls: int, num_processes: int) -> Iterator[An
 
 
 def _start(*arguments: Any) -> tuple[Connection, Any]:
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(METHOD)
+    # The server starts with the first worker, and imports what its parent has of this package.
+    context.set_forkserver_preload(sorted(name for name in sys.modules if name.partition(".")[0] == PACKAGE))
     receiver, sender = context.Pipe(duplex=False)
     # Not daemonic, since a worker may have data loader workers; it dies with its parent all the same.
-    process = context.Process(target=_work, args=(sender, *arguments))
+    process = context.Process(target=_work, args=(sender, dict(os.environ), *arguments))
     process.start()
     sender.close()
     return receiver, process
@@ -136,7 +143,12 @@ def in_order(numbered: Iterable[tuple[int, Item]]) -> Iterator[Item]:
             num_yielded += 1
 
 
-def _work(sender: Connection, packed: Path, number: int, num_threads: int, place: int) -> None:
+def _work(
+    sender: Connection, environment: dict[str, str], packed: Path, number: int, num_threads: int, place: int
+) -> None:
+    # The server's is that of its start.
+    os.environ.clear()
+    os.environ.update(environment)
     # A parent that is killed can't stop its workers, and a second run must not find them writing.
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(num_threads)

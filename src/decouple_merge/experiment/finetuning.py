@@ -54,6 +54,12 @@ def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) ->
         yield from timed(plan.run, "finetune", _finetune(plan, calls))
 
 
+def fill_caches(plan: Plan) -> Iterator[str]:
+    """Encode images and texts that trainings read from the cache, where some are left to do."""
+    if isinstance(plan.images, Latents) and not all(is_finished(folder) for *_, folder in trainings(plan)):
+        yield from plan.images.fill()
+
+
 def _finetune(plan: Plan, calls: list[tuple[Plan, Task, Finetune, Path]]) -> Iterator[str | StepRecord]:
     """Do the trainings that aren't finished, by now."""
     distance = plan.config.finetune.distance
@@ -65,8 +71,7 @@ def _finetune(plan: Plan, calls: list[tuple[Plan, Task, Finetune, Path]]) -> Ite
     if unfinished:
         # Before several processes ask for them at once.
         with first_goes_first():
-            if isinstance(plan.images, Latents):
-                yield from plan.images.fill()
+            yield from fill_caches(plan)
             if distance is not None and is_first():
                 compared_of(plan, METRICS[distance.metric].extractor)
         yield global_batch(plan.config.finetune)

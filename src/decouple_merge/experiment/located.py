@@ -19,6 +19,7 @@ def located(config: Config) -> Config:
         base=located_name(config.base),
         data=_changed(config.data, source=located_source(config.data.source), path=_absolute(config.data.path)),
         finetune=_located_training(config.finetune),
+        distil=config.distil and _located_training(config.distil),
         pretrain=_located_pretrain(config.pretrain),
         analyze=_changed(config.analyze, loss_weights=_located_run(config.analyze.loss_weights)),
         text=_changed(config.text, prompts=_absolute(config.text.prompts)),

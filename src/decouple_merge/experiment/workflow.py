@@ -17,7 +17,7 @@ from ..storage.run_folder import Run
 from ..training.records import StepRecord
 from .combined import load_combined
 from .distilling import distil
-from .finetuning import finetune_experts
+from .finetuning import fill_caches, finetune_experts
 from .manifest import check_claimed
 from .pictures import draw_samples
 from .plan import prepare
@@ -46,6 +46,8 @@ def run(config: Config, out: Path, wait: bool = False, page: bool = True) -> Ite
         check_claimed(plan.run, plan.config)
         # Before any compute: a place that can't be written is found now.
         yield from copy_results(plan)
+        if distributed.is_first():
+            yield from fill_caches(plan)
         yield from draw_samples(plan)
         yield from finetune_experts(plan, wait=wait)
         is_first = distributed.is_first()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Mixture as Settings
-from ..config import Schedule, is_document, load_mixture, load_schedule
+from ..config import Schedule, load_mixture, load_schedule
 from ..config.mixture import MixtureRange
 from ..diffusion.ranges import end_of, filled_ranges, in_timesteps
 from ..diffusion.routing import RangeRouter, Router
@@ -17,6 +17,7 @@ from ..diffusion.timesteps import TimestepRange
 from ..errors import UserError
 from ..merging.keys import has_trunk
 from ..storage.hub import pipeline_folder
+from ..storage.reading import is_document
 from .base import Base, load_base
 from .ensemble import TimestepEnsemble
 from .identity import model_sha256

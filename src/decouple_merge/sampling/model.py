@@ -10,7 +10,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from ..config import Sample, Text, is_document
+from ..config import Sample, Text
 from ..data.prompts import load_prompts
 from ..diffusion.routing import RangeRouter
 from ..errors import UserError
@@ -22,7 +22,7 @@ from ..models.parts import texts_to_encode
 from ..models.run_experts import open_run
 from ..models.schedulers import sampler_of
 from ..storage.layouts import PROJECTIONS_FILE
-from ..storage.reading import AGAIN, read_record
+from ..storage.reading import AGAIN, is_document, read_record
 from ..storage.run_folder import Run
 from .sampler import (
     Denoiser,

@@ -17,6 +17,11 @@ MAX_BYTES, MAX_LINES_BYTES = 200_000_000, 2_000_000_000
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
+def is_document(name: str) -> bool:
+    """Say whether a model's name is that of a YAML file, a mixture's or a schedule's."""
+    return Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
+
+
 def looked_for(path: object) -> str:
     """Say behind a relative path what was looked for: it counts from a folder that its reader may not think of."""
     return "" if os.path.isabs(str(path)) else f" (looked for {os.path.abspath(str(path))})"

@@ -12,6 +12,8 @@ from .sums import Answer, Pointwise, exact_dtype, task_vector, wide_dtype
 # A sum of votes that is smaller than this share of their sizes is 0 but for rounding: weights such as 0.1 + 0.2 and
 # 0.3 meet in the 54th bit, and float32 task vectors carry no more than 24.
 TIE = 2.0**-40
+# The same of task vectors that were divided by a chance, and so rounded to 24 bits.
+ROUNDED_TIE = 2.0**-22
 # Below this share a sum of float32 may be 0 but for rounding, and is summed again in float64.
 DOUBT = 2.0**-16
 
@@ -47,23 +49,23 @@ def elect(
     not at all, as ``normalize`` says.
 
     Where the votes cancel, nobody is elected and the entry stays θ: γ = 0 where |Σ w_i·τ̂_i| ≤ 2⁻⁴⁰·Σ |w_i·τ̂_i|, summed
-    in float64.
+    in float64; 2⁻²² of what a sparsifier has rescaled.
     """
     keepers, normalize = [sparsifier.keeper(context, i) for i in range(len(experts))], context.settings.normalize
-    by_sum = context.settings.vote == "sum"
+    by_sum, tie = context.settings.vote == "sum", ROUNDED_TIE if sparsifier.rescales else TIE
     counts = [abs(w) if normalize == "weights" else math.copysign(1.0, w) for w in weights]
 
     def change(start: Tensor, others: list[Tensor]) -> Tensor:
         vectors = [keep(task_vector(start, other)) for keep, other in zip(keepers, others, strict=True)]
-        elected = elected_signs(vectors, weights) if by_sum else _majority(vectors, weights)
+        elected = elected_signs(vectors, weights, tie) if by_sum else _majority(vectors, weights)
         total, count = sum_agreeing(vectors, elected, weights, counts)
         return total.mul_(elected).mul_(context.settings.scale).div_(1.0 if normalize == "none" else count)
 
     return Pointwise(change, row_length(base) if sparsifier.by_rows else 1)
 
 
-def elected_signs(vectors: list[Tensor], weights: list[float]) -> Tensor:
-    """Compute sgn Σ w_i·v_i, entry by entry; 0 where it is 0 but for rounding."""
+def elected_signs(vectors: list[Tensor], weights: list[float], tie: float = TIE) -> Tensor:
+    """Compute sgn Σ w_i·v_i, entry by entry; 0 where it is 0 but for rounding, at most ``tie`` times its parts."""
     total, size = torch.zeros_like(vectors[0]), torch.zeros_like(vectors[0])
     for vector, weight in zip(vectors, weights, strict=True):
         total.add_(vector, alpha=weight)
@@ -74,7 +76,7 @@ def elected_signs(vectors: list[Tensor], weights: list[float]) -> Tensor:
         votes = [v[doubtful].to(exact_dtype(v)) * w for v, w in zip(vectors, weights, strict=True)]
         exact = sum(votes, torch.zeros_like(votes[0]))
         sizes = sum((v.abs() for v in votes), torch.zeros_like(exact))
-        signs[doubtful] = torch.where(exact.abs() > TIE * sizes, exact.sign(), 0.0).to(signs)
+        signs[doubtful] = torch.where(exact.abs() > tie * sizes, exact.sign(), 0.0).to(signs)
     return signs
 
 

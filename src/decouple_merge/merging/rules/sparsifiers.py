@@ -25,11 +25,13 @@ class Sparsifier:
         keeper: makes the function for an expert, from the context and its place.
         measure: what ``keeper`` finds in ``Context.statistics``, as ``Rule.measure``.
         by_rows: whether the function needs whole rows.
+        rescales: whether it divides what stays, and so rounds it.
     """
 
     keeper: Callable[[Context, int], Keeper]
     measure: Callable[[Tensor, Sequence[Tensor], Context, int], Any] | None = None
     by_rows: bool = False
+    rescales: bool = False
 
 
 def row_length(tensor: Tensor) -> int:
@@ -107,6 +109,6 @@ TRIM = Sparsifier(_within, _kept_by_trimming)
 # As many, but for the largest of all.
 OUTLIERS = Sparsifier(_within, _kept_but_outliers)
 # Each stays with the chance ``density``, and is divided by it.
-DROP = Sparsifier(_by_chance)
+DROP = Sparsifier(_by_chance, rescales=True)
 # The same with chances from density - ε to density + ε, by the rank in its row.
-DROP_BY_RANK = Sparsifier(_by_rank, lambda base, *_: row_length(base), by_rows=True)
+DROP_BY_RANK = Sparsifier(_by_rank, lambda base, *_: row_length(base), by_rows=True, rescales=True)
