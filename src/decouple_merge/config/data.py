@@ -22,6 +22,8 @@ class Data(Section):
             crops them to a square, resizes and converts them.
         caption_column: of a ``datasets`` source, or the field in metadata.jsonl or in a shard's .json; for
             text-to-image bases; for class-conditional ones of classes.
+        classes: train on images of these alone, by name: folders, Fashion-MNIST's, or captions of a class-conditional
+            base. None trains on all. The reference stays all images.
         flip: mirror half of the training images.
         caption_dropout: share of the captions that training replaces by the empty one, so that guidance stays
             possible.
@@ -40,6 +42,7 @@ class Data(Section):
     column: str = "image"
     caption_column: str = "text"
     fit: Literal["exact", "resize"] = "exact"
+    classes: tuple[str, ...] | None = Field(None, min_length=1)
     flip: bool = False
     caption_dropout: Number = Field(0.1, ge=0, lt=1)
     cache_precision: Precision = "fp32"

@@ -125,7 +125,7 @@ class Config(Pieces):
     @model_validator(mode="after")
     def _one_range_to_cluster(self) -> "Config":
         finetune, balancing = self.finetune, self.finetune.balancing
-        if balancing and balancing.cuts_batches and self.search.over == "experts" and 0 < finetune.global_prob < 1:
+        if balancing and balancing.cuts_batches and self.search.combines_experts and 0 < finetune.global_prob < 1:
             raise UserError(
                 f"finetune.balancing is {balancing.method}, which cuts every batch among clusters of timesteps, and "
                 f"finetune.global_prob is {finetune.global_prob:g}, which draws some samples elsewhere: set it to 0 or "

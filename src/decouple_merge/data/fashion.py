@@ -2,6 +2,7 @@
 
 import gzip
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,16 @@ from .arrays import ArraySource
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 FILES = {"train": "train-images-idx3-ubyte.gz", "test": "t10k-images-idx3-ubyte.gz"}
-MD5 = {"train": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d", "test": "md5:bef4ecab320f06d8554ea6380940ec79"}
+LABELS = {"train": "train-labels-idx1-ubyte.gz", "test": "t10k-labels-idx1-ubyte.gz"}
+MD5 = {
+    "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
+    "train-labels-idx1-ubyte.gz": "md5:25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
+}
+CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+# How IDX files of bytes begin that have one dimension, and three.
+MAGIC = {1: 0x801, 3: 0x803}
 
 
 class FashionMnist(ArraySource):
@@ -25,10 +35,13 @@ class FashionMnist(ArraySource):
     form = "fashion-mnist"
 
     def path(self) -> Path:
+        return self._find(FILES)
+
+    def _find(self, files: dict[str, str]) -> Path:
         folder, split = self.data.path, self.data.split
-        if split not in FILES:
+        if split not in files:
             raise UserError(f"data.split is {split!r}, expected 'train' or 'test' for fashion-mnist")
-        name = FILES[split]
+        name = files[split]
         if ((folder or FOLDER) / name).is_file():
             return (folder or FOLDER) / name
         if folder:
@@ -37,7 +50,7 @@ class FashionMnist(ArraySource):
             )
         try:
             with lock_of(cache_folder() / name):
-                return Path(pooch.retrieve(URL + name, MD5[split], path=cache_folder()))
+                return Path(pooch.retrieve(URL + name, MD5[name], path=cache_folder()))
         except OSError as error:
             raise UserError(
                 f"Fashion-MNIST is neither in {FOLDER} nor can it be downloaded ({error}); "
@@ -45,18 +58,27 @@ class FashionMnist(ArraySource):
             ) from error
 
     def read(self) -> UInt8[np.ndarray, "n 1 h w"]:
-        return _read_idx(self.path())
+        return _read_idx(self.path(), 3)[:, None]
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        # Not its labels: what is held out by class would be other images than those that our bases left out.
+        numbers = _read_idx(self._find(LABELS), 1)
+        if numbers.max(initial=0) >= len(CLASSES):
+            raise UserError(f"{self._find(LABELS)}: found class {numbers.max()}, expected 0 to 9; fetch it again")
+        return [CLASSES[number] for number in numbers]
 
     def natural_shape(self) -> tuple[int, int]:
         return 1, 28
 
 
-def _read_idx(path: Path) -> UInt8[np.ndarray, "n 1 h w"]:
+def _read_idx(path: Path, num_dims: int) -> UInt8[np.ndarray, "n ..."]:
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
-    header = np.frombuffer(raw[:16], dtype=">u4")
-    if len(header) < 4 or header[0] != 0x803 or len(raw) != 16 + header[1:].prod():
-        raise UserError(f"{path}: not a whole IDX image file; fetch it again")
-    return np.frombuffer(raw, np.uint8, offset=16).reshape(header[1], 1, header[2], header[3]).copy()
+    size = 4 + 4 * num_dims
+    header = np.frombuffer(raw[:size] if len(raw) >= size else bytes(4), dtype=">u4")
+    if header[0] != MAGIC[num_dims] or len(raw) != size + header[1:].prod(dtype=np.int64):
+        raise UserError(f"{path}: not a whole IDX file of bytes in {num_dims} dimensions; fetch it again")
+    return np.frombuffer(raw, np.uint8, offset=size).reshape(header[1:]).copy()

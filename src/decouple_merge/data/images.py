@@ -46,6 +46,11 @@ class Source:
         return [name.parent for name in self.names]
 
     @property
+    def class_names(self) -> Sequence[str]:
+        """What the class of each image is called, where that is known."""
+        return [name.parent.name for name in self.names]
+
+    @property
     def groups(self) -> Sequence[Hashable]:
         """Of each image the group of those that are never separated, where there are any."""
         return []
@@ -99,11 +104,16 @@ class Images(Dataset):
         return self._known("labels")
 
     @property
+    def class_names(self) -> Sequence[str]:
+        """What their classes are called, or nothing."""
+        return self._known("class_names")
+
+    @property
     def groups(self) -> Sequence[Hashable]:
         """Of each the group of those that are never separated, or nothing."""
         return self._known("groups")
 
-    def _known(self, what: str) -> Sequence[Hashable]:
+    def _known(self, what: str) -> Sequence[Any]:
         known = getattr(self.source, what) if hasattr(self, "source") else []
         return [known[i] for i in self.kept] if known else []
 

@@ -19,6 +19,7 @@ class LabelledImages:
     def __init__(self, encoders: Encoders, images: Images, captions: list[str]) -> None:
         self.captions, self.images = captions, images
         self.labels: Sequence[Hashable] = captions
+        self.class_names = captions
         self.groups = images.groups
         self.classes = ClassLabels(encoders, captions)
         identity = f"images {images.sha256}, {self.classes.identity}, {captions}"

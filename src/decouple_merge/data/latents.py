@@ -177,6 +177,7 @@ class Latents:
     ) -> None:
         self.captions, self.images, self.sizes_input = captions, images, encoders.family.sizes_input
         self.labels: Sequence[Hashable] = captions if encoders.classes else images.labels
+        self.class_names = captions if encoders.classes else images.class_names
         self.groups = images.groups
         self.latents = ImageLatents(encoders, images, size, data, device)
         self.texts = open_texts(encoders, captions, data.cache_precision, device)

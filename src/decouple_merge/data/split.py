@@ -11,6 +11,9 @@ from ..config import Data
 from ..errors import UserError
 from ..seeds import generator
 
+# Of the classes that a message lists.
+NUM_NAMED = 12
+
 
 @runtime_checkable
 class Labelled(Protocol):
@@ -32,6 +35,14 @@ class Labelled(Protocol):
     def groups(self) -> Sequence[Hashable]: ...
 
 
+@runtime_checkable
+class Classed(Labelled, Protocol):
+    """Examples whose classes may have names; empty where they have none."""
+
+    @property
+    def class_names(self) -> Sequence[str]: ...
+
+
 class Split(NamedTuple):
     """Indices of the examples that trainings see, and of those that none does."""
 
@@ -43,14 +54,34 @@ class Split(NamedTuple):
 def split(examples: Labelled, data: Data) -> Split:
     """Hold out ``data.num_held_out`` examples, the last or a random sample as ``data.held_out`` says.
 
+    Of the others those are trained on that have one of ``data.classes``, where it names some.
+
     Raises:
-        UserError: as ``hold_out``.
+        UserError: as ``hold_out``; or the examples have no classes, or none of such a name.
     """
     num = len(examples)
     if data.held_out == "random":
-        return hold_out(num, data.num_held_out, examples.labels, examples.groups)
-    _check(num, data.num_held_out)
-    return Split(range(num - data.num_held_out), range(num - data.num_held_out, num))
+        found = hold_out(num, data.num_held_out, examples.labels, examples.groups)
+    else:
+        _check(num, data.num_held_out)
+        found = Split(range(num - data.num_held_out), range(num - data.num_held_out, num))
+    return found if data.classes is None else found._replace(trained=_of_classes(examples, found.trained, data.classes))
+
+
+def _of_classes(examples: Labelled, indices: Sequence[int], wanted: Sequence[str]) -> list[int]:
+    names = examples.class_names if isinstance(examples, Classed) else []
+    if not names:
+        raise UserError(
+            "data.classes names classes, and the data has none; expected Fashion-MNIST, images in folders by class, or "
+            "the classes of a class-conditional base"
+        )
+    there = dict.fromkeys(names[i] for i in indices)
+    if unknown := [name for name in wanted if name not in there]:
+        some = ", ".join(sorted(there)[:NUM_NAMED]) + (", …" if len(there) > NUM_NAMED else "")
+        raise UserError(
+            f"data.classes has {unknown[0]!r}, which no image has that is trained on; expected some of {some}"
+        )
+    return [i for i in indices if names[i] in wanted]
 
 
 def hold_out(num: int, num_held_out: int, labels: Sequence[Hashable] = (), groups: Sequence[Hashable] = ()) -> Split:

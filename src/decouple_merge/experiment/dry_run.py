@@ -37,14 +37,14 @@ def describe(config: Config, out: Path) -> Iterator[str]:
         yield f"prompts: {len(plan.prompts):,}, guidance {config.text.guidance_scale:g}"
     if finetune.experts == "denoisers":
         yield from describe_given(plan)
-    elif config.search.over == "experts":
+    elif config.search.combines_experts:
         yield (
             f"experts: {num} x {finetune.num_updates} updates of {finetune.batch_size * finetune.accumulation} images "
             "on " + ", ".join(map(str, plan.ranges))
         )
     if finetune.baseline and finetune.experts == "trained":
         yield f"baseline: {num * finetune.num_updates} updates"
-    if config.search.over == "experts":
+    if config.search.combines_experts:
         yield from describe_ranges(plan)
     yield describe_search(config)
     yield (

@@ -75,7 +75,7 @@ def estimate(config: Config) -> list[Stage]:
             check_lora(network, settings.lora)
             attach_lora(network, settings.lora, "memory")
     if is_trained:
-        name = "finetuning an expert" if config.search.over == "experts" else "finetuning"
+        name = "finetuning an expert" if config.search.combines_experts else "finetuning"
         stages.append(Stage(name, _training(network, size, config)))
     if is_trained and settings.distance:
         two = {f"expert and base in {config.sample.precision}": 2 * drawn}
@@ -90,7 +90,7 @@ def estimate(config: Config) -> list[Stage]:
     # Weights that are stored in float32 are used as they lie in their files.
     is_mapped = stored == torch.float32
     stages.append(Stage("besides on the CPU", {"base": 0 if is_mapped else size}))
-    what = "experts" if config.search.over == "experts" else "models"
+    what = "experts" if config.search.combines_experts else "models"
     files = {"base": size if is_mapped else 0, f"{config.num_combined} {what}": config.num_combined * expert}
     stages.append(Stage("in files that are mapped, as far as memory is left", files))
     return [stage for stage in stages if stage.total]
@@ -124,7 +124,7 @@ def _merging(
     if num and config.search.learns_start:
         stages.append(Stage("learning a start of the search", searching | learning))
     stages.append(Stage("drawing, one model", drawing))
-    if config.search.over == "experts":
+    if config.search.combines_experts:
         num_held = 1 if config.sample.one_resident else num
         held = {f"{num_held} of {num} networks{network.removeprefix('network')}": num_held * drawn}
         stages.append(Stage("drawing, the ensemble", held | {"VAE": drawing["VAE"]}))

@@ -14,7 +14,7 @@ def report_models(plan: Plan) -> list[str]:
     models = {
         "pretrained": is_trained,
         BASELINE: is_trained and plan.config.finetune.baseline,
-        "ensemble": over == "experts",
+        "ensemble": plan.config.search.combines_experts,
         "merged": over != "nothing",
         "distilled": plan.config.distil is not None,
     }

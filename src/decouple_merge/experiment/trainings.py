@@ -27,7 +27,7 @@ def trainings(plan: Plan) -> list[Training]:
     finetune = plan.config.finetune
     if finetune.experts == "denoisers":
         return []
-    num = len(plan.ranges) if plan.config.search.over == "experts" else 0
+    num = len(plan.ranges) if plan.config.search.combines_experts else 0
     experts = [expert_training(plan, index) for index in range(num)]
     if not finetune.baseline:
         return experts

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import Finetune, Training
 from ..data.batches import Batch, draw_share, model_input
-from ..diffusion.losses import finetune_losses
+from ..diffusion.losses import finetune_losses, spectral_weights
 from ..diffusion.process import Timesteps
 from ..diffusion.timesteps import TimestepRange
 from ..diffusion.weightings import weight_of
@@ -81,6 +81,10 @@ class Trainer:
         self.rank, self.world, self.distillation = distributed.rank(), distributed.world_size(), distillation
         self.process = base.process.to(self.device)
         self.weight = weight_of(settings.weighting, **settings.weighting_options)
+        self.spectrum: Tensor | None = None
+        if settings.spectrum_power:
+            height, width = base.shape[-2:]
+            self.spectrum = spectral_weights(height, width, settings.spectrum_power).to(self.device)
         self.parametrisation = parametrisation_of(settings, task.name, seed)
         network: Any = self.parametrisation.network(base).train()
         if distillation is not None:
@@ -190,7 +194,9 @@ class Trainer:
                     teacher_output = predict(base, self.teacher, x_t, t, **condition)
             # Once, or the gradients of the two terms would be summed in 16 bits.
             output = predict(base, self.wrapped, x_t, t, **condition).float()
-        found = finetune_losses(output, target, teacher_output, self.consistency_weight, self.weight(process, t))
+        found = finetune_losses(
+            output, target, teacher_output, self.consistency_weight, self.weight(process, t), self.spectrum
+        )
         return Losses(*found, t)
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
