@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from decouple_merge.config import Data
+from decouple_merge.config import Data, Protocol
+from decouple_merge.data import fashion
 from decouple_merge.data.fashion import FOLDER
 from decouple_merge.data.sources import load_images
+from decouple_merge.evaluation.evaluate import evaluate_model
 
 
 def write_idx(folder: Path, name: str, pixels: np.ndarray) -> None:
@@ -35,6 +37,19 @@ def test_fashion_mnist_loads_from_debians_folder(split: str, num: int) -> None:
     assert (len(images), images[0].shape) == (num, (1, 28, 28))
     # The published mean of the pixels, 0.2860 of 255 for the training images.
     assert float(images.stack(range(num)).float().mean() / 255) == pytest.approx(0.286, abs=1e-3)
+
+
+def test_a_reference_may_be_of_another_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion, "FOLDER", tmp_path)
+    for i, name in enumerate(("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz")):
+        write_idx(tmp_path, name, np.random.default_rng(i).integers(0, 256, (8, 28, 28), dtype=np.uint8))
+    images = load_images(Data(path=tmp_path, split="test"), 1, 28).stack(range(8))
+    found = {}
+    for split in ("train", "test"):
+        settings = Protocol(metrics=["fd_effnetlite0"], split=split)
+        found[split] = [r["value"] for r in evaluate_model([images], "fashion-mnist", settings) if isinstance(r, dict)]
+    assert found["test"][0] == pytest.approx(0, abs=1e-3)
+    assert found["train"][0] > 1
 
 
 def test_a_folder_without_fashion_mnist_is_named(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ class Stats(Section):
     """The feature networks that images are measured on, and the size they are brought to; keys of ``--set``.
 
     Attributes:
+        split: of the reference, as ``data.split``, such as ``test``.
         image_size: images are cut to a square and resized to this before they are measured; None leaves them.
         skip_damaged: leave out images that can't be decoded; otherwise they are an error.
         inception_weights: the file ``pt_inception-2015-12-05-6726825d.pth``.
@@ -30,6 +31,7 @@ class Stats(Section):
             folder of an image–text model, such as ``emoji-judge``.
     """
 
+    split: str = "train"
     image_size: PositiveInt | None = None
     skip_damaged: bool = False
     inception_weights: FilePath | None = None

@@ -75,7 +75,11 @@ def load_images(data: Data, channels: int, size: int, where: str = "data.source"
 
 
 def open_images(
-    source: str, size: int | None = None, channels: int | None = None, skip_damaged: bool = False
+    source: str,
+    size: int | None = None,
+    channels: int | None = None,
+    skip_damaged: bool = False,
+    split: str = "train",
 ) -> Images:
     """Open images whose size and channels are whatever the first of them has, or are brought to.
 
@@ -87,7 +91,8 @@ def open_images(
         raise UserError(
             f"{source}{looked_for(source)} is no model and holds no images; expected a pipeline, {_forms()}"
         )
-    data = Data(source=source, fit="exact" if size is None else "resize", skip_damaged=skip_damaged)
+    settings = Data(source=source, split=split, skip_damaged=skip_damaged)
+    data = settings if size is None else settings.model_copy(update={"fit": "resize"})
     if size is None or channels is None:
         found = kind(data).natural_shape()
         channels, size = channels or found[0], size or found[1]

@@ -134,7 +134,7 @@ def _open_reference(reference: str | Iterable[Tensor], scored: Scored, settings:
         return reference, _collect(open_scored(reference, others).batches(slice(None)))
     # Grey shows the same in colour; a reference in colour would be another one in grey.
     channels = 3 if settings.image_size and scored.channels == 3 else None
-    images = open_images(reference, settings.image_size, channels, settings.skip_damaged)
+    images = open_images(reference, settings.image_size, channels, settings.skip_damaged, settings.split)
     num_expected = settings.num_reference_images
     if num_expected is not None and len(images) != num_expected:
         raise UserError(

@@ -198,7 +198,7 @@ def write_reference(images: str, out: Path, metric: str, settings: Stats) -> Non
     if METRICS[metric].needs == "texts":
         raise UserError(f"{metric} compares images with texts, for which there are no statistics; take another metric")
     extractor = load_extractor(name, default_device(), weights_of(name, settings))
-    opened = open_images(images, settings.image_size, skip_damaged=settings.skip_damaged)
+    opened = open_images(images, settings.image_size, None, settings.skip_damaged, settings.split)
     write_statistics(make_reference(images, opened, extractor), out)
 
 
