@@ -65,7 +65,7 @@ class Training(Section):
             of the error of the network's output, numbers for equal parts of the schedule, the cleanest first; None
             weighs that alike everywhere.
         weighting_options: of that weighting, such as ``gamma``.
-        spectrum_power: of the frequency that weighs the error's spectrum: 0 weighs all alike, 1 gives detail more.
+        spectrum_power: of the frequency that weighs the error's spectrum: None weighs all alike, 1 gives detail more.
         balancing: weights that are learned while the network is trained, on top of the weighting; None learns none.
         keep_every: updates after which the averaged weights are kept as a model, in ``checkpoints/``; None keeps none.
         distance: None draws nothing during training.
@@ -91,7 +91,8 @@ class Training(Section):
     density: Density | None = None
     weighting: str | Annotated[list[NonNegativeFloat], Field(min_length=1)] | None = None
     weighting_options: dict[str, Number] = {}
-    spectrum_power: Number = Field(0.0, ge=-2, le=2)
+    # None, as every setting that came later: records made before it are records of now.
+    spectrum_power: Number | None = Field(None, ge=-2, le=2)
     balancing: Balancing | None = None
     mixed_precision: Precision = "fp32"
     compile: bool = False
