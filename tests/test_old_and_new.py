@@ -391,3 +391,12 @@ def test_differences_are_told_by_key_and_short() -> None:
         "a.c was [1] and is [1, 2]"
     ]
     assert differences({"a": "0" * 64}, {"a": "x" * 64}) == [f'a was 000000000000 and is "{"x" * 38}…']
+
+
+def test_a_record_from_before_a_setting_says_that_it_was_not_used() -> None:
+    before = {"training": {"batch_size": 4}}
+    assert differences(before, {"training": {"batch_size": 4, "tune": {}, "spectrum_power": None}}) == []
+    assert differences(before, {"training": {"batch_size": 4, "tune": {"density": [0, 1]}}}) == [
+        'training.tune was none and is {"density": [0, 1]}'
+    ]
+    assert differences(before, {"training": {"batch_size": 4, "floor": 0}}) == ["training.floor was none and is 0"]

@@ -91,7 +91,6 @@ class Training(Section):
     density: Density | None = None
     weighting: str | Annotated[list[NonNegativeFloat], Field(min_length=1)] | None = None
     weighting_options: dict[str, Number] = {}
-    # None, as every setting that came later: records made before it are records of now.
     spectrum_power: Number | None = Field(None, ge=-2, le=2)
     balancing: Balancing | None = None
     mixed_precision: Precision = "fp32"

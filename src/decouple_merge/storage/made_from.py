@@ -23,11 +23,14 @@ def digest_of(record: MadeFrom) -> str:
 
 
 def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """List the keys in which two plain records differ, each with both values; None is that of a key that is missing."""
+    """List the keys in which two plain records differ, each with both values; None is that of a key that is missing.
+
+    A setting that came later is None or {} where it isn't used: a record from before says the same.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for name in {**old, **new}:
             yield from changes(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
-    elif old != new:
+    elif old != new and not (old in (None, {}) and new in (None, {})):
         yield key, old, new
 
 
