@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first seed of each set")
     parser.add_argument("--batch-size", type=int, default=125)
     parser.add_argument("--timed", type=int, default=32, help="images of each model that are timed")
-    parser.add_argument("--repeats", type=int, default=5, help="how often")
+    parser.add_argument("--repeats", type=int, default=5, help="how often; 0 times nothing")
     parser.add_argument("--out", type=Path, default=Path("mixtures.jsonl"))
     parser.add_argument("--table", type=Path, nargs="+", help="print the table of such files instead")
     asked = parser.parse_args()
@@ -138,6 +138,8 @@ def main() -> None:
             records = evaluate_model(named[name], asked.reference, protocol, name=name)
             values = {r["metric"]: r["value"] for r in records if isinstance(r, dict)}
             write({"model": name, "seed": seed, "num_images": asked.num_images, "values": values})
+    if not asked.repeats:
+        return
     seconds = interleaved({n: partial(draw, model, asked.timed) for n, model in opened.items()}, asked.repeats)
     first = seconds[next(iter(seconds))]
     for name, own in seconds.items():
