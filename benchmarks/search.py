@@ -85,7 +85,7 @@ def main() -> None:
             found = list(search(lambda name, study=study: study, config, len(experts), on_this_seed, learned))
             budgets = [b for b in BUDGETS if b < len(found)] if strategy != "grid" else []
             for budget in [*budgets, len(found)]:
-                winner = ranked(found[:budget], config.search.frozen)[0]
+                winner = ranked(found[:budget], config.search)[0]
                 value = scored(winner.weights, held_out).value
                 rows.setdefault((strategy, budget), []).append(value)
                 record = {"strategy": strategy, "repeat": repeat, "num_candidates": budget, "held_out": value}

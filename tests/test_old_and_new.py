@@ -31,7 +31,7 @@ from decouple_merge.sampling.folder import drawn_from
 from decouple_merge.sampling.model import open_model
 from decouple_merge.searching.trial import Trial
 from decouple_merge.storage.files import read_records, write_json
-from decouple_merge.storage.made_from import differences
+from decouple_merge.storage.made_from import differences, digest_of
 from decouple_merge.training.records import StepRecord
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -395,7 +395,9 @@ def test_differences_are_told_by_key_and_short() -> None:
 
 def test_a_record_from_before_a_setting_says_that_it_was_not_used() -> None:
     before = {"training": {"batch_size": 4}}
-    assert differences(before, {"training": {"batch_size": 4, "tune": {}, "spectrum_power": None}}) == []
+    unused = {"training": {"batch_size": 4, "tune": {}, "ema": {"kind": None}, "spectrum_power": None}}
+    assert differences(before, unused) == []
+    assert digest_of(before) == digest_of(unused) != digest_of({"training": {"batch_size": 4, "floor": 0}})
     assert differences(before, {"training": {"batch_size": 4, "tune": {"density": [0, 1]}}}) == [
         'training.tune was none and is {"density": [0, 1]}'
     ]

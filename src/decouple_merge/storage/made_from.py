@@ -18,19 +18,30 @@ def plain(record: MadeFrom) -> MadeFrom:
 
 
 def digest_of(record: MadeFrom) -> str:
-    """Hash a record, whatever the order of its keys; 12 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    """Hash a record, whatever the order of its keys, with or without those that say nothing; 12 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(_said(plain(record)), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _said(record: Any) -> Any:
+    """Leave out what is None or {}: a setting that came later is one of these where it isn't used."""
+    if isinstance(record, list):
+        return [_said(value) for value in record]
+    if not isinstance(record, dict):
+        return record
+    kept = {key: _said(value) for key, value in record.items()}
+    return {key: value for key, value in kept.items() if not (value is None or value == {})}
 
 
 def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """List the keys in which two plain records differ, each with both values; None is that of a key that is missing.
 
-    A setting that came later is None or {} where it isn't used: a record from before says the same.
+    One that is None or {} says as much as one that is missing.
     """
+    old, new = _said(old), _said(new)
     if isinstance(old, dict) and isinstance(new, dict):
         for name in {**old, **new}:
             yield from changes(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
-    elif old != new and not (old in (None, {}) and new in (None, {})):
+    elif old != new:
         yield key, old, new
 
 
