@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -49,11 +50,11 @@ ADAPTERS = {
     "jinja2": ["reporting.page"],
     "gradio": ["exploring.page"],
     "ray": ["executors.ray"],
-    "sklearn": ["exploring.estimate"],
 }
 
 
-def imports(name: str, *, top_level_only: bool = False) -> set[str]:
+@cache
+def imports(name: str, *, top_level_only: bool = False) -> frozenset[str]:
     """List what a module imports: ours from the package on with a dot, ``.models.base``, others by their first name."""
     path, found = MODULES[name], set[str]()
     package = path.relative_to(SOURCE).parent.parts
@@ -70,7 +71,7 @@ def imports(name: str, *, top_level_only: bool = False) -> set[str]:
             full = ".".join(part for part in start if part)
             each = [f"{full}.{alias.name}".lstrip(".") for alias in node.names]
             found |= {"." + (one if one in MODULES else full) for one in each}
-    return found
+    return frozenset(found)
 
 
 def ours(name: str, *, top_level_only: bool = False) -> set[str]:

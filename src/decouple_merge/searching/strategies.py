@@ -94,7 +94,7 @@ def onto_sum(weights: Sequence[float], total: float, low: float, high: float) ->
         return []
     # Between them the sum falls from n·high to n·low.
     least, most = min(weights) - high, max(weights) - low
-    for _ in range(200):
+    for _ in range(60):
         middle = (least + most) / 2
         above = math.fsum(min(max(w - middle, low), high) for w in weights) > total
         least, most = (middle, most) if above else (least, middle)
