@@ -50,6 +50,7 @@ ADAPTERS = {
     "jinja2": ["reporting.page"],
     "gradio": ["exploring.page"],
     "ray": ["executors.ray"],
+    "sklearn": ["exploring.estimate"],
 }
 
 
