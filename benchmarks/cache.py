@@ -11,12 +11,13 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import decouple_merge.training.loop as loop
 from decouple_merge.config import Data, Finetune, Projection
 from decouple_merge.data.batches import Examples, LatentBatch
 from decouple_merge.data.images import ArrayImages, Images, to_model
@@ -27,8 +28,8 @@ from decouple_merge.models.base import load_base
 from decouple_merge.models.family import Encoders
 from decouple_merge.models.parts import load_text_encoders, load_vae
 from decouple_merge.storage.provenance import git_commit
-from decouple_merge.training import loop, trainer
-from interleaved import interleaved, ratios
+from decouple_merge.training.trainer import Task
+from interleaved import advance, interleaved, ratios
 
 NUM_IMAGES = 2048
 DATA = Data(num_held_out=64)
@@ -37,11 +38,16 @@ DATA = Data(num_held_out=64)
 class Encoded(Examples):
     """Captioned images, encoded whenever they are asked for."""
 
+    labels = groups = ()
+
     def __init__(self, encoders: Encoders, images: Images, captions: list[str], device: torch.device) -> None:
         self.images, self.captions, self.device, self.sha256 = images, captions, device, images.sha256
         self.family = encoders.family
         self.vae, self.texts = load_vae(encoders, device), load_text_encoders(encoders, device)
         self.vae.disable_slicing()
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -91,12 +97,12 @@ def main() -> None:
         contenders: dict[tuple[str, float], Callable[[], object]] = {}
         for name, examples in (("cached", cached), ("encoded", Encoded(encoders, images, captions, device))):
             for weight in (0.0, 1.0):
-                task = trainer.Task("expert-0", ranges[0], ranges)
+                task = Task("expert-0", ranges[0], ranges)
                 changed = settings.model_copy(update={"consistency_weight": weight})
                 where = Path(folder, f"{name}-{weight}")
                 updates = loop.train(base, examples, DATA, task, changed, 0, where)
                 # Both sides yield after each update; the first ones warm them up.
-                contenders[name, weight] = lambda u=updates: list(islice(u, args.num_updates))
+                contenders[name, weight] = partial(advance, updates, args.num_updates)
                 contenders[name, weight]()
         seconds = interleaved(contenders, args.num_repeats)
 

@@ -124,8 +124,8 @@ def compare_features(args: argparse.Namespace) -> bool:
     del theirs["pytorch-fid's network"]
     images = draw_images(args.num_images, args.size, 1)
 
-    def run(extract: Callable[[Tensor], Any]) -> Callable[[], None]:
-        return lambda: [extract(batch) for batch in images.split(args.batch_size)] and None
+    def run(extract: Callable[[Tensor], Any]) -> Callable[[], object]:
+        return lambda: [extract(batch) for batch in images.split(args.batch_size)]
 
     contenders = {"ours": run(ours.extract), **{name: run(extract) for name, extract in theirs.items()}}
     print_times(f"Features of {args.num_images} images of {args.size} pixels", contenders, args.num_repeats)
@@ -216,8 +216,8 @@ def compare_whole(args: argparse.Namespace) -> bool:
             with tempfile.TemporaryDirectory() as cache:
                 os.environ["DEME_CACHE"] = cache
                 paths = str(folder / "images"), str(folder / "reference")
-                events = list(evaluate_model(*paths, Protocol(metrics=["fid"], inception_weights=args.weights)))
-            values["ours"].append(events[-1]["value"])  # type: ignore[index]
+                events = evaluate_model(*paths, Protocol(metrics=["fid"], inception_weights=args.weights))
+                values["ours"] += [event["value"] for event in events if isinstance(event, dict)]
 
         def fidelity() -> None:
             found = torch_fidelity.calculate_metrics(

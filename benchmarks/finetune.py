@@ -12,7 +12,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +20,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import decouple_merge.training.loop as loop
 from decouple_merge.config import Data, Finetune, Projection, load_config
 from decouple_merge.data.images import ArrayImages
+from decouple_merge.diffusion.process import VP
 from decouple_merge.diffusion.timesteps import TimestepRange, split_timesteps
 from decouple_merge.executors.devices import default_device
 from decouple_merge.models.base import Base, create_base
 from decouple_merge.models.network import new_network
 from decouple_merge.storage.provenance import git_commit
-from decouple_merge.training import loop, records, trainer
-from interleaved import interleaved, ratios
+from decouple_merge.training.records import StepRecord
+from decouple_merge.training.trainer import Task
+from interleaved import advance, interleaved, ratios
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fashion-base.yaml"
 NUM_IMAGES = 4096
@@ -36,14 +39,15 @@ NUM_IMAGES = 4096
 
 def our_updates(
     base: Base, images: ArrayImages, settings: Finetune, projection: str, folder: Path
-) -> Iterator[records.StepRecord]:
+) -> Iterator[StepRecord]:
     ranges = tuple(split_timesteps(base.num_train_timesteps, settings.num_ranges))
     changed = settings.model_copy(update={"projection": Projection(placement=projection)})
-    return loop.train(base, images, Data(), trainer.Task("expert-0", ranges[0], ranges), changed, 0, folder)
+    return loop.train(base, images, Data(), Task("expert-0", ranges[0], ranges), changed, 0, folder)
 
 
 def bare_updates(base: Base, pixels: Tensor, settings: Finetune, own: TimestepRange) -> Iterator[None]:
     device = default_device()
+    assert isinstance(base.process, VP)
     pixels, alphas_cumprod = pixels.to(device), base.process.alphas_cumprod.to(device)
     student, teacher = new_network(base).to(device).train(), new_network(base).to(device).requires_grad_(False).eval()
     if settings.compile:
@@ -57,7 +61,7 @@ def bare_updates(base: Base, pixels: Tensor, settings: Finetune, own: TimestepRa
     bf16 = settings.mixed_precision == "bf16"
     while True:
         x0 = pixels[torch.randint(len(pixels), (settings.batch_size,), device=device)].float() / 127.5 - 1
-        t = torch.randint(own.low, own.high, (settings.batch_size,), device=device)
+        t = torch.randint(int(own.low), int(own.high), (settings.batch_size,), device=device)
         noise = torch.randn_like(x0)
         alpha_bar = alphas_cumprod[t][:, None, None, None]
         x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
@@ -113,9 +117,9 @@ def main() -> None:
             "ours, folded projections": our_updates(base, images, settings, "folded", Path(folder) / "folded"),
         }
         for updates in sides.values():
-            list(islice(updates, args.num_warmup))
+            advance(updates, args.num_warmup)
         # Both sides yield after each update.
-        contenders = {n: lambda u=updates: list(islice(u, args.num_updates)) for n, updates in sides.items()}
+        contenders = {n: partial(advance, updates, args.num_updates) for n, updates in sides.items()}
         seconds = interleaved(contenders, args.num_repeats)
 
     print(f"commit {git_commit()}, torch {torch.__version__}, {default_device().type}, {args.threads} thread(s)")

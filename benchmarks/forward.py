@@ -10,6 +10,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def main() -> None:
     for repeat in range(arguments.num_repeats):
         for name in list(every)[:: -1 if repeat % 2 else 1]:
             network, given = every[name]
-            seconds[name].append(seconds_of(lambda f=network, g=given: f(g, t, return_dict=False)))
+            seconds[name].append(seconds_of(partial(network, given, t, return_dict=False)))
     print(f"commit {git_commit()}, torch {torch.__version__}, one CPU thread, {arguments.base}, {len(x)} images")
     print("| network | seconds | eager / it | the first call, s | largest difference |")
     print("|---|---|---|---|---|")

@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,13 +19,19 @@ def seconds_of(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def interleaved(contenders: dict[Any, Callable[[], object]], num_repeats: int) -> dict[Any, list[float]]:
+def interleaved(contenders: Mapping[Any, Callable[[], object]], num_repeats: int) -> dict[Any, list[float]]:
     """Time contenders in turn; who goes first changes, so that a drift of the machine's speed favours nobody."""
     seconds: dict[Any, list[float]] = {name: [] for name in contenders}
     for repeat in range(num_repeats):
         for name in list(contenders)[:: -1 if repeat % 2 else 1]:
             seconds[name].append(seconds_of(contenders[name]))
     return seconds
+
+
+def advance(updates: Iterator[object], num: int) -> None:
+    """Take so many steps of what yields after each."""
+    for _ in islice(updates, num):
+        pass
 
 
 def ratios(seconds: list[float], reference: list[float], digits: int = 2) -> str:

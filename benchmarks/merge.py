@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -56,7 +57,8 @@ def shapes(num_millions: float | None) -> dict[str, torch.Size]:
     if num_millions is not None:
         return {f"blocks.{i}.weight": torch.Size((1000, 1000)) for i in range(int(num_millions))}
     with torch.device("meta"):
-        return {k: v.shape for k, v in UNet2DConditionModel(**SDXL).state_dict().items()}
+        network: Any = UNet2DConditionModel(**SDXL)
+        return {k: v.shape for k, v in network.state_dict().items()}
 
 
 def random_tensors(wanted: dict[str, torch.Size], seed: int) -> dict[str, Tensor]:
@@ -94,12 +96,12 @@ def run_and_watch(command: list[str], environment: dict[str, str]) -> tuple[floa
 
 def contenders(
     folder: Path, num_experts: int, peers: Path | None, is_sdxl: bool, methods: list[str]
-) -> dict[str, tuple[list[str], dict]]:
+) -> dict[str, tuple[list[str], dict[str, str]]]:
     base, *experts = [str(folder / f"{i}.safetensors") for i in range(num_experts + 1)]
     weights = ",".join(map(str, WEIGHTS[:num_experts]))
     copied = f"cat {base} {' '.join(experts)} > /dev/null && cp {base} {folder}/copy.safetensors"
     deme = [sys.executable, "-m", "decouple_merge.cli.main", "merge", base, *experts, "--weights", weights]
-    found = {
+    found: dict[str, tuple[list[str], dict[str, str]]] = {
         "read every input, write one": (["sh", "-c", copied], {}),
         "deme merge": ([*deme, "--out", f"{folder}/deme.safetensors"], {}),
     }

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def main() -> None:
     # A batch of one is slow: a few images tell its rate.
     num_images = {key: min(args.batch_size, 4) if key[2] == 1 else args.batch_size for key in draws}
     images = {key: draw(num_images[key], args.num_steps) for key, draw in draws.items()}
-    contenders = {key: lambda d=draw, n=num_images[key]: d(n, args.num_steps) for key, draw in draws.items()}
+    contenders = {key: partial(draw, num_images[key], args.num_steps) for key, draw in draws.items()}
     seconds = interleaved(contenders, args.num_repeats)
     rates = {key: [num_images[key] / s for s in found] for key, found in seconds.items()}
 

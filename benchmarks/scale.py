@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 NUM_MODELS = 4
 
 
-def stable_diffusion() -> tuple[torch.nn.Module, dict[str, Any]]:
+def stable_diffusion() -> tuple[Any, dict[str, Any]]:
     """Build the U-Net of Stable Diffusion 1.x, and its input at 512 × 512."""
     network = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     return network, {
@@ -32,7 +32,7 @@ def stable_diffusion() -> tuple[torch.nn.Module, dict[str, Any]]:
     }
 
 
-def flux() -> tuple[torch.nn.Module, dict[str, Any]]:
+def flux() -> tuple[Any, dict[str, Any]]:
     """Build the transformer of FLUX.1-dev, and its input at 1024 × 1024: 4,096 tokens of image, 512 of text."""
     network = FluxTransformer2DModel(guidance_embeds=True)
     return network, {

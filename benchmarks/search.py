@@ -10,6 +10,7 @@ frozen, or the grid would take hours. Repeated with other search seeds.
 import argparse
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,12 +23,17 @@ from decouple_merge.models.base import tensors_sha256
 from decouple_merge.searching.candidates import ranked
 from decouple_merge.searching.levels import search
 from decouple_merge.searching.strategies import Weights
-from decouple_merge.searching.study import open_study
+from decouple_merge.searching.study import Study, open_study
 from decouple_merge.searching.trial import Level, Score
 from decouple_merge.storage.provenance import git_commit
 
 STRATEGIES = ["grid", "gp", "tpe", "cmaes", "evolution", "coordinate", "random", "gradient"]
 BUDGETS = [12, 24, 48]
+
+
+def the_same(study: Study, level: str) -> Study:
+    """Give the study of a search's one level."""
+    return study
 
 
 def main() -> None:
@@ -82,7 +88,7 @@ def main() -> None:
             def on_this_seed(weights: Weights, level: Level, repeat: int = repeat) -> Score:
                 return scored(weights, Level(f"screen-{repeat}", 1, level.seeds, level.num_steps))
 
-            found = list(search(lambda name, study=study: study, config, len(experts), on_this_seed, learned))
+            found = list(search(partial(the_same, study), config, len(experts), on_this_seed, learned))
             budgets = [b for b in BUDGETS if b < len(found)] if strategy != "grid" else []
             for budget in [*budgets, len(found)]:
                 winner = ranked(found[:budget], config.search)[0]
