@@ -26,7 +26,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-WEIGHTS = [0.3, 0.9, -0.2, 1.4, 0.5, 0.1, 0.7, -0.4]
+WEIGHTS = [0.3, 0.9, 0.2, 1.4, 0.5, 0.1, 0.7, 0.4]
 SDXL = {
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -57,7 +57,9 @@ def cost_of(model: OpenedModel) -> dict[str, Any]:
 
 
 def mean_range(values: list[float], form: str = ".3f") -> str:
-    """Say the mean of values, and their range where they are several."""
+    """Say the mean of values, and their range where they are several; nothing of none."""
+    if not values:
+        return ""
     spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{form}}{spread}"
 
@@ -79,7 +81,8 @@ def table(files: list[list[dict[str, Any]]]) -> Iterator[str]:
                 head_own = (r for r in records if "values" in r and r["model"] == records[0]["model"])
                 first = {r["seed"]: r["values"][metric] for r in head_own}
                 paired = [r["values"][metric] / first[r["seed"]] for r in of_model if "values" in r]
-                by_file.append(statistics.fmean(paired))
+                if paired:
+                    by_file.append(statistics.fmean(paired))
             cells.append(mean_range(by_file))
         cells.append(mean_range([r["time_ratio"] for of_model in own for r in of_model if "time_ratio" in r], ".2f"))
         yield "| " + " | ".join(cells) + " |"

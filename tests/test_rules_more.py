@@ -19,6 +19,7 @@ from decouple_merge.merging.arithmetic import merge
 from decouple_merge.merging.merger import Merger
 from decouple_merge.merging.rules import RULES, order_statistics, sums
 from decouple_merge.merging.rules.rule import Context, Settings, merge_tensor
+from decouple_merge.merging.rules.sparsifiers import _order
 
 PLAIN = sorted(name for name, rule in RULES.items() if not rule.needs and name != "slerp")
 
@@ -137,6 +138,14 @@ def test_breadcrumbs_drops_the_largest_and_the_smallest(density: float, gamma: f
         expected = expected + weight * vector * kept.reshape(vector.shape)
     found = change("breadcrumbs", tensors, [0.5, 1.0, -0.3, 2.0], density=density, gamma=gamma)
     np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_rows_are_ordered_as_by_a_stable_sort() -> None:
+    draws = torch.Generator().manual_seed(0)
+    few = torch.randint(0, 5, (6, 300), generator=draws).float() * 1e-30
+    special = torch.tensor([[0.0, math.inf, 1e-45, 3e38, 0.0, 1.0]])
+    for rows in (few, special, torch.rand(4, 257, generator=draws), torch.rand(3, 40, generator=draws).double()):
+        assert torch.equal(_order(rows), rows.argsort(dim=1, stable=True))
 
 
 def test_della_keeps_by_rank_in_a_row_and_rescales() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
@@ -95,13 +96,24 @@ def _by_rank(context: Context, place: int) -> Keeper:
     length = context.statistics[place]
 
     def keep(vector: Tensor) -> Tensor:
-        order = vector.view(-1, length).abs().argsort(dim=1, stable=True)
+        order = _order(vector.view(-1, length).abs())
         ranks = torch.arange(length, device=vector.device, dtype=vector.dtype)
         by_rank = density + epsilon * (2 * ranks / max(1, length - 1) - 1) if length > 1 else ranks + density
         chance = torch.empty_like(order, dtype=by_rank.dtype).scatter_(1, order, by_rank.expand(order.shape)).view(-1)
         return vector.mul_(_uniform(vector, draws) < chance).div_(chance)
 
     return keep
+
+
+def _order(sizes: Float[Tensor, "rows n"]) -> Int64[Tensor, "rows n"]:
+    """Order the entries of each row, none below 0, from the smallest on, and of equal ones from the first on."""
+    if sizes.device.type != "cpu" or sizes.dtype != torch.float32:
+        return sizes.argsort(dim=1, stable=True)
+    # The bits of such a number rise with it, and its place below them tells equal ones apart. NumPy sorts whole numbers
+    # in a sixth of the time.
+    keys = (sizes.view(torch.int32).long() << 32) | torch.arange(sizes.shape[1])
+    keys.numpy().sort(axis=1)
+    return keys & 0xFFFFFFFF
 
 
 # The ⌈density·n⌉ largest stay.
