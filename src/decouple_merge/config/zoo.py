@@ -79,7 +79,7 @@ class Zoo(Section):
         reference: images that drawn ones are compared with, as ``data.source``.
         num_reference_images: of them, from the start; None takes all.
         sample: how images are drawn; the budget is of a batch of ``sample.batch_size``.
-        stats: the feature networks' weights.
+        stats: the feature networks' weights, and the split of the reference.
     """
 
     base: Name

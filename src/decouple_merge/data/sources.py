@@ -91,8 +91,7 @@ def open_images(
         raise UserError(
             f"{source}{looked_for(source)} is no model and holds no images; expected a pipeline, {_forms()}"
         )
-    settings = Data(source=source, split=split, skip_damaged=skip_damaged)
-    data = settings if size is None else settings.model_copy(update={"fit": "resize"})
+    data = Data(source=source, split=split, fit="exact" if size is None else "resize", skip_damaged=skip_damaged)
     if size is None or channels is None:
         found = kind(data).natural_shape()
         channels, size = channels or found[0], size or found[1]

@@ -64,7 +64,7 @@ class OpenedZoo:
 
     def _compared(self) -> tuple[Extractor, Reference]:
         name, base = METRICS[self.metric].extractor, self.base
-        images = open_images(self.zoo.reference)
+        images = open_images(self.zoo.reference, split=self.zoo.stats.split)
         if tuple(images[0].shape) != (found := (base.channels, base.image_size, base.image_size)):
             raise UserError(
                 f"reference {self.zoo.reference}: found images {tuple(images[0].shape)}, expected {found} as the base "

@@ -32,15 +32,18 @@ def _said(record: Any) -> Any:
     return {key: value for key, value in kept.items() if not (value is None or value == {})}
 
 
-def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def changes(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
     """List the keys in which two plain records differ, each with both values; None is that of a key that is missing.
 
     One that is None or {} says as much as one that is missing.
     """
-    old, new = _said(old), _said(new)
+    yield from _changed(_said(old), _said(new), "")
+
+
+def _changed(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in {**old, **new}:
-            yield from changes(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+            yield from _changed(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
     elif old != new:
         yield key, old, new
 
