@@ -64,6 +64,13 @@ def mean_range(values: list[float], form: str = ".3f") -> str:
     return f"{statistics.fmean(values):{form}}{spread}"
 
 
+def paired(records: list[dict[str, Any]], model: str, metric: str) -> list[float]:
+    """List a model's values over those of the first one, by set of seeds."""
+    scored = [r for r in records if "values" in r]
+    first = {r["seed"]: r["values"][metric] for r in scored if r["model"] == scored[0]["model"]}
+    return [r["values"][metric] / first[r["seed"]] for r in scored if r["model"] == model]
+
+
 def table(files: list[list[dict[str, Any]]]) -> Iterator[str]:
     """Put files of several training seeds together: means and ranges over them, ratios paired by set of seeds."""
     metrics = list(dict.fromkeys(metric for record in files[0] for metric in record.get("values", {})))
@@ -76,14 +83,8 @@ def table(files: list[list[dict[str, Any]]]) -> Iterator[str]:
         cells = [model, str(cost["num_networks"]), f"{cost['num_parameters']:,}", str(cost["num_calls"])]
         cells.append(f"{cost['gmacs']:.2f}")
         for metric in metrics:
-            by_file = []
-            for records, of_model in zip(files, own, strict=True):
-                head_own = (r for r in records if "values" in r and r["model"] == records[0]["model"])
-                first = {r["seed"]: r["values"][metric] for r in head_own}
-                paired = [r["values"][metric] / first[r["seed"]] for r in of_model if "values" in r]
-                if paired:
-                    by_file.append(statistics.fmean(paired))
-            cells.append(mean_range(by_file))
+            by_file = [paired(records, model, metric) for records in files]
+            cells.append(mean_range([statistics.fmean(found) for found in by_file if found]))
         cells.append(mean_range([r["time_ratio"] for of_model in own for r in of_model if "time_ratio" in r], ".2f"))
         yield "| " + " | ".join(cells) + " |"
 
