@@ -1,9 +1,12 @@
 """While tests run, every function of the package refuses what its signature doesn't say."""
 
+from typing import Any
+
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+import instrument
 from decouple_merge.evaluation.distances import FeatureStats, Moments, frechet_distance, frechet_of
 from decouple_merge.evaluation.metrics import check_known
 from decouple_merge.evaluation.references import Reference
@@ -26,3 +29,17 @@ def test_types_are_checked_where_no_shape_is_said() -> None:
         frechet_of(FeatureStats.empty(2), 3)
     with pytest.raises(TypeCheckError, match="num_images"):
         Reference("", "many", {}, {})
+
+
+def test_an_inner_function_is_checked_each_time_it_is_made() -> None:
+    def made(added: int) -> Any:
+        def inner(number: int, *, times: int = 1) -> int:
+            return number * times + added
+
+        return instrument.checks_types(inner)
+
+    one, two = made(1), made(2)
+    assert (one(3), two(3), two(3, times=2)) == (4, 5, 8)
+    for function in (one, two):
+        with pytest.raises(TypeCheckError, match="number"):
+            function("3")
