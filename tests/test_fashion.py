@@ -58,7 +58,7 @@ def test_a_folder_without_fashion_mnist_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_split_of_fashion_mnist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.split is 'validation', expected 'train' or 'test'"):
+    with pytest.raises(ValueError, match=r"fashion-mnist has no split 'validation', expected 'train' or 'test'"):
         load_images(Data(path=tmp_path, split="validation"), 1, 28)
 
 

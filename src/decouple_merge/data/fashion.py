@@ -40,7 +40,7 @@ class FashionMnist(ArraySource):
     def _find(self, files: dict[str, str]) -> Path:
         folder, split = self.data.path, self.data.split
         if split not in files:
-            raise UserError(f"data.split is {split!r}, expected 'train' or 'test' for fashion-mnist")
+            raise UserError(f"fashion-mnist has no split {split!r}, expected 'train' or 'test'")
         name = files[split]
         if ((folder or FOLDER) / name).is_file():
             return (folder or FOLDER) / name
