@@ -39,7 +39,8 @@ def routed(model: OpenedModel) -> Iterator[Member]:
     settings, mixture = model.settings, model.mixture
     scheduler = make_scheduler(model.base, None, settings.num_steps, settings.timestep_spacing, mixture.kept)
     for t in scheduler.timesteps:
-        yield from (mixture.members[number] for number, _ in mixture.router.route(float(t)))
+        visited = model.base.process.visited(t).item()
+        yield from (mixture.members[number] for number, _ in mixture.router.route(visited))
 
 
 def cost_of(model: OpenedModel) -> dict[str, Any]:

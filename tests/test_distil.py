@@ -11,7 +11,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from decouple_merge.cli import main as cli
 from decouple_merge.config import Config, Data, Distil
 from decouple_merge.data.batches import training_batches
 from decouple_merge.data.sources import load_images
@@ -155,3 +157,15 @@ def test_what_cannot_be_distilled_is_refused(changes: dict[str, Any], message: s
 def test_a_run_without_a_merge_says_so(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="merged is missing: distil begins with the merged model"):
         list(distil(prepare(config_of(tiny_config), tmp_path / "run")))
+
+
+def test_the_verb_leaves_a_run_that_it_cannot_distil_as_it_is(
+    tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = tiny_config(search={"over": "baseline"}, finetune={"baseline": True})
+    run_folder = tmp_path / "run"
+    prepare(config, run_folder)
+    before = (run_folder / "config.yaml").read_bytes()
+    result = CliRunner().invoke(cli.app, ["distil", str(run_folder), "--set", "num_updates=3"])
+    assert "distil pulls a merge towards its experts" in str(result.exception)
+    assert (run_folder / "config.yaml").read_bytes() == before

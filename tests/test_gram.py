@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from decouple_merge.config import Config, Search
 from decouple_merge.diffusion.process import VP
 from decouple_merge.diffusion.timesteps import TimestepRange
 from decouple_merge.errors import UserError
+from decouple_merge.experiment.fisher import write_fishers
 from decouple_merge.experiment.gram import write_grams
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.experiment.planned import Plan
@@ -177,6 +179,17 @@ def test_a_file_is_kept_until_its_expert_or_its_images_change(plan: Plan) -> Non
 # -- searches by rules that need more than the experts
 
 
+def test_a_finished_search_is_not_begun_again_because_its_statistics_are_others(plan: Plan) -> None:
+    chosen = {"method": "fisher", "low": 0.0, "strategy": "uniform", "num_finalists": 0}
+    search = Search.model_validate(plan.config.search.model_dump() | chosen)
+    plan = prepare(plan.config.model_copy(update={"search": search}), plan.run.folder)
+    list(search_weights(plan))
+    list(search_weights(plan))
+    list(write_fishers(plan, 2))
+    with pytest.raises(UserError, match="search was made from something else: rule"):
+        list(search_weights(plan))
+
+
 @pytest.mark.parametrize("method", ["regmean", "fisher", "dare_ties", "iso_c"])
 def test_a_search_by_any_rule_makes_what_it_needs_and_its_record_repeats_it(
     method: str, plan: Plan, tmp_path: Path
@@ -209,11 +222,18 @@ def trials_of(plan: Plan) -> list[dict[str, Any]]:
     [
         ({"method": "karcher"}, r"search\.low is -0\.2, and method karcher takes no weights below 0: set low to 0"),
         ({"method": "slerp"}, "search.method is slerp, which takes two models, found 3; take karcher"),
+        ({"method": "slerp", "low": 0.0, "num": 2}, ""),
+        ({"method": "slerp", "num": 2}, r"search\.low is -0\.2, and two weights of slerp may not cancel: set low to 0"),
+        ({"method": "karcher", "low": 0.0, "frozen": {0: -0.3}}, r"karcher: weights are \[-0\.3, .*\], expected none"),
+        ({"method": "della", "density": 0.95}, r"della: density is 0\.95 and epsilon 0\.1, expected both their sum"),
+        ({"method": "della", "density": 0.5, "tune": {"density": [0.05, 0.6]}}, r"tune reaches density 0\.05: density"),
+        ({"method": "consensus", "min_tasks": 4}, "consensus: min_tasks is 4 with 3 experts, so that nothing is kept"),
         ({"method": "tyes"}, "method: expected one of linear, ties, .*, found 'tyes'"),
         ({"method": "ties", "density": [0.5, 0.5]}, "density has 2 numbers for 3 experts, expected one, or one for"),
         ({"method": "regmean", "low": 0.0, "over": "baseline"}, "needs grams of the run's experts, and other models"),
     ],
 )
 def test_what_a_rule_doesnt_take_is_refused_before_a_search(base: Base, chosen: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check_search(Search(**chosen), base, 3)
+    num = chosen.pop("num", 3)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_search(Search(**chosen), base, num)

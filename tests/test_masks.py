@@ -126,6 +126,8 @@ def test_what_masks_cannot_be_made_of_or_drawn_with_is_refused(models: tuple[Pat
         list(write_masks(place, tmp_path / "other"))
     list(write_masks(place, tmp_path / "masks"))
     file = tmp_path / "masks/0.safetensors"
+    with pytest.raises(UserError, match=r"was made with another base than the mixture's; give that one"):
+        open_masked(file, {key: value + 1 for key, value in load_file(models[0]).items()})
     with pytest.raises(UserError, match=r"conv.bias.bits fits no tensor of the base"):
         open_masked(file, {key: value[:1, :1] for key, value in load_file(models[0]).items() if value.ndim > 1})
     assert open_masked(models[0], load_file(models[0])) is None
@@ -135,6 +137,26 @@ def test_what_masks_cannot_be_made_of_or_drawn_with_is_refused(models: tuple[Pat
     place.unlink()
     with pytest.raises(UserError, match="which is gone: put it back"):
         open_masked(file, load_file(models[0]))
+
+
+def test_experts_that_are_not_what_was_merged_are_refused(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    place = merged(models, tmp_path / "merged.safetensors", [1, 1])
+    save_file(network(9), models[1][1] / "model.safetensors")
+    with pytest.raises(UserError, match="experts/1 is not what the recipe was made with"):
+        list(write_masks(place, tmp_path / "masks"))
+
+
+def test_experts_with_a_gap_leave_it_to_the_base_and_those_that_overlap_are_refused(
+    models: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    place = merged(models, tmp_path / "merged.safetensors", [1, 1])
+    list(write_masks(place, tmp_path / "masks"))
+    assert "rest: base" in (tmp_path / "masks/mixture.yaml").read_text()
+    record = models[1][1] / "expert.json"
+    record.write_text(record.read_text().replace('"low": 500', '"low": 400'))
+    list(merge_models(str(models[0]), models[1], Merge(weights=[1, 1]), tmp_path / "other.safetensors"))
+    with pytest.raises(UserError, match="whose ranges overlap, up to 500, from 400 on; expected one expert for each"):
+        list(write_masks(tmp_path / "other.safetensors", tmp_path / "others"))
 
 
 def test_a_mixture_draws_with_bits_and_moves_with_its_folder(

@@ -1,5 +1,6 @@
 """Mixtures of networks: who runs for which t, from files of any kind, refused before compute where they don't fit."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from conftest import make_unet
 from decouple_merge import load_ensemble
-from decouple_merge.config import Mixture, Sample, Text, load_mixture
+from decouple_merge.config import Config, Mixture, Sample, Text, load_mixture
 from decouple_merge.config.document import dump
 from decouple_merge.diffusion.process import Flow
 from decouple_merge.diffusion.ranges import filled_ranges
@@ -20,6 +21,7 @@ from decouple_merge.models import ensemble as ensembles
 from decouple_merge.models.base import load_base
 from decouple_merge.models.families import FAMILIES
 from decouple_merge.models.families.wan import save_wan
+from decouple_merge.models.identity import base_parts
 from decouple_merge.models.mixture import describe_mixture, open_mixture
 from decouple_merge.models.network import num_parameters
 from decouple_merge.sampling.model import open_model
@@ -242,7 +244,11 @@ ROWS = [(0, 20, "base"), (20, 40, "base")]
         ([(0, 20, "v")], {"rest": "base"}, "v predicts v_prediction, and the base epsilon; expected networks for one"),
         ([(0, 20, "long")], {"rest": "base"}, "long has 50 timesteps, and the base 40"),
         ([(0, 20, "flow")], {"rest": "base"}, "flow is trained by a Flow process, and the base by VP"),
-        ([(0, 20, "damaged")], {"rest": "base"}, "damaged"),
+        (
+            [(0, 20, "damaged")],
+            {"rest": "base"},
+            r"damaged/unet/diffusion_pytorch_model\.safetensors.*(trunc|damaged|incomplete)",
+        ),
         ([(0, 20, "nothing")], {"rest": "base"}, "'nothing' is no path here .* and no base that we ship"),
     ],
 )
@@ -271,6 +277,47 @@ def test_what_does_not_go_together_is_refused(
     with pytest.raises(ValueError, match=message) as refused:
         open_mixture(Mixture.model_validate({"base": str(tiny_base), "ranges": ranges, **settings}))
     assert "\n" not in str(refused.value)
+
+
+def test_a_folder_called_base_is_no_other_name_for_the_mixtures_base(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    save(folder / "base", 3)
+    (folder / "mixture.yaml").write_text(
+        dump({"base": str(tiny_base), "ranges": [{"low": 0, "high": 40, "model": "./base"}]})
+    )
+    monkeypatch.chdir(folder)
+    found = load_ensemble(Path("mixture.yaml")).networks[0].state_dict()
+    own = DDPMPipeline.from_pretrained(folder / "base").unet.state_dict()
+    assert all(torch.equal(found[key], own[key]) for key in own)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"sample_size": 16}, "its sample_size is 16"), ({"norm_num_groups": 2}, "")]
+)
+def test_an_expert_with_the_bases_keys_has_its_own_runs_architecture(
+    tiny_base: Path,
+    tmp_path: Path,
+    tiny_config: Callable[..., Config],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    other, config = save(tmp_path / "other", 1, **changes), tiny_config()
+    run = tmp_path / "run"
+    base = load_base(str(other))
+    write_tensors(run / "experts/0/model.safetensors", {k: v.clone() for k, v in base.network.state_dict().items()})
+    write_json(run / "experts/0/expert.json", {"own": {"low": 0, "high": 20}, "base": base_parts(base)})
+    (run / "config.yaml").write_text(dump(config.model_dump(mode="json") | {"base": str(other)}))
+    ranges = [{"low": 0, "high": 20, "model": str(run / "experts/0")}]
+    settings = Mixture.model_validate({"base": str(tiny_base), "ranges": ranges, "rest": "base"})
+    if message:
+        with pytest.raises(ValueError, match=message):
+            open_mixture(settings)
+        return
+    member = open_mixture(settings).members[0]
+    assert member.base.network.config.norm_num_groups == changes["norm_num_groups"]
 
 
 def test_an_unknown_key_is_named(mixture: Path) -> None:

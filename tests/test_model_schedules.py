@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from conftest import make_unet
 from decouple_merge import load_ensemble
@@ -224,6 +230,42 @@ def test_a_zoo_measures_and_scores_its_models(zoo: Path) -> None:
     one = (1, 1, 1, 1, 1, 1)
     assert opened.distance(one, range(4)) == opened.distance_alone(1, 6, range(4))
     assert opened.distance((2, 0, 1, 0, 0, 0), range(4)) != opened.distance(one, range(4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget", "name", "message"),
+    [
+        ([], float("inf"), "found.yaml", "--budget is inf, expected a number of seconds above 0"),
+        ([], 6.0, "found", "found, expected a path that ends in .yaml, by which a schedule is known"),
+        ([], 6.0, "narrow.yaml", r"--out is .*narrow, which is an input"),
+        ([], 6.0, "mine.yaml", r"--out is .*mine, which holds notes.txt"),
+        (["schedule.num_report_images=1"], 6.0, "found.yaml", "schedule.num_report_images is 1, expected at least"),
+        (["schedule.baseline_steps=[2, 99]"], 6.0, "found.yaml", "99"),
+        (["schedule.num_slots=99"], 6.0, "found.yaml", "99"),
+    ],
+)
+def test_what_a_search_would_stumble_over_at_its_end_is_refused_before_it(
+    zoo: Path, tmp_path: Path, changes: list[str], budget: float, name: str, message: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=message):
+        list(find_schedule(load_zoo(zoo, changes), budget, tmp_path / name))
+    assert not (tmp_path / "found").exists()
+    assert [path.name for path in (tmp_path / "narrow").iterdir() if path.name == "search.json"] == []
+
+
+def test_a_zoo_that_draws_nothing_finite_is_told(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenedZoo, "measure", lambda self: [2.0, 1.0])
+    monkeypatch.setattr(OpenedZoo, "distance", lambda self, slots, seeds: float("inf"))
+    with pytest.raises(ValueError, match="random schedules drew finite images, expected some: look at what each model"):
+        list(find_schedule(load_zoo(zoo), 6.0, tmp_path / "found.yaml"))
+
+
+def test_a_sampler_that_can_leave_no_step_out_is_refused_before_anything_is_measured(tmp_path: Path, zoo: Path) -> None:
+    save(tmp_path / "base", 1, UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"))
+    with pytest.raises(ValueError, match=r"UniPCMultistep, which can't leave steps out .* or take a base with one of"):
+        OpenedZoo(load_zoo(zoo))
 
 
 @pytest.mark.parametrize(

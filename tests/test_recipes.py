@@ -208,6 +208,43 @@ def test_files_without_a_record_are_no_recipes(tmp_path: Path) -> None:
             list(repeat_merge(path, tmp_path / "m"))
 
 
+def test_masks_by_chance_are_those_of_the_run_whose_hashes_are_of_wider_weights(tmp_path: Path) -> None:
+    halves = [{k: v.bfloat16() for k, v in network(i).items()} for i in range(3)]
+    for i, tensors in enumerate(halves):
+        save_file(tensors, tmp_path / f"{i}.safetensors")
+        save_file({k: v.float() for k, v in tensors.items()}, tmp_path / f"wide{i}.safetensors")
+    wide = [tmp_path / f"wide{i}.safetensors" for i in range(3)]
+    list(
+        merge_models(
+            str(wide[0]), wide[1:], Merge(weights=[1, 1], method="dare", density=0.5), tmp_path / "w.safetensors"
+        )
+    )
+    recipe = {"base": "./0.safetensors", "experts": ["./1.safetensors", "./2.safetensors"], "weights": [1, 1]}
+    recipe |= {"settings": {"method": "dare", "density": 0.5}}
+    recipe |= {"experts_sha256": [TensorFiles([path]).sha256() for path in wide[1:]]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    list(repeat_merge(tmp_path / "recipe.yaml", tmp_path / "h.safetensors"))
+    found, expected = load_file(tmp_path / "h.safetensors"), load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(found[key], expected[key].bfloat16()) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "karcher", "--weights", "1,-1"], r"weights are \[1\.0, -1\.0\], expected none below 0"),
+        (["--method", "karcher", "--weights", "1,1", "--block", "blocks.2*=1,-1"], "expected none below 0"),
+        (["--method", "slerp", "--weights", "1,-1"], "slerp has 2 experts with weights"),
+        (["--weights", "1,1", "--set", "density=0.7"], "density is set, and method linear doesn't read it; .*ties or "),
+        (["--weights", "1,1", "--set", "seed=3"], "seed is set, and method linear doesn't read it; .*dare or "),
+    ],
+)
+def test_a_dry_run_refuses_what_the_merge_would(tmp_path: Path, options: list[str], message: str) -> None:
+    base, experts, name = given(tmp_path, "file")
+    arguments = ["merge", str(base), *map(str, experts), "--out", str(tmp_path / name), "--dry-run", *options]
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+
+
 def test_a_pattern_given_twice_is_refused(tmp_path: Path) -> None:
     arguments = ["merge", "b", "e", "--weights", "1", "--out", "m", "--block", "a*=1", "--block", "a*=2"]
     assert "'a*' is given twice" in str(CliRunner().invoke(cli.app, arguments).exception)

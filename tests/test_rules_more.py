@@ -163,7 +163,7 @@ def test_della_keeps_by_rank_in_a_row_and_rescales() -> None:
         change("della", [base, base + sizes], [1.0], density=0.9, epsilon=0.1)
 
 
-@pytest.mark.parametrize(("low", "high"), [(2, None), (1, 1), (0, None), (5, None)])
+@pytest.mark.parametrize(("low", "high"), [(2, None), (1, 1), (0, None), (4, None)])
 def test_consensus_keeps_what_enough_experts_need(low: int, high: int | None) -> None:
     tensors, weights = versions(), np.array([0.5, 1.0, -0.3, 2.0])
     vectors = weights[:, None, None] * task_vectors(tensors)
@@ -171,7 +171,19 @@ def test_consensus_keeps_what_enough_experts_need(low: int, high: int | None) ->
     kept = (needed >= low) & (needed <= (4 if high is None else high))
     found = change("consensus", tensors, weights.tolist(), threshold=0.4, min_tasks=low, max_tasks=high)
     np.testing.assert_allclose(found, vectors.sum(axis=0) * kept, atol=1e-12)
-    assert kept.any() == (low < 5)
+    with pytest.raises(ValueError, match="min_tasks is 5 with 4 experts, so that nothing is kept; expected at most 4"):
+        change("consensus", tensors, weights.tolist(), min_tasks=5)
+
+
+def test_two_medians_of_equal_weight_meet_in_the_middle() -> None:
+    base, a, b = versions()[:3]
+    found = change("geometric_median", [base, a, b], [1.0, 1.0])
+    np.testing.assert_allclose(found, ((a + b) / 2 - base).double().numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "breadcrumbs_ties"])
+def test_nothing_stays_at_density_0(method: str) -> None:
+    assert not change(method, versions()[:3], [1.0, 0.5], density=0.0).any()
 
 
 def test_emr_elects_the_largest_of_the_elected_sign() -> None:

@@ -10,7 +10,7 @@ import pytest
 from decouple_merge.config import Config, Search
 from decouple_merge.searching.candidates import first_candidates, fixed_candidates, num_candidates, ranked
 from decouple_merge.searching.levels import levels, search
-from decouple_merge.searching.strategies import Weights
+from decouple_merge.searching.strategies import Space, Weights
 from decouple_merge.searching.study import Study, open_storage, open_study, trials
 from decouple_merge.searching.trial import Level, Score, Trial
 
@@ -278,6 +278,14 @@ def test_a_budget_of_minutes_ends_the_search_and_a_second_run_adds_nothing(monke
     assert list(search(open_level, asked, 2, objective)) == []
 
 
+def test_the_candidates_that_everyone_asks_for_are_scored_whatever_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(6000.0 * i for i in range(1000))
+    monkeypatch.setattr("decouple_merge.searching.study.time.monotonic", lambda: next(clock))
+    asked = config("random", num_trials=100, max_minutes=1, batch_size=1)
+    found = list(search(in_memory(), asked, 2, objective))
+    assert [t.weights for t in found] == first_candidates(asked.search, 2)
+
+
 # -- the levels
 def halved(**changes: Any) -> Config:
     return config("random", num_trials=12, num_images=5, num_finalists=2, num_final_images=40, num_steps=4, **changes)
@@ -291,6 +299,14 @@ def test_levels_keep_one_in_three_and_draw_three_times_the_images_until_the_fina
         Level("rung-1", 4, range(first, first + 15), None),
         Level("final", 2, range(first + 40, first + 80), None),
     ]
+
+
+def test_no_level_draws_again_what_the_one_before_has_drawn() -> None:
+    same = config("random", num_trials=40, num_images=50, num_finalists=2, num_final_images=50)
+    assert [(level.name, level.num_candidates) for level in levels(same, 2)] == [("screen", 40), ("final", 2)]
+    # Images of fewer steps are others, and the next level has no fewer of them.
+    other = config("random", num_trials=12, num_images=50, num_finalists=2, num_final_images=10, num_steps=4)
+    assert [len(level.seeds) for level in levels(other, 2)] == [50, 50, 10]
 
 
 def test_the_seeds_of_the_finalists_chose_nobody_before() -> None:
@@ -384,6 +400,18 @@ def test_the_greedy_soup_keeps_an_expert_only_where_it_helps() -> None:
     # The pair, and then all three, which the fixed candidates hold already to six digits.
     assert (0.0, 0.5, 0.5) in [t.weights for t in found[6:]]
     assert ranked(found)[0].weights == (0.0, 0.5, 0.5)
+
+
+def test_each_block_has_a_greedy_soup_of_its_own() -> None:
+    asked = config("greedy", blocks=["up.*", "*"])
+    best = (0.5, 0.5, 0.0, 1.0)
+    found = list(search(in_memory(), asked, 2, of(lambda w: sum(abs(a - b) for a, b in zip(w, best, strict=True)))))
+    assert ranked(found)[0].weights == best
+
+
+def test_a_third_each_is_a_candidate_that_a_sampler_is_told_of() -> None:
+    assert (1 / 3,) * 3 in Space(-0.2, 1.2, (None,) * 3)
+    assert (1 / 3,) * 3 not in Space(-0.2, 0.3, (None,) * 3)
 
 
 def test_learned_weights_are_evaluated_before_the_strategy_chooses_and_moved_into_the_space() -> None:

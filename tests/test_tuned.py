@@ -95,6 +95,11 @@ def test_what_is_frozen_or_given_holds_for_weights_alone() -> None:
         ({"tune": {"vote": None}}, "search.tune has vote"),
         ({"tune": {"scale": None}}, r"scale without bounds, and the method has none: give \[low, high\]"),
         ({"tune": {"density": [0.8, 1.0]}}, r"density in \[0.8, 1\], .* search.density, 0.7, between them"),
+        ({"tune": {"density": [0, 1]}}, r"search.tune in \[0, 1\]: density.*: Input should be greater than 0"),
+        (
+            {"tune": {"gamma": [0.0, 1.0]}, "method": "breadcrumbs"},
+            r"search.tune in \[0, 1\]: gamma: Input should be less",
+        ),
         ({"strategy": "greedy"}, "tune has density, scale, and strategy greedy tunes nothing"),
     ],
 )

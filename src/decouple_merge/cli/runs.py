@@ -113,13 +113,14 @@ def distil(
 
     Example: `deme distil runs/fashion-quick --set num_updates=300`
     """
-    from ..config import Distil, load_config, validate
+    from ..config import load_config
     from ..experiment import distilling, plan
 
-    config = load_config(run_folder / "config.yaml")
-    values = config.distil.model_dump(exclude_unset=True) if config.distil else {}
-    chosen = validate(Distil, values, "--set of deme distil", overrides)
-    opened = plan.prepare(config.model_copy(update={"distil": chosen}), run_folder)
+    path = run_folder / "config.yaml"
+    first = [] if load_config(path).distil else ["distil={}"]
+    # The whole config is checked: it is what the run folder will hold.
+    config = load_config(path, [*first, *(f"distil.{override}" for override in overrides or [])])
+    opened = plan.prepare(config, run_folder)
     show(distilling.distil(opened, wait), run_folder)
     console.print(f"distilled model: {run_folder / 'distilled'}")
 

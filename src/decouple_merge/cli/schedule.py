@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .console import show
+from .runs import Wait
 
 
 def schedule(
@@ -15,6 +16,7 @@ def schedule(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the zoo's file")
     ] = None,
+    wait: Wait = False,
 ) -> None:
     """Find which network runs at which step, or none, so that images are best within a time (OMS-DPM).
 
@@ -25,4 +27,4 @@ def schedule(
     from ..config import load_zoo
     from ..experiment.scheduling import find_schedule
 
-    show(find_schedule(load_zoo(zoo, overrides), budget, out))
+    show(find_schedule(load_zoo(zoo, overrides), budget, out, wait))

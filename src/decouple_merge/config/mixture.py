@@ -104,4 +104,5 @@ def load_mixture(path: Path) -> Mixture:
 
 def resolve(path: Path, name: str) -> str:
     """Count a path with a dot in front from the mixture's folder."""
-    return str(path.parent / name) if name.startswith(".") else name
+    # Absolute, so that it stays a path: a folder called base here is no other name for the mixture's base.
+    return str((path.parent / name).absolute()) if name.startswith(".") else name

@@ -18,7 +18,7 @@ from ..storage.reading import AGAIN, read_record
 from .combined import are_adapters, combined_names
 from .planned import Plan
 from .provenance import search_record
-from .rule_inputs import rule_files
+from .rule_inputs import rule_files, rule_records
 
 
 def export_merge(plan: Plan, merger: Merger, experts_sha256: list[str], level: Level, winner: Trial) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
             "value": winner.value,
             "num_images": len(level.seeds),
             "seeds": [level.seeds.start, level.seeds.stop - 1],
-            "made_from": digest_of(search_record(plan, experts_sha256)),
+            "made_from": digest_of(search_record(plan, experts_sha256, rule_records(plan))),
         },
         **({"text": plan.config.text.model_dump(mode="json")} if plan.prompts else {}),
         pipeline=type(plan.base.pipeline).__name__,

@@ -109,23 +109,38 @@ def _changed(plan: Plan) -> Iterator[tuple[str, list[str]]]:
         if (stage := _name(plan, folder)) not in now:
             yield stage, [f"the number of ranges was more than {folder.name} and is {len(plan.ranges)}"]
     if plan.run.search.exists():
-        old = {key: value for key, value in _read_search(plan).items() if key != "experts_sha256"}
+        old = {key: value for key, value in _read_search(plan).items() if key not in ("experts_sha256", "rule")}
         if found := differences(old, _search(plan)):
             yield SEARCH, found
 
 
-def search_record(plan: Plan, experts_sha256: Sequence[str]) -> MadeFrom:
-    """Say what a run's search is made from, with the hashes of the models that it combines."""
-    return _search(plan) | {"experts_sha256": list(experts_sha256)}
+def search_record(plan: Plan, experts_sha256: Sequence[str], rule: Sequence[str]) -> MadeFrom:
+    """Say what a run's search is made from, with the hashes of what it combines and the records of what its rule reads."""
+    return _search(plan) | {"experts_sha256": list(experts_sha256)} | ({"rule": list(rule)} if rule else {})
 
 
-def begin_search(plan: Plan, experts_sha256: Sequence[str]) -> None:
+def check_search(plan: Plan, experts_sha256: Sequence[str]) -> None:
+    """Require that what is there of a search is of the same, but for what its rule reads of the experts.
+
+    Raises:
+        UserError: as ``begin_search``.
+    """
+    if plan.run.search.exists():
+        old = {key: value for key, value in _read_search(plan).items() if key != "rule"}
+        if found := differences(old, search_record(plan, experts_sha256, [])):
+            _refuse(plan, {SEARCH: found})
+
+
+def begin_search(plan: Plan, experts_sha256: Sequence[str], rule: Sequence[str]) -> None:
     """Write what a search is made from; what is there of it, and of its merged model, has to be of the same.
+
+    Args:
+        rule: the records of what its rule reads of the experts.
 
     Raises:
         UserError: it isn't; what differs is named, with what to remove.
     """
-    now = search_record(plan, experts_sha256)
+    now = search_record(plan, experts_sha256, rule)
     if plan.run.search.exists() and (found := differences(_read_search(plan), now)):
         _refuse(plan, {SEARCH: found})
     if found := list(_changes_of_merged(plan.run.merged, digest_of(now))):

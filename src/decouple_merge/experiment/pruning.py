@@ -51,7 +51,7 @@ def prune_base(config: Config, index: int, keep: float, out: Path, num_batches: 
     batches = training_batches(plan.images, config.data, config.finetune.batch_size, seed, 0, num_batches)
     num_images = num_batches * config.finetune.batch_size
     yield f"importance of {num_parameters(base.network):,} weights to the loss on {own}, by {num_images:,} images"
-    base.family.fill_narrow(base.network, network, taylor_products(base, own, batches, seed, default_device()))
+    base.family.fill_narrow(base.network, network, taylor_products(plan.base, own, batches, seed, default_device()))
     pruned = _with_network(base, network)
     costs = {name: _costs(each) for name, each in (("base", base), ("pruned", pruned))}
     record = {

@@ -1,5 +1,6 @@
 """The job of ``deme schedule``: measure, score random schedules, learn to rank them, evolve, and score for real."""
 
+import math
 import random
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from ..searching.schedules import Slots, cost_of, evolve, longest_even, random_s
 from ..searching.zoo import OpenedZoo
 from ..seeds import stream_seed
 from ..storage.files import append_record, read_records, write_json, write_text
-from ..storage.locks import hold
+from ..storage.locks import enter, hold
 from ..storage.made_from import differences, plain, told
-from ..storage.outputs import SCHEDULE, SCHEDULE_MARK, check_output
+from ..storage.outputs import SCHEDULE, SCHEDULE_MARK, SCHEDULE_SEARCH, check_output
 from ..storage.reading import AGAIN, read_record
 
 # Of the random schedules, what is said of one in so many.
@@ -45,7 +46,7 @@ class Folder:
         self.result, self.figure = self.folder / "result.json", self.folder / "front.png"
 
 
-def find_schedule(zoo: Zoo, budget: float, out: Path) -> Iterator[str]:
+def find_schedule(zoo: Zoo, budget: float, out: Path, wait: bool = False) -> Iterator[str]:
     """Find which network runs at each step so that images are best within a time (OMS-DPM, Liu et al. 2023).
 
     Yields lines for the user. What was scored is not scored again where the search goes on.
@@ -53,16 +54,23 @@ def find_schedule(zoo: Zoo, budget: float, out: Path) -> Iterator[str]:
     Args:
         budget: seconds that the network's calls take for a batch of ``sample.batch_size`` images.
         out: the schedule's YAML; all else lies in a folder of its name.
+        wait: until no other process works on that folder, instead of refusing.
 
     Raises:
-        UserError: as ``OpenedZoo``; the budget pays for no call of the cheapest model; or ``out`` is something else, or
-            its folder was made from another zoo.
+        UserError: as ``OpenedZoo``; the budget pays for no call of the cheapest model; ``out`` or the folder of its
+            name is something else or an input, or the folder was made from another zoo.
     """
-    if not budget > 0:
-        raise UserError(f"--budget is {budget:g}, expected seconds above 0")
-    check_output(out, SCHEDULE)
-    folder, opened = Folder(out), OpenedZoo(zoo)
-    with hold(folder.folder / "locks/schedule.lock", "deme schedule"):
+    if not 0 < budget < math.inf:
+        raise UserError(f"--budget is {budget:g}, expected a number of seconds above 0")
+    if out.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--out is {out}, expected a path that ends in .yaml, by which a schedule is known")
+    folder, inputs = Folder(out), [zoo.base, zoo.reference, *zoo.models.values()]
+    check_output(out, SCHEDULE, inputs)
+    check_output(folder.folder, SCHEDULE_SEARCH, inputs)
+    lock = folder.folder / "locks/schedule.lock"
+    yield from enter(lock, wait)
+    opened = OpenedZoo(zoo)
+    with hold(lock, "deme schedule", wait):
         _claim(folder, opened)
         seconds = yield from _latency(folder, opened)
         cheapest = min(range(len(seconds)), key=lambda k: seconds[k])
@@ -72,8 +80,9 @@ def find_schedule(zoo: Zoo, budget: float, out: Path) -> Iterator[str]:
                 f"{seconds[cheapest]:.3g} s for a batch of {opened.settings.batch_size} images: give more"
             )
         known = yield from _score_random(folder, opened, seconds, budget)
-        predictor, tau = _learn(zoo, opened, known)
-        yield f"Kendall's τ between predictions and distances of {_num_held(zoo)} held-out schedules: {tau:.3f}"
+        predictor, tau, num_held = _learn(zoo, opened, known)
+        told_tau = "unknown" if tau is None else f"{tau:.3f}"
+        yield f"Kendall's τ between predictions and distances of {num_held} held-out schedules: {told_tau}"
         best: dict[float, Slots] = {}
         for share in zoo.schedule.shares:
             if share * budget < seconds[cheapest]:
@@ -101,6 +110,7 @@ def _claim(folder: Folder, opened: OpenedZoo) -> None:
             "num_slots": schedule.num_slots,
             "sample": opened.settings.model_dump(mode="json"),
             "text": zoo.text.model_dump(mode="json"),
+            "prompts": opened.prompts and opened.prompts.label,
             "decouple_merge": __version__,
         }
     )
@@ -155,18 +165,26 @@ def _score_random(
     return known
 
 
-def _num_held(zoo: Zoo) -> int:
-    return max(2, round(zoo.schedule.held_out * zoo.schedule.num_schedules))
+def _learn(zoo: Zoo, opened: OpenedZoo, known: dict[Slots, float]) -> tuple[Predictor, float | None, int]:
+    """Fit a predictor to all but the last of the scored schedules.
 
-
-def _learn(zoo: Zoo, opened: OpenedZoo, known: dict[Slots, float]) -> tuple[Predictor, float]:
-    """Fit a predictor to all but the last of the scored schedules, and say how well it ranks those."""
-    worst = max(v for v in known.values() if v < float("inf"))
+    Returns:
+        The predictor, Kendall's τ on the schedules that it didn't see, None where they have no order, and their number.
+    """
+    finite = [v for v in known.values() if v < float("inf")]
+    if not finite:
+        raise UserError(
+            f"none of {len(known)} random schedules drew finite images, expected some: look at what each model of the "
+            "zoo draws alone"
+        )
+    worst = max(finite)
     schedules, values = list(known), [min(value, worst) for value in known.values()]
-    num = max(2, len(schedules) - _num_held(zoo))
     settings = zoo.schedule
+    num = max(2, len(schedules) - max(2, round(settings.held_out * settings.num_schedules)))
     predictor = fit_predictor(schedules[:num], values[:num], len(opened.names), settings.num_updates, zoo.seed)
-    return predictor, kendall_tau(predict(predictor, schedules[num:]), values[num:])
+    held = schedules[num:]
+    tau = kendall_tau(predict(predictor, held), values[num:]) if len(held) > 1 else math.nan
+    return predictor, None if math.isnan(tau) else tau, len(held)
 
 
 def _evolved(
@@ -205,7 +223,7 @@ def _evolved(
 
 
 def _report(
-    folder: Folder, opened: OpenedZoo, seconds: list[float], budget: float, best: dict[float, Slots], tau: float
+    folder: Folder, opened: OpenedZoo, seconds: list[float], budget: float, best: dict[float, Slots], tau: float | None
 ) -> Iterator[str]:
     """Score what was found, and single models by the plain sampler, on seeds that chose nothing; write all down."""
     settings, seeds = opened.zoo.schedule, opened.zoo.schedule.report_seeds
@@ -243,14 +261,15 @@ def _write(
     seconds: list[float],
     budget: float,
     best: dict[float, Slots],
-    tau: float,
+    tau: float | None,
     points: dict[str, list[Scored]],
 ) -> None:
     slots, metric, seeds = best[1.0], opened.metric, opened.zoo.schedule.report_seeds
     names = {k + 1: name for k, name in enumerate(opened.names)}
+    used = {names[k]: opened.zoo.models[names[k]] for k in sorted({k for k in slots if k})}
     schedule = Schedule(
         base=_lasting(opened.zoo.base),
-        models={names[k]: _lasting(opened.zoo.models[names[k]]) for k in sorted({k for k in slots if k})},
+        models={name: given if given == "base" else _lasting(given) for name, given in used.items()},
         steps=[names[k] if k else 0 for k in slots],
     )
     result = {
@@ -277,4 +296,4 @@ def _write(
 
 def _lasting(name: str) -> str:
     """Name a model so that it is found from any folder."""
-    return str(Path(name).absolute()) if name != "base" and Path(name).exists() else name
+    return str(Path(name).absolute()) if Path(name).exists() else name

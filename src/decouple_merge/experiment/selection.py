@@ -26,7 +26,7 @@ from .costs import timed
 from .export import export_merge
 from .manifest import check_claimed
 from .planned import Plan
-from .provenance import begin_search, search_record
+from .provenance import begin_search, check_search, search_record
 from .rule_inputs import contexts, rule_records, write_rule_inputs
 from .start import learn_start
 from .trials import draw_search, report_candidates, write_trials
@@ -75,8 +75,9 @@ def search_weights(plan: Plan, wait: bool = False) -> Iterator[Event]:
     with hold(plan.run.lock("run"), "deme search", wait):
         check_claimed(plan.run, plan.config)
         hashes = hashes_of(load_combined(plan))
-        begin_search(plan, hashes)
+        check_search(plan, hashes)
         yield from write_rule_inputs(plan, hashes)
+        begin_search(plan, hashes, rule_records(plan))
         first = level_opener(plan, hashes)("screen")
         # Whoever helps waits for candidates; nobody need wait for a search that is finished.
         num = 1 if first.user_attrs.get("finished") else plan.config.num_processes
@@ -130,10 +131,7 @@ def level_opener(plan: Plan, hashes: list[str]) -> OpenLevel:
 
 
 def _digest(plan: Plan, hashes: list[str]) -> str:
-    record = search_record(plan, hashes)
-    if rule := rule_records(plan):
-        record |= {"rule": rule}
-    return digest_of(record)
+    return digest_of(search_record(plan, hashes, rule_records(plan)))
 
 
 def _lead_or_help(plan: Plan, hashes: list[str], is_leader: bool) -> Iterator[Event]:

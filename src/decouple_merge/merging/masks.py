@@ -8,6 +8,7 @@ s = ⟨p, τ_i⟩ / ⟨p, p⟩.
 - ``sign``: p = ±1, the sign of τ_i (BitDelta; Liu et al. 2024). It needs no merge.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,7 @@ from ..storage.files import atomic_path, write_text
 from ..storage.hub import pipeline_folder
 from ..storage.outputs import MASKS, check_output
 from ..storage.reading import parse_json
-from ..storage.tensors import Layout, TensorFiles, num_bytes_of, write_stream
+from ..storage.tensors import Layout, TensorFiles, hash_tensors, num_bytes_of, write_stream
 from .arithmetic import Model
 from .experts import Expert, open_expert
 from .files import Progress
@@ -101,6 +102,8 @@ def open_masked(path: Path, base: Model) -> MaskedExpert | None:
         name = key.removesuffix(BITS)
         if key.endswith(BITS) and (name not in base or (_num_bytes(base[name].numel()),) != entry.shape):
             raise UserError(f"{path}: {key} fits no tensor of the base; give the base that it was made with")
+    if hash_tensors((key, base[key]) for key in sorted(base)) != record["base_sha256"]:
+        raise UserError(f"{path} was made with another base than the mixture's; give that one, or {ADVICE}")
     if record["pattern"] == "sign":
         return MaskedExpert(files, base, None)
     place = path.parent / record["merged"]
@@ -123,15 +126,25 @@ def write_masks(merged: Path, out: Path, pattern: Pattern = "mask") -> Iterator[
         out: a new folder.
 
     Raises:
-        UserError: the merge has no record, an input is gone, the experts have no ranges, or ``out`` is there.
+        UserError: the merge has no record, an input is gone or isn't what was merged, the experts have no ranges,
+            ranges that overlap, or trunk projections, or ``out`` is there.
     """
     found = read_recipe(merged)
     ranges = found.record["ranges"]
     if not ranges or not all(ranges):
         raise UserError(f"{merged} was merged from experts without ranges of timesteps, expected those of a run")
     check_output(out, MASKS, [merged, found.base, *found.experts])
+    for (_, stop), (start, _) in itertools.pairwise(sorted(ranges)):
+        if start < stop:
+            raise UserError(
+                f"{merged} was merged from experts whose ranges overlap, up to {stop:g}, from {start:g} on; expected "
+                "one expert for each timestep"
+            )
     sources = Sources(pipeline_folder(found.base), found.experts, found.settings)
-    merge, record = None, dict[str, str](pattern=pattern)
+    if sources.projections:
+        raise UserError(f"{merged} was merged from experts with trunk projections, which bits of weights don't hold")
+    sources.check_sha256([found.base, *found.experts], found.expected_sha256)
+    merge, record = None, {"pattern": pattern, "base_sha256": sources.base.sha256()}
     if pattern == "mask":
         merge = open_expert(merged).files
         record |= {"merged": name_from(out, merged), "merged_sha256": merge.sha256()}
@@ -148,7 +161,8 @@ def write_masks(merged: Path, out: Path, pattern: Pattern = "mask") -> Iterator[
             left = math.sqrt(max(0.0, 1 - squares[1] / squares[0])) if squares[0] else 0.0
             yield f"expert {index}: |expert - its bits| / |expert - base| = {left:.3f}"
         parts = [{"low": own[0], "high": own[1], "model": f"./{i}.safetensors"} for i, own in enumerate(ranges)]
-        write_text(temporary / "mixture.yaml", dump({"base": name_from(out, found.base), "ranges": parts}))
+        mixture = {"base": name_from(out, found.base), "rest": "base", "ranges": parts}
+        write_text(temporary / "mixture.yaml", dump(mixture))
     yield f"{len(ranges)} experts, each {num_bytes:,} bytes: {num_bytes / sources.base.num_bytes:.1%} of the base"
 
 

@@ -13,12 +13,12 @@ from ..storage.reading import read_record
 from ..storage.tensors import num_bytes_of
 from .card import model_card
 from .differences import differences, differing_integers
-from .experts import Checkpoint, open_model
+from .experts import open_model
 from .files import NUM_AHEAD, Progress, merge_files
 from .joining import describe_joined
 from .record import merge_record, name_from, read_recipe
 from .rules import RULES, check_method
-from .sources import Sources, widened_sha256
+from .sources import Sources
 from .usage import inherited, usage_of
 
 
@@ -79,7 +79,7 @@ def _merge(
         raise UserError(
             f"--out is {out}, expected a {'.safetensors file' if folder.is_file() else 'folder'}, as the base is one"
         )
-    sources = Sources(folder, experts, settings)
+    sources = Sources(folder, experts, settings, expected_sha256[1:])
     for expert, path in zip(sources.experts, experts, strict=True):
         yield from expert.notes
         yield from differences(folder, path, sources.parts)
@@ -87,15 +87,7 @@ def _merge(
     if sources.joined:
         yield from describe_joined(sources.joined, {name: open_model(at) for name, at in sources.joined.items()})
     yield from _merge_plan(sources, settings)
-    inputs = zip([base, *experts], [Checkpoint(sources.base), *sources.experts], strict=True)
-    for (name, model), expected in zip(inputs, expected_sha256, strict=True):
-        if expected is None or (found := model.whole_sha256(model.files.sha256())) == expected:
-            continue
-        # Runs hash the weights as they train.
-        if model.whole_sha256(widened_sha256(model.files)) != expected:
-            raise UserError(
-                f"{name} is not what the recipe was made with: found {found[:16]}, expected {expected[:16]}"
-            )
+    sources.check_sha256([base, *experts], expected_sha256)
     if dry_run:
         return
     usage, kept = usage_of(folder), inherited(folder, record["base"]["name"])

@@ -1,6 +1,7 @@
 """What files are merged from: a base and experts, opened and checked."""
 
 import math
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ..seeds import stream_seed
 from ..storage.layouts import chosen_part, denoisers, parts_like, weight_files
 from ..storage.reading import read_record
 from ..storage.tensors import DTYPES, NAMES, Layout, TensorFiles, hash_tensors, is_finite
-from .experts import open_expert, open_parts
+from .experts import Checkpoint, open_expert, open_parts
 from .joining import joined_denoisers
 from .keys import is_trunk_projection
 from .rules import RULES, check_weights
@@ -33,7 +34,9 @@ class Sources:
         idle: experts, by their place, that had nothing but the base's tensors in what was merged so far.
     """
 
-    def __init__(self, base: Path, experts: list[Path], settings: Merge) -> None:
+    def __init__(
+        self, base: Path, experts: list[Path], settings: Merge, experts_sha256: Sequence[str | None] = ()
+    ) -> None:
         self.settings = settings
         self.changes: dict[str, Change] = {}
         self.idle = set(range(len(experts)))
@@ -51,9 +54,10 @@ class Sources:
         self.experts = [open_expert(path, self._parts_of(path)) for path in experts]
         self.rule: Rule = RULES[settings.method]
         self.rule_settings = Settings(**settings.rule_settings())
-        self.rule_settings.densities(len(experts))
         check_weights(settings.weights, len(experts))
         self._check_blocks()
+        for row in (settings.weights, *settings.blocks.values()):
+            self.rule.check(row, self.rule_settings)
         for expert, path in zip(self.experts, experts, strict=True):
             expert.check_keys(self.base.entries, str(path), " and ".join(self.parts), settings)
         self._check_origin(experts)
@@ -61,8 +65,13 @@ class Sources:
         self._check_fishers()
         self.grams = [TensorFiles(weight_files(path)) for path in settings.grams]
         self._check_grams()
-        # Masks go with an expert's content, not with its place in the list.
-        self.identities = [e.whole_sha256(e.files.sha256()) for e in self.experts] if "seeds" in self.rule.needs else []
+        # Masks go with an expert's content, not with its place in the list. A recipe says what it was called there.
+        known = experts_sha256 or [None] * len(experts)
+        self.identities = [
+            sha256 or expert.whole_sha256(expert.files.sha256())
+            for sha256, expert in zip(known, self.experts, strict=True)
+            if "seeds" in self.rule.needs
+        ]
         asked = None if settings.dtype is None else DTYPES[settings.dtype]
         self.output: Layout = {
             key: (asked if asked and e.dtype.is_floating_point else e.dtype, e.shape)
@@ -79,6 +88,22 @@ class Sources:
                 f"{next(iter(self.projections))} is a trunk projection, and a file has no place for it; give the "
                 "pipeline as the base"
             )
+
+    def check_sha256(self, names: Sequence[str | Path], expected_sha256: Sequence[str | None]) -> None:
+        """Require that base and experts, in this order, are what a recipe was made with, as far as it says.
+
+        Raises:
+            UserError: one isn't.
+        """
+        inputs = zip(names, [Checkpoint(self.base), *self.experts], strict=True)
+        for (name, model), expected in zip(inputs, expected_sha256, strict=True):
+            if expected is None or (found := model.whole_sha256(model.files.sha256())) == expected:
+                continue
+            # Runs hash the weights as they train.
+            if model.whole_sha256(widened_sha256(model.files)) != expected:
+                raise UserError(
+                    f"{name} is not what the recipe was made with: found {found[:16]}, expected {expected[:16]}"
+                )
 
     def _parts_of(self, expert: Path) -> dict[str, Path]:
         """Find in an expert the parts that are merged; a run writes those of several denoisers into one file."""

@@ -22,6 +22,7 @@ from ..storage.run_folder import Run
 from ..storage.tensors import TensorFiles, check_finite
 from .base import Base
 from .family import read_config, read_index
+from .identity import base_parts
 from .processes import process_of
 
 # What a network of the mixture may not have otherwise: what goes in, and what comes out.
@@ -151,10 +152,15 @@ def _open_weights(name: str, path: Path, place: Place) -> Member:
         return Member(name, base, masked)
     expert = open_expert(path)
     check_finite(FileWeights(expert.files), name)
-    if not any(compare_keys(base.network.state_dict(), expert.files.entries).values()):
-        _check_record(name, path, base)
+    record, run = _base_of(path), Run(path.parent.parent)
+    of_run = run.config.is_file() and (path / "expert.json").is_file()
+    # Other networks may have the same keys and shapes: of other heads, or for images of another size.
+    differs = of_run and record.get("config") not in (None, base_parts(base)["config"])
+    if not differs and not any(compare_keys(base.network.state_dict(), expert.files.entries).values()):
+        if isinstance(scheduler := record.get("scheduler"), dict):
+            _compare(name, scheduler, base)
         return Member(name, base, FileWeights(expert.files))
-    if (run := Run(path.parent.parent)).config.is_file() and (path / "expert.json").is_file():
+    if of_run:
         folder = pipeline_folder(load_config(run.config).base)
         own = _architecture(name, folder, base)
         _check_schedule(name, folder, own)
@@ -223,13 +229,11 @@ def _check_schedule(name: str, folder: Path, own: Base) -> None:
     _compare(name, read_record(path, ADVICE), own)
 
 
-def _check_record(name: str, path: Path, base: Base) -> None:
-    """Require the same of an expert's record, where there is one."""
+def _base_of(path: Path) -> dict[str, Any]:
+    """Read what an expert's record says of its base; nothing where there is none."""
     record = (path if path.is_dir() else path.parent) / "expert.json"
     found = read_record(record, ADVICE).get("base") if record.is_file() else None
-    scheduler = found.get("scheduler") if isinstance(found, dict) else None
-    if isinstance(scheduler, dict):
-        _compare(name, scheduler, base)
+    return found if isinstance(found, dict) else {}
 
 
 def _compare(name: str, config: dict[str, Any], own: Base) -> None:

@@ -78,7 +78,7 @@ def skipping(kind: type, kept: Sequence[int], num_slots: int) -> type:
         known = " or ".join(sampler.__name__.removesuffix("Scheduler") for sampler in SKIPPING)
         raise UserError(
             f"sampler is {kind.__name__.removesuffix('Scheduler')}, which can't leave steps out as a schedule "
-            f"of models asks for; expected {known}: leave sample.sampler out"
+            f"of models asks for; expected {known}: leave sample.sampler out, or take a base with one of them"
         )
     parent = SKIPPING[kind]
     return type(parent.__name__, (parent,), {"kept": tuple(kept), "num_slots": num_slots})

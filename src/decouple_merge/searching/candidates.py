@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ..config import Search
+from ..config import Search, validate
 from ..errors import UserError
 from ..merging.rules import RULES, check_method
 from ..merging.rules.rule import Bounds
@@ -52,6 +52,10 @@ def _tuned_bounds(settings: Search, name: str) -> Bounds:
     bounds = given or params[name]
     if bounds is None:
         raise UserError(f"search.tune has {name} without bounds, and the method has none: give [low, high]")
+    for bound in bounds:
+        validate(
+            Search, settings.model_dump(mode="json") | {name: bound}, f"search.tune in [{bounds[0]:g}, {bounds[1]:g}]"
+        )
     if not bounds[0] < bounds[1] or not bounds[0] <= getattr(settings, name) <= bounds[1]:
         raise UserError(
             f"search.tune has {name} in [{bounds[0]:g}, {bounds[1]:g}], expected low below high, and "

@@ -27,8 +27,10 @@ def levels(config: Config, num_experts: int) -> list[Level]:
     size, final = settings.num_images, len(config.final_seeds)
     while settings.num_finalists and num > settings.num_finalists:
         num = max(math.ceil(num / settings.halving), settings.num_finalists)
-        size = min(size * settings.halving, final)
-        if num > settings.num_finalists:
+        size = max(size, min(size * settings.halving, final))
+        # The images of the level before would say nothing new.
+        is_new = size > len(found[-1].seeds) or found[-1].num_steps not in (None, config.sample.num_steps)
+        if num > settings.num_finalists and is_new:
             found.append(Level(f"rung-{len(found)}", num, range(settings.first_seed, settings.first_seed + size), None))
     if settings.num_finalists:
         found.append(Level("final", num, config.final_seeds, None))
@@ -93,7 +95,7 @@ def _proposals(settings: Search, num_experts: int, seed: int, learned: Weights |
     elif settings.strategy == "evolution":
         yield from evolution(space, known, drawn)
     elif settings.strategy == "greedy":
-        yield from greedy_soup(num_experts * len(settings.blocks), tail)
+        yield from greedy_soup(num_experts, tail, len(settings.blocks))
     elif settings.strategy == "random":
         yield from uniform_random(space, drawn)
     else:
@@ -112,13 +114,15 @@ def _drive(
     proposed: set[Weights] = set()
     batch, num_idle = next(batches), 0
     while True:
+        # Everyone asks for the first, however little time there is.
+        is_first = not proposed
         fresh = [w for w in dict.fromkeys(batch) if w not in proposed][: level.num_candidates - len(proposed)]
         places = list(enumerate(fresh, start=len(proposed)))
         proposed |= set(fresh)
         # Whoever is free finds one that waits, unless a search that has so many minutes is to stop soon.
         size = max(1, len(places)) if settings.max_minutes is None else settings.batch_size
         for chunk in (places[i : i + size] for i in range(0, len(places), size)):
-            if level.name == "screen" and _out_of_time(study, settings, chunk):
+            if level.name == "screen" and not is_first and _out_of_time(study, settings, chunk):
                 return
             yield from evaluate_all(study, dict(chunk), level, (settings.low, settings.high), objective, helper)
         num_idle = 0 if fresh else num_idle + 1

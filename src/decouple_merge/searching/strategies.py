@@ -70,7 +70,8 @@ class Space:
         return chosen + [self.low + share * span for share in shares]
 
     def __contains__(self, weights: Weights) -> bool:
-        return self.embed(self.free(weights)) == weights
+        # Candidates are rounded, but for those that everyone asks for: a third each is one of three experts.
+        return all(abs(a - b) <= 1e-6 for a, b in zip(self.embed(self.free(weights)), weights, strict=True))
 
     def start(self, known: Known) -> Weights:
         """Return the best known candidate, moved into the space."""
@@ -184,19 +185,22 @@ def evolution(space: Space, known: Known, seed: int, num_parents: int = 8, num_c
         population |= dict(zip(children, (yield children), strict=True))
 
 
-def greedy_soup(num_experts: int, settings: Weights = ()) -> Strategy:
+def greedy_soup(num_experts: int, settings: Weights = (), num_blocks: int = 1) -> Strategy:
     """Add experts to a uniform soup, best first, each kept where it helps (Wortsman et al. 2022, algorithm 1).
 
     Args:
         settings: that stand behind the weights of each candidate.
+        num_blocks: each has a soup of its own, and experts are added block by block.
     """
-    single = [(*(float(i == j) for j in range(num_experts)), *settings) for i in range(num_experts)]
+    places = range(num_experts * num_blocks)
+    single = [(*(float(i == j) for j in places), *settings) for i in places]
     values = yield single
-    order = sorted(range(num_experts), key=lambda i: values[i])
+    order = sorted(places, key=lambda i: values[i])
     members, best = [order[0]], values[order[0]]
     for i in order[1:]:
         joined = [*members, i]
-        soup = [round(1 / len(joined), 6) if j in joined else 0.0 for j in range(num_experts)]
+        sizes = [sum(k // num_experts == block for k in joined) for block in range(num_blocks)]
+        soup = [round(1 / sizes[j // num_experts], 6) if j in joined else 0.0 for j in places]
         (value,) = yield [(*soup, *settings)]
         if value <= best:
             members, best = joined, value

@@ -189,7 +189,10 @@ def _take(study: Study, worker: str) -> optuna.Trial | None:
     if "place" not in trial.user_attrs:  # Somebody was faster, and Optuna made a new trial instead.
         study.tell(trial, state=TrialState.FAIL)
         return None
-    trial.set_user_attr("worker", worker)
+    try:
+        trial.set_user_attr("worker", worker)
+    except UpdateFinishedTrialError:  # A leader that began again has given it up, and waits for another.
+        return None
     return trial
 
 

@@ -23,6 +23,8 @@ from ..models.ensemble import TimestepEnsemble
 from ..models.identity import model_sha256
 from ..models.members import Place, open_member
 from ..models.mixture import fill, step_router
+from ..models.schedulers import make_scheduler
+from ..sampling.checks import check_sample
 from ..sampling.model import schedule_settings
 from ..sampling.sampler import Denoiser, blank_sampling_network, check_prompts, denoiser, open_prompts, sample_images
 from ..storage.hub import pipeline_folder
@@ -37,8 +39,8 @@ class OpenedZoo:
         sha256: of each model.
 
     Raises:
-        UserError: a model is missing, damaged or doesn't fit the base, the metric is no distance, or there are too few
-            images for it.
+        UserError: a model is missing, damaged or doesn't fit the base, the metric is no distance, there are too few
+            images for it, or the base's sampler can't leave steps out or takes no such number of them.
     """
 
     def __init__(self, zoo: Zoo) -> None:
@@ -47,8 +49,12 @@ class OpenedZoo:
         check_metrics([self.metric], zoo.stats)
         check_is_distance(self.metric, "schedule.metric")
         check_num_images(self.metric, zoo.schedule.num_images, "schedule.num_images")
+        check_num_images(self.metric, zoo.schedule.num_report_images, "schedule.num_report_images")
         folder, self.base = pipeline_folder(zoo.base), load_base(zoo.base)
         self.settings = schedule_settings(self.base, zoo.sample, zoo.schedule.num_slots)
+        make_scheduler(self.base, None, zoo.schedule.num_slots, None, range(zoo.schedule.num_slots))
+        for num_steps in (zoo.schedule.num_slots, *zoo.schedule.baseline_steps):
+            check_sample(self.base, self.settings, num_steps)
         members = [open_member(name, Place(folder, self.base)) for name in zoo.models.values()]
         texts = load_prompts(zoo.text)
         check_prompts(self.base, bool(texts))

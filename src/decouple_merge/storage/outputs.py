@@ -185,11 +185,18 @@ def _foreign_to_schedule(path: Path) -> str | None:
     return None if is_ours else "something else than a schedule of deme schedule"
 
 
+def _foreign_to_schedule_search(folder: Path) -> str | None:
+    """Name something in a folder that a search for a schedule doesn't leave there."""
+    own = {"search", "latency", "scored", "front", "result", "locks"}
+    return next((path.name for path in sorted(folder.iterdir()) if path.stem not in own), None)
+
+
 MERGED_FOLDER = Kind("a folder of deme merge", True, partial(_foreign_to_listed, "merge.json"))
 PRUNED = Kind("a folder of deme prune", True, partial(_foreign_to_listed, "prune.json"))
 MERGED_FILE = Kind("a .safetensors file of deme merge", False, _foreign_to_merged_file)
 MASKS = Kind("a folder of deme masks", True, _foreign_to_masks)
 SCHEDULE = Kind("a YAML file of deme schedule", False, _foreign_to_schedule, apart=False)
+SCHEDULE_SEARCH = Kind("a folder of deme schedule", True, _foreign_to_schedule_search, is_replaced=False, apart=False)
 STATISTICS = Kind("an npz file of deme stats", False, _foreign_to_statistics, apart=False)
 RECORDS = Kind("a file of metrics records", False, _foreign_to_records, is_replaced=False, apart=False)
 REPORT = Kind("a page of deme report", False, _foreign_to_report, apart=False)

@@ -24,8 +24,10 @@ DENSITY: dict[str, Bounds | None] = {"density": (0.1, 1.0)}
 SUM: dict[str, Bounds | None] = {"normalize": None, "scale": None}
 ELECTION: dict[str, Bounds | None] = SUM | {"vote": None}
 TRIM, OUTLIERS, BY_RANK = (s.measure for s in (sparsifiers.TRIM, sparsifiers.OUTLIERS, sparsifiers.DROP_BY_RANK))
+WITHIN = sparsifiers.chances_within
 GAMMA: dict[str, Bounds | None] = {"gamma": (0.0, 0.2)}
-EPSILON: dict[str, Bounds | None] = {"epsilon": None}
+# Of chances from density - ε to density + ε, at the default ε.
+CHANCES: dict[str, Bounds | None] = {"density": (0.15, 0.85), "epsilon": None}
 TASKS: dict[str, Bounds | None] = {"threshold": (0.05, 1.0), "min_tasks": None, "max_tasks": None}
 SCALE: dict[str, Bounds | None] = {"scale": None}
 
@@ -34,11 +36,11 @@ RULES: dict[str, Rule] = {
     "ties": Rule(elections.ties, DENSITY | ELECTION, measure=TRIM),
     "dare": Rule(elections.dare, DENSITY | SUM, ["seeds"]),
     "dare_ties": Rule(elections.dare_ties, DENSITY | ELECTION, ["seeds"]),
-    "della": Rule(elections.della, DENSITY | EPSILON | ELECTION, ["seeds"], measure=BY_RANK),
-    "della_linear": Rule(elections.della_linear, DENSITY | EPSILON | SUM, ["seeds"], measure=BY_RANK),
+    "della": Rule(elections.della, CHANCES | ELECTION, ["seeds"], requires=WITHIN, measure=BY_RANK),
+    "della_linear": Rule(elections.della_linear, CHANCES | SUM, ["seeds"], requires=WITHIN, measure=BY_RANK),
     "breadcrumbs": Rule(elections.breadcrumbs, DENSITY | GAMMA | SUM, measure=OUTLIERS),
     "breadcrumbs_ties": Rule(elections.breadcrumbs_ties, DENSITY | GAMMA | ELECTION, measure=OUTLIERS),
-    "consensus": Rule(elections.consensus, TASKS | SUM),
+    "consensus": Rule(elections.consensus, TASKS | SUM, requires=elections.enough_tasks),
     "emr": Rule(elections.emr, SCALE),
     "sce": Rule(selecting.sce, DENSITY | SCALE, num_tensors=5),
     "iso_c": Rule(spectral.iso_c, SCALE, num_tensors=9),
@@ -48,7 +50,7 @@ RULES: dict[str, Rule] = {
     "karcher": Rule(averages.karcher, low=0.0),
     "fisher": Rule(averages.fisher, needs=["fishers"], low=0.0),
     "regmean": Rule(regression.regmean, SCALE | {"off_diagonal": (0.5, 1.0)}, ["grams"], low=0.0, num_tensors=16),
-    "slerp": Rule(averages.slerp),
+    "slerp": Rule(averages.slerp, requires=averages.one_or_two),
 }
 
 
@@ -60,6 +62,26 @@ def check_method(name: str) -> None:
     """
     if name not in RULES:
         raise UserError(f"method: expected one of {', '.join(RULES)}, found {name!r}")
+
+
+def check_read(name: str, given: Sequence[str]) -> None:
+    """Require that a rule reads the settings that a user gave it.
+
+    Args:
+        given: names of settings; those that are no rule's are passed over.
+
+    Raises:
+        UserError: another rule reads one, and this doesn't.
+    """
+    every = {key for rule in RULES.values() for key in (*rule.params, *rule.needs)}
+    own = {*RULES[name].params, *RULES[name].needs}
+    for key in given:
+        need = {"seed": "seeds"}.get(key, key)
+        if need in every - own:
+            readers = [method for method, rule in RULES.items() if need in (*rule.params, *rule.needs)]
+            raise UserError(
+                f"{key} is set, and method {name} doesn't read it; expected --method {' or '.join(readers)}"
+            )
 
 
 def check_weights(weights: Sequence[float], num_experts: int) -> None:

@@ -1,12 +1,13 @@
 """Rules whose coefficients are numbers, or that average the experts."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .rule import Context
+from .rule import Context, Settings
 from .sums import Coefficients, Pointwise, gram, wide_dtype
 
 # Iterations of the geometric median and of the mean on a sphere, and what is as good as 0 to them.
@@ -37,17 +38,23 @@ def fisher(base: Tensor, experts: list[Tensor], weights: list[float], context: C
     return Pointwise(coefficients, beside=context.fishers)
 
 
+def one_or_two(weights: Sequence[float], settings: Settings) -> None:
+    """Require what ``slerp`` takes: one expert, or two whose weights have a sum or are both 0."""
+    if len(weights) > 2 or (len(weights) == 2 and any(weights) and math.fsum(weights) == 0):
+        raise UserError(
+            f"slerp has {len(weights)} experts with weights {list(weights)}, expected one, or two with a sum; karcher "
+            "takes more"
+        )
+
+
 def slerp(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:
     """Spherical interpolation of two (Shoemake 1985): sin((1 - t)Ω)/sin Ω and sin(tΩ)/sin Ω, Ω the angle between them.
 
     One expert: from the base to it, t = w. Two: from the first to the second, t = w_2 / (w_1 + w_2), the base unused.
-    Nearly parallel tensors are interpolated linearly. ``karcher`` takes more.
-
-    Raises:
-        UserError: there are more than two experts, or the weights of two add up to 0.
+    Two weights of 0 give the base. Nearly parallel tensors are interpolated linearly. ``karcher`` takes more.
     """
-    if len(experts) > 2 or (len(experts) == 2 and sum(weights) == 0):
-        raise UserError(f"slerp has {len(experts)} experts with weights {weights}, expected one, or two with a sum")
+    if not any(weights):
+        return [1.0, *(0.0 for _ in weights)]
     pair = [base, experts[0]] if len(experts) == 1 else experts
     t = weights[0] if len(experts) == 1 else weights[1] / sum(weights)
     products = gram(pair)
@@ -120,7 +127,10 @@ def geometric_median(base: Tensor, experts: list[Tensor], weights: list[float], 
         # An expert is the median where the others together don't pull more than its own weight (Kuhn 1973).
         pulls = torch.where(together[k], 0.0, weight / apart[k].where(~together[k], 1.0))
         moves = products - products[k] - products[:, k : k + 1] + products[k, k]
-        if float(pulls @ moves @ pulls) <= float(weight[together[k]].sum()) ** 2:
+        own = float(weight[together[k]].sum())
+        # Two of equal weight pull equally: all between them are medians, and their mean is the one that rounding of
+        # a tensor doesn't choose.
+        if float(pulls @ moves @ pulls) <= own**2 * (1 - 1e-9 * (own < 1)):
             return [0.0, *(float(i == k) for i in range(len(experts)))]
     return [0.0, *_weiszfeld(products, shares)]
 

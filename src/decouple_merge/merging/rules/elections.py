@@ -1,11 +1,13 @@
 """Rules that sum what sparsifiers leave of the task vectors, with or without an election of signs."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .rule import Context
+from ...errors import UserError
+from .rule import Context, Settings
 from .sparsifiers import DROP, DROP_BY_RANK, OUTLIERS, TRIM, Sparsifier, row_length
 from .sums import Answer, Pointwise, exact_dtype, task_vector, wide_dtype
 
@@ -179,6 +181,17 @@ def emr(base: Tensor, experts: list[Tensor], weights: list[float], context: Cont
         return largest.mul_(elected).mul_(context.settings.scale)
 
     return Pointwise(change)
+
+
+def enough_tasks(weights: Sequence[float], settings: Settings) -> None:
+    """Require that ``consensus`` can keep anything of so many experts."""
+    num, most = len(weights), len(weights) if settings.max_tasks is None else min(settings.max_tasks, len(weights))
+    if settings.min_tasks > most:
+        asked = "" if settings.max_tasks is None else f" and max_tasks {settings.max_tasks}"
+        raise UserError(
+            f"min_tasks is {settings.min_tasks}{asked} with {num} experts, so that nothing is kept; expected at most "
+            f"{most}"
+        )
 
 
 def consensus(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Pointwise:

@@ -69,7 +69,7 @@ def magnitudes_between(base: Tensor, expert: Tensor, num_small: int, num_large: 
     """
     num = expert.numel()
     if num_small + num_large >= num:
-        return math.inf, -math.inf
+        return math.inf, math.inf
     ranks = [num_small + 1] * (num_small > 0) + [num - num_large] * (num_large > 0)
     found = iter(order_statistics(magnitude, [base, expert], ranks) if ranks else [])
     return next(found) if num_small > 0 else 0.0, next(found) if num_large > 0 else math.inf

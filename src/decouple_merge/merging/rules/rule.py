@@ -98,6 +98,7 @@ class Rule:
         params: the settings that it reads, with the bounds that a search looks within; None where it doesn't.
         needs: what its context must hold: ``seeds``, ``fishers``, ``grams``.
         low: the least weight that it takes.
+        requires: raises ``UserError`` where it doesn't take such weights or settings.
         measure: what it needs to know of an expert whatever the weights, of base, experts, context and the expert's
             place. Where the same experts are merged again and again, it is computed once.
         kept: how many numbers that is, of a tensor's shape and the number of experts; ends of intervals don't count.
@@ -108,9 +109,22 @@ class Rule:
     params: Mapping[str, Bounds | None] = field(default_factory=dict)
     needs: Sequence[Literal["seeds", "fishers", "grams"]] = ()
     low: float = -math.inf
+    requires: Callable[[Sequence[float], Settings], None] | None = None
     measure: Callable[[Tensor, Sequence[Tensor], Context, int], Any] | None = None
     kept: Callable[[Sequence[int], int], int] = lambda shape, num: 0
     num_tensors: int = 3
+
+    def check(self, weights: Sequence[float], settings: Settings) -> None:
+        """Require that the rule takes a weight for each expert, and settings.
+
+        Raises:
+            UserError: a weight is below the least that it takes, or they don't fit the rule or each other.
+        """
+        settings.densities(len(weights))
+        if min(weights, default=0.0) < self.low:
+            raise UserError(f"weights are {list(weights)}, expected none below {self.low:g} with this method")
+        if self.requires is not None:
+            self.requires(weights, settings)
 
     def measured(self, base: Tensor, experts: Sequence[Tensor], context: Context) -> Context:
         """Add what the rule needs to know of each expert, unless it is there."""
@@ -122,10 +136,9 @@ class Rule:
         """Apply the rule to experts in the order of their sum.
 
         Raises:
-            UserError: a weight is below the least that it takes.
+            UserError: as ``check``.
         """
-        if min(weights, default=0.0) < self.low:
-            raise UserError(f"weights are {list(weights)}, expected none below {self.low:g} with this method")
+        self.check(weights, context.settings)
         return self.merge(base, experts, [float(w) for w in weights], self.measured(base, experts, context))
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import hardshrink
 
 from ...errors import UserError
 from .order_statistics import magnitudes_between, num_kept
-from .rule import Context
+from .rule import Context, Settings
 
 # Of a flat chunk of τ_i to what is left of it, which may be the same memory. It gets every chunk once, in order.
 Keeper = Callable[[Tensor], Tensor]
@@ -83,16 +83,22 @@ def _uniform(vector: Tensor, draws: torch.Generator) -> Tensor:
     return torch.rand(vector.shape, generator=draws).to(vector)
 
 
+def chances_within(weights: Sequence[float], settings: Settings) -> None:
+    """Require that what ``della`` keeps entries by are chances, or that it keeps all."""
+    epsilon = settings.epsilon
+    for density in settings.densities(len(weights)):
+        if density != 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            raise UserError(
+                f"density is {density:g} and epsilon {epsilon:g}, expected both their sum and their difference within "
+                "0 and 1: they are chances"
+            )
+
+
 def _by_rank(context: Context, place: int) -> Keeper:
     density, epsilon = _density(context, place), context.settings.epsilon
     draws = torch.Generator().manual_seed(context.seeds[place])
     if density == 1:
         return lambda vector: vector
-    if not 0 < density - epsilon <= density + epsilon < 1:
-        raise UserError(
-            f"density is {density:g} and epsilon {epsilon:g}, expected both their sum and their difference within 0 "
-            "and 1: they are chances"
-        )
     length = context.statistics[place]
 
     def keep(vector: Tensor) -> Tensor:
