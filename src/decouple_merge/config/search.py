@@ -33,7 +33,8 @@ class Search(RuleSettings):
         gradient_batches: training batches on which a weight vector to start with is learned by the gradient of the
             denoising loss; 0 learns none.
         num_trials: candidates to screen, at most; less where max_images, the images drawn for screening, or
-            max_minutes, the time spent on it by all workers, are reached before.
+            max_minutes, the time spent on it by all workers, are reached before. The candidates that a search begins
+            with are all scored.
         batch_size: candidates that ``gp`` and ``tpe`` propose at once, to keep several workers busy.
         grid_step: of the coarse grid; the fine grid around its best has half of it.
         metric: a distance, minimised; candidates are screened on num_images images of num_steps steps (None: as

@@ -115,7 +115,7 @@ def _changed(plan: Plan) -> Iterator[tuple[str, list[str]]]:
 
 
 def search_record(plan: Plan, experts_sha256: Sequence[str], rule: Sequence[str]) -> MadeFrom:
-    """Say what a run's search is made from, with the hashes of what it combines and the records of what its rule reads."""
+    """Say what a run's search is made from, with the hashes of what it combines and records of what its rule reads."""
     return _search(plan) | {"experts_sha256": list(experts_sha256)} | ({"rule": list(rule)} if rule else {})
 
 
