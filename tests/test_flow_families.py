@@ -1,17 +1,21 @@
 """Flow-matching transformers against their stock pipelines in diffusers, and the whole job on each."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
+from PIL import Image
 from torch import Tensor
 
 from conftest import stock_images
 from decouple_merge.config import Config, Sample, Text
+from decouple_merge.data.latents import open_texts
 from decouple_merge.diffusion.process import Flow
 from decouple_merge.experiment import workflow
 from decouple_merge.models.base import load_base
@@ -21,12 +25,18 @@ from decouple_merge.models.families.sd3 import save_sd3
 from decouple_merge.models.families.z_image import save_z_image
 from decouple_merge.models.mixture import load_ensemble
 from decouple_merge.models.schedulers import make_scheduler
+from decouple_merge.sampling.folder import drawn_from
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
 from decouple_merge.storage.files import read_tensors
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+SHARES_CACHE = True
 
 SAMPLER = "FlowMatchEulerDiscrete"
 CPU = torch.device("cpu")
 WORDS = ["red cat", "blue dog"]
+KIND_OF = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux dev", "ZImagePipeline": "z_image"}
 KINDS: dict[str, Callable[[Path], Path]] = {
     "sd3": save_sd3,
     "sd3 without T5": lambda folder: save_sd3(folder, has_t5=False),
@@ -108,7 +118,8 @@ def whole_config(base: Path, captioned: Path, text_config: Callable[..., Config]
         finetune=finetune,
         sample={"sampler": SAMPLER, "num_steps": 2},
         text={"guidance_scale": guidance},
-        search={"num_trials": 2, "num_images": 4, "gradient_batches": 1, "num_finalists": 0},
+        # Whatever the search finds, the merge is not the base.
+        search={"num_trials": 5, "num_images": 4, "num_finalists": 0, "gradient_batches": 0, "frozen": {0: 1.0}},
         evaluate={"num_images": 4, "num_seed_sets": 1, "num_sample_images": 1},
         **sections,
     )
@@ -120,29 +131,50 @@ def test_a_whole_run_ends_in_a_stock_pipeline(
     family: str, is_lora: bool, tiny_captioned: Path, text_config: Callable[..., Config], tmp_path: Path
 ) -> None:
     folder = FAMILIES[family].save_tiny(tmp_path / "base")
-    changes: dict[str, Any] = {"lora": {"rank": 2}, "projection": {"placement": "none"}} if is_lora else {}
+    changes: dict[str, Any] = {}
     if is_lora:
+        changes = {"lora": {"rank": 2}, "projection": {"placement": "none"}, "learning_rate": 0.1}
         pytest.importorskip("peft", reason="peft isn't installed")
     config = whole_config(folder, tiny_captioned, text_config, finetune=changes)
     list(workflow.run(config, tmp_path / "run"))
     base, merged = load_base(str(folder)), load_base(str(tmp_path / "run/merged"))
     stock = {key: (value.shape, value.dtype) for key, value in base.network.state_dict().items()}
     assert {key: (value.shape, value.dtype) for key, value in merged.network.state_dict().items()} == stock
-    # Two candidates may both be worse than the base, and the merge then is the base.
     expert, _ = read_tensors(tmp_path / "run/experts/0/model.safetensors")
     assert {key: value.shape for key, value in expert.items()} == {key: shape for key, (shape, _) in stock.items()}
     assert any(not torch.equal(value, base.network.state_dict()[key]) for key, value in expert.items())
-    pipeline: Any = DiffusionPipeline.from_pretrained(tmp_path / "run/merged")
+    shown = tmp_path / "run/samples/ensemble/0.png"
+    prompts = [(drawn_from(shown) or {})["prompt"]]
+    arguments = {"height": 16, "width": 16, "num_inference_steps": 2, **stock_arguments(KIND_OF[family], 2.0)}
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    arguments = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "np"}
-    seed = torch.Generator().manual_seed(0)
-    assert pipeline(WORDS[0], generator=seed, **arguments).images.shape == (1, 16, 16, 3)
     if is_lora:
         pipeline.load_lora_weights(tmp_path / "run/merged-lora")
     else:
         # Stock pipelines draw with the ensemble, by what they give the network as its timestep.
         pipeline.transformer = load_ensemble(tmp_path / "run")
-        assert pipeline(WORDS[0], **arguments).images.shape == (1, 16, 16, 3)
+    seed = [torch.Generator().manual_seed(0)]
+    # A copy: some pipelines write into the list.
+    found = pipeline([*prompts], generator=seed, output_type="np", **arguments).images
+    plain, together = (stock_images(at, prompts, [0], **arguments) for at in (folder, tmp_path / "run/merged"))
+    assert abs(together - plain).max() > 0.01
+    expected = together if is_lora else np.asarray(Image.open(shown)) / 255
+    assert abs(found - expected).max() <= 1 / 255
+    assert abs(found - plain).max() > 0.01
+
+
+def test_pipelines_that_share_text_encoders_share_no_guidance(tmp_path: Path) -> None:
+    dev, schnell = KINDS["flux dev"](tmp_path / "dev"), KINDS["flux schnell"](tmp_path / "schnell")
+    for part in ("text_encoder", "text_encoder_2"):
+        shutil.rmtree(schnell / part)
+        shutil.copytree(dev / part, schnell / part)
+    found = {}
+    for folder in (dev, schnell):
+        encoders = load_base(str(folder)).encoders
+        assert encoders is not None
+        found[folder] = open_texts(encoders, WORDS, "fp32", CPU).embed(WORDS)
+    assert found[dev].keys() - found[schnell].keys() == {"guidance"}
+    assert torch.equal(found[dev]["encoder_hidden_states"], found[schnell]["encoder_hidden_states"])
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])

@@ -121,7 +121,9 @@ class TextEmbeddings(CachedRows):
         digest = hashlib.sha256(repr(list(self.index)).encode()).hexdigest()
         encoder = encoder_sha256(encoders, *encoders.text_parts)
         empty = ", zeros for the empty one" if encoders.zeros_for_empty else ""
-        super().__init__("texts", f"texts {digest}{empty}, text encoder {encoder}", len(self.index), precision)
+        # Pipelines may share encoders of texts, and one alone tell its denoiser a guidance with them.
+        told = ", with a guidance" if encoders.guidance == "embedded" else ""
+        super().__init__("texts", f"texts {digest}{empty}, text encoder {encoder}{told}", len(self.index), precision)
 
     def open_encoder(self) -> Callable[[Sequence[int]], Rows]:
         pipeline, texts = load_text_encoders(self.encoders, self.device), list(self.index)
