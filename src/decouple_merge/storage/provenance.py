@@ -1,12 +1,16 @@
 """Where a result comes from: the commit of this code."""
 
+import functools
 import os
 import subprocess
 from pathlib import Path
 
 
+@functools.cache
 def git_commit() -> str | None:
     """Name the commit of this code, with ``-dirty`` where it was changed; None where no repository tracks it.
+
+    It is asked for once: what runs is the code that was loaded, whatever is committed meanwhile.
 
     A package that is installed in a virtual environment may lie in a repository of something else.
     """
