@@ -65,7 +65,6 @@ def merge(
     With other weights in a part of the network, in half precision: add `--block 'up_blocks.*=1,0' --set dtype=F16`
     """
     from ..merging import recipes
-    from ..merging.rules import check_method, check_read
 
     if recipe is not None:
         if base or weights or method or blocks or component or extra_keys or missing_keys or overrides:
@@ -76,8 +75,6 @@ def merge(
     else:
         named = {"method": method, "component": component, "extra_keys": extra_keys, "missing_keys": missing_keys}
         settings = _settings(named, weights, blocks or [], overrides)
-        check_method(settings.method)
-        check_read(settings.method, [override.partition("=")[0] for override in overrides or []])
         show_bytes(recipes.merge_models(base, experts, settings, out, dry_run))
     if not dry_run:
         console.print(f"merged model: {out}")
@@ -124,6 +121,7 @@ def info(
 
 def _settings(named: dict[str, str | None], weights: str, blocks: list[str], overrides: list[str] | None) -> "Merge":
     from ..config import Merge, validate
+    from ..merging.rules import check_method, check_read
 
     patterns = [pattern for pattern, _ in map(_block, blocks)]
     if twice := [p for i, p in enumerate(patterns) if p in patterns[:i]]:
@@ -133,7 +131,10 @@ def _settings(named: dict[str, str | None], weights: str, blocks: list[str], ove
         "weights": _numbers("--weights", weights),
         "blocks": dict(_block(b) for b in blocks),
     }
-    return validate(Merge, given, "merge", overrides)
+    settings = validate(Merge, given, "merge", overrides)
+    check_method(settings.method)
+    check_read(settings.method, [override.partition("=")[0] for override in overrides or []])
+    return settings
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -65,13 +65,7 @@ class Sources:
         self._check_fishers()
         self.grams = [TensorFiles(weight_files(path)) for path in settings.grams]
         self._check_grams()
-        # Masks go with an expert's content, not with its place in the list. A recipe says what it was called there.
-        known = experts_sha256 or [None] * len(experts)
-        self.identities = [
-            sha256 or expert.whole_sha256(expert.files.sha256())
-            for sha256, expert in zip(known, self.experts, strict=True)
-            if "seeds" in self.rule.needs
-        ]
+        self.identities = self._identities(experts_sha256) if "seeds" in self.rule.needs else []
         asked = None if settings.dtype is None else DTYPES[settings.dtype]
         self.output: Layout = {
             key: (asked if asked and e.dtype.is_floating_point else e.dtype, e.shape)
@@ -88,6 +82,13 @@ class Sources:
                 f"{next(iter(self.projections))} is a trunk projection, and a file has no place for it; give the "
                 "pipeline as the base"
             )
+
+    def _identities(self, known: Sequence[str | None]) -> list[str]:
+        """Name each expert by what it holds, which masks go with, and not by its place; by a recipe's name, if any."""
+        return [
+            sha256 or expert.whole_sha256(expert.files.sha256())
+            for sha256, expert in zip(known or [None] * len(self.experts), self.experts, strict=True)
+        ]
 
     def check_sha256(self, names: Sequence[str | Path], expected_sha256: Sequence[str | None]) -> None:
         """Require that base and experts, in this order, are what a recipe was made with, as far as it says.
