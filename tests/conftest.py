@@ -1,6 +1,9 @@
 """Tiny models, data and configs: everything is built here, nothing is fetched."""
 
+import functools
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,42 @@ import instrument
 instrument.install()
 
 from decouple_merge.config import Config  # noqa: E402
-from decouple_merge.models.families import dit, sdxl, stable_diffusion, unet  # noqa: E402
+from decouple_merge.experiment import pictures  # noqa: E402
+from decouple_merge.experiment import trials as run_trials  # noqa: E402
+from decouple_merge.models.families import dit, flux, sd3, sdxl, stable_diffusion, unet, wan, z_image  # noqa: E402
 from decouple_merge.training import loop  # noqa: E402
+
+SAVED = tempfile.TemporaryDirectory(prefix="deme-tests-")
+
+
+def once(save: Callable[..., Path]) -> Callable[..., Path]:
+    """Save a tiny pipeline once, and copy it from then on; one that is given parts of its own is always saved."""
+    made: dict[str, Path] = {}
+
+    @functools.wraps(save)
+    def copied(folder: Path, *args: Any, **options: Any) -> Path:
+        if not all(isinstance(value, str | float | int | None) for value in (*args, *options.values())):
+            return save(folder, *args, **options)
+        key = repr((args, sorted(options.items())))
+        if key not in made:
+            made[key] = save(Path(tempfile.mkdtemp(dir=SAVED.name)) / "pipeline", *args, **options)
+        return Path(shutil.copytree(made[key], folder, dirs_exist_ok=True))
+
+    return copied
+
+
+# Before tests import them by name.
+for module, name in (
+    (dit, "save_dit"),
+    (flux, "save_flux"),
+    (sd3, "save_sd3"),
+    (sdxl, "save_sdxl"),
+    (stable_diffusion, "save_stable_diffusion"),
+    (wan, "save_wan"),
+    (z_image, "save_z_image"),
+):
+    setattr(module, name, once(getattr(module, name)))
+save_unet = once(unet.UNet().save_tiny)
 
 make_unet, make_text_unet = unet.tiny_unet, stable_diffusion.tiny_text_unet
 make_sdxl_unet, make_dit = sdxl.tiny_sdxl_unet, dit.tiny_dit
@@ -29,10 +66,29 @@ save_stable_diffusion, save_sdxl, save_dit = stable_diffusion.save_stable_diffus
 
 
 @pytest.fixture(autouse=True)
-def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep reference statistics of tests apart from the user's, and two busy cores from fighting."""
-    monkeypatch.setenv("DEME_CACHE", str(tmp_path / "cache"))
+def _isolated(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what tests cache apart from the user's, and two busy cores from fighting; every test draws the same.
+
+    Tests of a module with ``SHARES_CACHE`` have one cache together.
+    """
+    shared = getattr(request.module, "SHARES_CACHE", False)
+    cache = Path(SAVED.name) / f"cache-{request.module.__name__}" if shared else tmp_path / "cache"
+    monkeypatch.setenv("DEME_CACHE", str(cache))
     torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the figures of a run, which take a second and more, where no test looks at them."""
+    figures = [(pictures, "sample_grid", 1), (run_trials, "search_cost", 2), (run_trials, "search_surfaces", 2)]
+    for module, name, place in figures:
+
+        def write(*args: Any, place: int = place) -> None:
+            args[place].parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (1, 1)).save(args[place], "PNG")
+
+        monkeypatch.setattr(module, name, write)
 
 
 @pytest.fixture
@@ -44,7 +100,7 @@ def every_record(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tiny_base(tmp_path: Path) -> Path:
     """The folder of a tiny DDPM pipeline, T = 40."""
-    return unet.UNet().save_tiny(tmp_path / "base")
+    return save_unet(tmp_path / "base")
 
 
 @pytest.fixture

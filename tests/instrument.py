@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any, get_args
 
 import jaxtyping
@@ -12,20 +12,26 @@ from beartype import BeartypeConf, beartype
 
 checks_shapes = jaxtyping.jaxtyped
 by_beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
-# Of each function's code: the annotations that checks were written for, and the function with these checks.
+# Of an inner function's code: the annotations that checks were written for, and a stand-in with these checks.
 written: dict[CodeType, tuple[dict[str, Any], FunctionType]] = {}
 
 
 def checks_types(function: FunctionType) -> Callable[..., Any]:
-    """Have beartype check a function; checks of an inner function, which is made at every call, are written once."""
+    """Have beartype check a function; checks of an inner one, which is made at every call, are written once."""
+    if "<locals>" not in function.__qualname__:
+        return by_beartype(function)
     annotations = inspect.get_annotations(function)
     known, checked = written.get(function.__code__, (None, function))
     if known != annotations:
-        checked = by_beartype(function)
-        # Where nothing is to be checked, beartype returns the function as it is.
-        if checked is not function:
-            written[function.__code__] = annotations, checked
-        return checked
+        # One without what the function closes over, which would otherwise never leave memory.
+        cells = tuple(CellType() for _ in function.__code__.co_freevars)
+        stand_in = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+        stand_in.__qualname__, stand_in.__annotations__ = function.__qualname__, annotations
+        checked = by_beartype(stand_in)
+        written[function.__code__] = annotations, checked
+    # Where nothing is to be checked, beartype returns the function as it is.
+    if checked.__code__ is function.__code__:
+        return function
     again = FunctionType(checked.__code__, checked.__globals__)
     again.__kwdefaults__ = {**checked.__kwdefaults__, "__beartype_func": function}
     return functools.update_wrapper(again, function)

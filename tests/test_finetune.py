@@ -469,7 +469,9 @@ def test_bf16_trains_in_a_process_that_trained_in_float32(tmp_path: Path, tiny_c
     weights = [read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("float32", "bf16")]
     assert {v.dtype for v in weights[1].values()} == {torch.float32}
     assert not equal(*weights)
-    assert all(torch.allclose(weights[0][k], v, atol=0.005) for k, v in weights[1].items())
+    start = load_base(tiny_config().base).network.state_dict()
+    moves = [torch.cat([(found[key] - start[key]).flatten() for key in start]) for found in weights]
+    assert torch.cosine_similarity(*moves, dim=0) > 0.9
 
 
 def test_bf16_resumes_bitwise(tmp_path: Path, tiny_config: Callable[..., Config]) -> None:

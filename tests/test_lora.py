@@ -30,11 +30,13 @@ from decouple_merge.models.lora import (
 )
 from decouple_merge.training import trainer
 
+SHARES_CACHE = True
+
 MakeConfig = Callable[..., Config]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-pytestmark = pytest.mark.usefixtures("every_record")
+pytestmark = pytest.mark.usefixtures("every_record", "no_pictures")
 
 
 def output(network: nn.Module) -> Tensor:
@@ -171,6 +173,7 @@ def test_the_teacher_of_an_adapter_is_the_base(
     monkeypatch.setattr(trainer, "predict", spy)
     list(finetuning.finetune_experts(plan, 0))
     teacher = outputs[:4]
+    assert len(teacher) == 4
     assert all(torch.equal(found, expected) for found, expected in teacher)
 
 

@@ -240,8 +240,8 @@ def test_a_zoo_measures_and_scores_its_models(zoo: Path) -> None:
         ([], 6.0, "narrow.yaml", r"--out is .*narrow, which is an input"),
         ([], 6.0, "mine.yaml", r"--out is .*mine, which holds notes.txt"),
         (["schedule.num_report_images=1"], 6.0, "found.yaml", "schedule.num_report_images is 1, expected at least"),
-        (["schedule.baseline_steps=[2, 99]"], 6.0, "found.yaml", "99"),
-        (["schedule.num_slots=99"], 6.0, "found.yaml", "99"),
+        (["schedule.baseline_steps=[2, 99]"], 6.0, "found.yaml", "takes no 99 steps|99 steps"),
+        (["schedule.num_slots=99"], 6.0, "found.yaml", "99 steps"),
     ],
 )
 def test_what_a_search_would_stumble_over_at_its_end_is_refused_before_it(

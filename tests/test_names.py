@@ -1,5 +1,6 @@
 """Stable Diffusion's two layouts: the names against diffusers' own conversion, and merges across them."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ SDXL = {
 NETWORKS: dict[str, dict[str, Any]] = {"SD 1.x": SD, "SDXL": SDXL}
 
 
+# Nobody changes one.
+@functools.cache
 def make_unet(name: str, shift: float = 0.0, seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     torch.manual_seed(seed)
     settings = NETWORKS[name] | changes

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UniPCMultistepScheduler
+from PIL import Image
 from torch import Tensor
 
 from decouple_merge.config import Config, Merge, Sample, Text
@@ -22,8 +24,13 @@ from decouple_merge.models.families.wan import TwoTransformers, save_wan, tiny_w
 from decouple_merge.models.mixture import load_ensemble
 from decouple_merge.models.network import predict
 from decouple_merge.models.parts import load_vae
+from decouple_merge.sampling.folder import drawn_from
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
 from decouple_merge.storage.files import read_tensors, write_tensors
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+SHARES_CACHE = True
 
 CPU = torch.device("cpu")
 WORDS = ["red cat", "blue dog"]
@@ -182,7 +189,11 @@ def test_a_whole_run_ends_in_a_stock_pipeline(
         after.transformer = load_ensemble(tmp_path / "run")
         if ratio is not None:
             after.transformer_2 = after.transformer
-        assert stock_frames(after, [1, 2], num_inference_steps=2).shape == (2, 3, 16, 16)
+        shown = tmp_path / "run/samples/ensemble/0.png"
+        size = {"height": 16, "width": 16, "num_frames": 1, "num_inference_steps": 4, "guidance_scale": 2.0}
+        seed, prompts = [torch.Generator().manual_seed(0)], [(drawn_from(shown) or {})["prompt"]]
+        found = after(prompts, generator=seed, output_type="np", **size).frames[0, 0]
+        assert abs(255 * found - np.asarray(Image.open(shown))).max() <= 1
 
 
 def test_an_expert_of_a_range_on_one_side_leaves_the_other_transformer_alone(
