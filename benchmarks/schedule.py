@@ -12,9 +12,9 @@ import heapq
 import random
 from pathlib import Path
 
+import decouple_merge.searching.levels as levels
 from decouple_merge.config import Config, Sample, load_config
 from decouple_merge.evaluation.shared_features import SharedFeatures
-from decouple_merge.searching import levels
 from decouple_merge.searching.strategies import Weights
 from decouple_merge.searching.study import open_study
 from decouple_merge.searching.trial import Level, Score
