@@ -16,7 +16,7 @@ from decouple_merge.errors import UserError
 from decouple_merge.evaluation.intervals import paired_ratio
 from decouple_merge.evaluation.judge import Judge, save_judge
 from decouple_merge.experiment import workflow
-from decouple_merge.experiment.plan import check
+from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.experiment.reported import report_references
 from decouple_merge.experiment.study import open_plans, run_study
 from decouple_merge.experiment.study_plan import count_work, describe_study
@@ -87,6 +87,14 @@ def test_a_study_is_read_back_as_it_was_written(make_study: Callable[..., Study]
 def test_set_changes_a_study(make_study: Callable[..., Study]) -> None:
     study = make_study({"a": {}}, ["seeds=[7]", "settings.finetune.num_updates=9"])
     assert [c.finetune.num_updates for c in arm_configs(study).values()] == [9]
+
+
+def test_runs_of_every_seed_have_the_layers_of_the_base(make_study: Callable[..., Study], tmp_path: Path) -> None:
+    study = make_study({"a": {"search": {"blocks": ["layers"]}}})
+    first, second = open_plans(study, StudyFolder(tmp_path / "out")).values()
+    assert len(first.config.search.blocks) > 20
+    # A run's folder says what its config became, and the study compares with that.
+    assert second.config.search.blocks == prepare(arm_configs(study)["a", 5], tmp_path / "alone").config.search.blocks
 
 
 @pytest.mark.parametrize(

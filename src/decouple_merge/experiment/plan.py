@@ -58,7 +58,7 @@ def check(config: Config, out: Path) -> Plan:
         check_url(config.results, out)
     base = with_density(load_base(config.base, config.finetune.experts == "denoisers"), config.finetune)
     ranges = ranges_of(base, config.finetune)
-    config = _with_layers(config, base)
+    config = with_layers(config, base)
     check_sample(base, config.sample)
     check_sample(base, config.sample, config.search.num_steps)
     check_sample(base, config.report_sample)
@@ -76,7 +76,7 @@ def check(config: Config, out: Path) -> Plan:
     return image_plan(config, out, base, tuple(ranges), images)
 
 
-def _with_layers(config: Config, base: Base) -> Config:
+def with_layers(config: Config, base: Base) -> Config:
     """Put a pattern for each layer where the search asks for weights of every layer."""
     if config.search.blocks != [LAYERS]:
         return config

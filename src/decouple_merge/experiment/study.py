@@ -23,7 +23,7 @@ from .distilling import distil
 from .given import write_given
 from .located import located
 from .manifest import check_owner
-from .plan import check, prepare
+from .plan import check, prepare, with_layers
 from .planned import BASELINE, Plan, Plans
 from .provenance import check_stages
 from .reported import report_models
@@ -81,9 +81,10 @@ def open_plans(study: Study, folder: StudyFolder) -> Plans:
                 plans[arm, seed] = check(config, run.folder)
             else:
                 # The arm's runs differ in the seed alone.
-                config = located(config)
+                first = plans[arm, study.seeds[0]]
+                config = with_layers(located(config), first.base)
                 check_owner(run, config, [config.base, config.data.source])
-                plans[arm, seed] = dataclasses.replace(plans[arm, study.seeds[0]], config=config, run=run)
+                plans[arm, seed] = dataclasses.replace(first, config=config, run=run)
             check_stages(plans[arm, seed])
         except UserError as error:
             raise UserError(f"arm {arm}: {error}") from error
