@@ -13,6 +13,11 @@ from .base import Base
 from .parts import encoder_sha256
 
 
+def config_sha256(base: Base) -> str:
+    """Hash the denoiser's config."""
+    return _sha256(_settings(base.network.config))
+
+
 def base_parts(base: Base) -> MadeFrom:
     """List what tells a base from others, by what a user may have changed.
 
@@ -28,7 +33,7 @@ def base_parts(base: Base) -> MadeFrom:
     return plain(
         {
             "weights": base.sha256,
-            "config": _sha256(_settings(base.network.config)),
+            "config": config_sha256(base),
             "scheduler": {"class": type(scheduler).__name__, **_settings(scheduler.config)},
             "encoders": parts,
             "classes": told and _sha256(told),

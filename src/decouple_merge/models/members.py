@@ -22,7 +22,7 @@ from ..storage.run_folder import Run
 from ..storage.tensors import TensorFiles, check_finite
 from .base import Base
 from .family import read_config, read_index
-from .identity import base_parts
+from .identity import config_sha256
 from .processes import process_of
 
 # What a network of the mixture may not have otherwise: what goes in, and what comes out.
@@ -155,7 +155,7 @@ def _open_weights(name: str, path: Path, place: Place) -> Member:
     record, run = _base_of(path), Run(path.parent.parent)
     of_run = run.config.is_file() and (path / "expert.json").is_file()
     # Other networks may have the same keys and shapes: of other heads, or for images of another size.
-    differs = of_run and record.get("config") not in (None, base_parts(base)["config"])
+    differs = of_run and record.get("config") not in (None, config_sha256(base))
     if not differs and not any(compare_keys(base.network.state_dict(), expert.files.entries).values()):
         if isinstance(scheduler := record.get("scheduler"), dict):
             _compare(name, scheduler, base)
