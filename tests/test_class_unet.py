@@ -29,7 +29,7 @@ SEEDS = [5, 6, 7]
 CLASSES = ["2", "0", "1"]
 MakeConfig = Callable[..., Config]
 
-pytestmark = pytest.mark.usefixtures("every_record", "no_pictures")
+pytestmark = pytest.mark.usefixtures("every_record")
 
 
 def save(folder: Path, **changes: Any) -> Path:

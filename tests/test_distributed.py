@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from children import in_processes
 from decouple_merge.cli import main
 from decouple_merge.config import Config, dump_config
 from decouple_merge.errors import UserError
@@ -225,38 +227,32 @@ def test_processes_that_do_not_share_the_folder_are_told(tmp_path: Path) -> None
     assert together(find_different_things, tmp_path) == [0, 0]
 
 
-def torchrun(*command: str, num: int = 2) -> subprocess.Popen[str]:
-    # 0 makes torchrun take a free port, as any other that starts at the same moment does.
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*launcher, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+def own_mean(start: float) -> float:
+    """Take the mean over the processes of a launch."""
+    distributed.join()
+    return float(distributed.mean(torch.tensor(start + distributed.rank())))
 
 
 def test_two_launches_at_once_do_not_meet(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, sys, torch\n"
-        "from decouple_merge.executors import distributed\n"
-        "distributed.join()\n"
-        "found = distributed.mean(torch.tensor(float(sys.argv[1]) + distributed.rank()))\n"
-        # At once, or the lines of two processes mix.
-        "os.write(1, f'{distributed.world_size()} {float(found)}\\n'.encode())\n"
-    )
-    launches = [torchrun(str(script), str(10 * i)) for i in (1, 2)]
-    for launch, expected in zip(launches, ("2 10.5", "2 20.5"), strict=True):
-        out, err = launch.communicate(timeout=200)
-        assert launch.returncode == 0, err
-        assert out.split("\n") == [expected, expected, ""]
+    def launch(number: int) -> None:
+        # As ``torchrun --standalone --nproc_per_node 2`` does.
+        rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(number)}
+        settings = LaunchConfig(1, 1, 2, start_method="fork", **rendezvous)
+        means = elastic_launch(settings, own_mean)(10.0 * number)
+        (tmp_path / str(number)).write_text(repr(sorted(means.items())))
+
+    in_processes(2, launch)
+    assert [(tmp_path / str(i)).read_text() for i in range(2)] == ["[(0, 0.5), (1, 0.5)]", "[(0, 10.5), (1, 10.5)]"]
 
 
 def test_the_command_under_torchrun_prints_once(tiny_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(dump_config(tiny_config(finetune={**ONE_EXPERT, "num_updates": 2})))
-    deme = ("-m", "decouple_merge.cli")
-    training = torchrun(*deme, "finetune", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "run"))
-    out, err = training.communicate(timeout=200)
-    assert training.returncode == 0, err
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    deme = ["-m", "decouple_merge.cli", "finetune", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *deme], capture_output=True, text=True, env=environment, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
     assert out.count("an update sees 2 processes × batch_size 4 × accumulation 1 = 8 images") == 1
     assert out.count("expert-0 2/2") == 1
 

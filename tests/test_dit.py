@@ -44,7 +44,7 @@ NUMBERS = [1, 2, 0]
 MakeConfig = Callable[..., Config]
 
 
-pytestmark = pytest.mark.usefixtures("every_record", "no_pictures")
+pytestmark = pytest.mark.usefixtures("every_record")
 
 
 @pytest.fixture

@@ -29,8 +29,6 @@ from decouple_merge.models.schedulers import make_scheduler
 from decouple_merge.sampling.sampler import denoiser, sample_images
 from decouple_merge.seeds import generator
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 SAMPLER = "FlowMatchEulerDiscrete"
 CPU = torch.device("cpu")
 

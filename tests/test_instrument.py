@@ -14,7 +14,7 @@ from decouple_merge.evaluation.references import Reference
 
 def test_shapes_are_checked_of_functions_and_dataclasses() -> None:
     vector, matrix = torch.zeros(3), torch.zeros(3, 3)
-    with pytest.raises(TypeCheckError, match=r"covariance_a.*d d"):
+    with pytest.raises(TypeCheckError, match=r"(?s)covariance_a.*d d"):
         frechet_distance(vector, torch.zeros(3, 4), vector, matrix)
     with pytest.raises(TypeCheckError):
         frechet_distance(vector, torch.zeros(4, 4), vector, matrix)

@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +16,8 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+import children
+from children import in_processes
 from decouple_merge.cli.main import app
 from decouple_merge.config import Config, dump_config, load_config
 from decouple_merge.data.images import ArrayImages
@@ -53,19 +53,6 @@ def another_process(do: Callable[[], Any], seconds: float = 600.0) -> Iterator[i
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-
-
-def in_processes(num: int, do: Callable[[int], Any]) -> None:
-    pids = []
-    for number in range(num):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            try:
-                do(number)
-                os._exit(0)
-            finally:
-                os._exit(1)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * num
 
 
 @pytest.fixture
@@ -168,18 +155,20 @@ def test_two_first_starts_of_different_configs_do_not_share_a_folder(
 
 
 def test_of_two_deme_runs_one_does_the_work(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(dump_config(tiny_config(finetune={"baseline": False})))
-    command = [sys.executable, "-m", "decouple_merge.cli.main", "run", "config.yaml", "--out", "run"]
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-    both = [subprocess.Popen(command, **options) for _ in range(2)]
-    errors = [process.communicate(timeout=500)[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], errors
-    (message,) = [e for process, e in zip(both, errors, strict=True) if process.returncode == 2]
+    config = tiny_config(
+        finetune={"baseline": False, "num_updates": 2}, search={"num_trials": 4}, evaluate={"num_seed_sets": 1}
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    errors = [tmp_path / f"errors-{i}" for i in range(2)]
+    both = [children.deme("run", "config.yaml", "--out", "run", folder=tmp_path, errors=path) for path in errors]
+    statuses = [children.status(pid) for pid in both]
+    assert sorted(statuses) == [0, 2], [path.read_text() for path in errors]
+    message = errors[statuses.index(2)].read_text()
     assert message.startswith("deme: ")
     assert "holds it, process" in message
     assert message.count("\n") == 1
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 3 * 3 * 2
+    assert len(lines) == 3 * 2
 
 
 # -- the cache

@@ -36,7 +36,7 @@ MakeConfig = Callable[..., Config]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-pytestmark = pytest.mark.usefixtures("every_record", "no_pictures")
+pytestmark = pytest.mark.usefixtures("every_record")
 
 
 def output(network: nn.Module) -> Tensor:

@@ -1,12 +1,10 @@
 """Files that say or hold more than memory does are refused before anything is allocated for them."""
 
 import json
-import resource
 import struct
-import subprocess
-import sys
 import zipfile
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import children
+from decouple_merge.config import load_config
 from decouple_merge.data.arrays import read_array
-from decouple_merge.errors import UserError
-from decouple_merge.evaluation.references import holds_statistics
-
-# In a process of its own, whose memory is what it has after its imports and a little.
-READ = """
-import json, resource, sys
-from pathlib import Path
-import numpy, torch, PIL.Image
-from decouple_merge.config import Data, load_config
 from decouple_merge.data.prompts import read_prompts
 from decouple_merge.data.sources import open_images
 from decouple_merge.errors import UserError
@@ -35,11 +26,10 @@ from decouple_merge.merging.recipes import repeat_merge
 from decouple_merge.models.ranges import read_similarity
 from decouple_merge.storage.files import read_records
 from decouple_merge.storage.reading import read_record
-import decouple_merge.data.folder
 
-READERS = {
+READERS: dict[str, Callable[[Path], Any]] = {
     "images": lambda path: open_images(str(path)),
-    "statistics": lambda path: holds_statistics(path),
+    "statistics": holds_statistics,
     "similarity": read_similarity,
     "weights": lambda path: list(describe_model(path)),
     "prompts": read_prompts,
@@ -48,20 +38,23 @@ READERS = {
     "recipe": lambda path: list(repeat_merge(path, Path("out"))),
     "config": load_config,
 }
-pages = int(Path("/proc/self/statm").read_text().split()[0])
-limit = pages * resource.getpagesize() + 300_000_000
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-for line in sys.stdin:
-    kind, path = json.loads(line)
-    try:
-        READERS[kind](Path(path))
-        found = "read"
-    except UserError as error:
-        found = f"refused: {error}"
-    except BaseException as error:
-        found = f"{type(error).__name__}: {error}"
-    print(json.dumps([kind, path, found]), flush=True)
-"""
+# For a process that reads, beyond what it has after its imports.
+MEMORY = 300_000_000
+
+
+def read_all(lies: list[tuple[str, Path]], found: Path) -> None:
+    """Read files in little memory, and write what came of each."""
+    children.limit_memory(MEMORY)
+    with found.open("w") as lines:
+        for kind, path in lies:
+            try:
+                READERS[kind](path)
+                said = "read"
+            except UserError as error:
+                said = f"refused: {error}"
+            except BaseException as error:
+                said = f"{type(error).__name__}: {error}"
+            lines.write(json.dumps([kind, str(path), said]) + "\n")
 
 
 def npy(shape: tuple[int, ...], content: bytes = b"", dtype: str = "|u1") -> bytes:
@@ -137,20 +130,11 @@ def lies(tmp_path: Path) -> list[tuple[str, Path]]:
 
 
 def test_a_file_that_says_more_than_memory_holds_is_refused_before_it_is_read(
-    tmp_path: Path, lies: list[tuple[str, Path]]
+    tmp_path: Path, lies: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = "".join(json.dumps([kind, str(path)]) + "\n" for kind, path in lies)
-    done = subprocess.run(
-        [sys.executable, "-c", READ],
-        input=asked,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    monkeypatch.chdir(tmp_path)
+    assert children.status(children.fork(lambda: read_all(lies, tmp_path / "found.jsonl"))) == 0
+    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert [(kind, path) for kind, path, _ in found] == [(kind, str(path)) for kind, path in lies]
     wrong = [f"{kind} {Path(path).name}: {what}" for kind, path, what in found if not what.startswith("refused: ")]
     assert wrong == [], wrong
@@ -206,14 +190,13 @@ def read_any(header: str, version: bytes, content: bytes, cut: int, says: Any) -
         holds_statistics(packed)
 
 
-def main() -> None:
-    """Read arrays of any header, in a process that may take 300 MB more than it has."""
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + 300_000_000,) * 2)
+def read_any_in_little_memory() -> None:
+    children.limit_memory(MEMORY)
     read_any()
 
 
-def test_arrays_of_any_header_are_read_or_refused_in_little_memory(tmp_path: Path) -> None:
-    command = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_lying_files as t; t.main()"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_arrays_of_any_header_are_read_or_refused_in_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert children.status(children.fork(read_any_in_little_memory)) == 0

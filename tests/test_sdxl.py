@@ -38,7 +38,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MakeConfig = Callable[..., Config]
 
 
-pytestmark = pytest.mark.usefixtures("every_record", "no_pictures")
+pytestmark = pytest.mark.usefixtures("every_record")
 
 
 def condition(num: int = 3) -> dict[str, Tensor]:

@@ -21,8 +21,6 @@ from decouple_merge.experiment.finetuning import finetune_experts
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.experiment.workflow import run
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:

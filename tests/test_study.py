@@ -25,8 +25,6 @@ from decouple_merge.searching.levels import levels
 from decouple_merge.storage.files import read_records
 from decouple_merge.storage.study_folder import StudyFolder
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 MakeConfig = Callable[..., Config]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
