@@ -46,8 +46,6 @@ def _check_rule(settings: Search, num_combined: int) -> None:
             f"search.low is {settings.low:g}, and method {settings.method} takes no weights below {rule.low:g}: set "
             f"low to {rule.low:g}"
         )
-    if settings.method == "slerp" and num_combined > 2:
-        raise UserError(f"search.method is slerp, which takes two models, found {num_combined}; take karcher")
     if settings.method == "slerp" and settings.low < 0:
         raise UserError(f"search.low is {settings.low:g}, and two weights of slerp may not cancel: set low to 0")
     # A tuned setting may be at either of its bounds.

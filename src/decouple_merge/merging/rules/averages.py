@@ -51,10 +51,8 @@ def slerp(base: Tensor, experts: list[Tensor], weights: list[float], context: Co
     """Spherical interpolation of two (Shoemake 1985): sin((1 - t)Ω)/sin Ω and sin(tΩ)/sin Ω, Ω the angle between them.
 
     One expert: from the base to it, t = w. Two: from the first to the second, t = w_2 / (w_1 + w_2), the base unused.
-    Two weights of 0 give the base. Nearly parallel tensors are interpolated linearly. ``karcher`` takes more.
+    Nearly parallel tensors are interpolated linearly. ``karcher`` takes more.
     """
-    if not any(weights):
-        return [1.0, *(0.0 for _ in weights)]
     pair = [base, experts[0]] if len(experts) == 1 else experts
     t = weights[0] if len(experts) == 1 else weights[1] / sum(weights)
     products = gram(pair)
@@ -69,11 +67,9 @@ def karcher(base: Tensor, experts: list[Tensor], weights: list[float], context: 
     """Karcher mean of the directions on the unit sphere, times the mean norm: SLERP of any number.
 
     The point x of the sphere where Σ α_i·log_x(θ_i / ‖θ_i‖) = 0, α = w / Σ w, found by steps along that sum (Karcher
-    1977), times Σ α_i·‖θ_i‖. Tensors of norm 0 have no direction. All weights 0 give the base.
+    1977), times Σ α_i·‖θ_i‖. Tensors of norm 0 have no direction.
     """
     total = math.fsum(weights)
-    if total == 0:
-        return [1.0, *(0.0 for _ in weights)]
     shares = torch.tensor(weights, dtype=torch.float64) / total
     products = gram(experts)
     norms = products.diagonal().sqrt()
@@ -112,12 +108,9 @@ def _mean_direction(cosines: Tensor, shares: Tensor) -> Tensor:
 def geometric_median(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients:
     """Geometric median, argmin_x Σ w_i·‖x - θ_i‖, by Weiszfeld's iteration (1937).
 
-    It lies among the experts, as Σ a_i·θ_i, so that all is known from the inner products of the task vectors. All
-    weights 0 give the base.
+    It lies among the experts, as Σ a_i·θ_i, so that all is known from the inner products of the task vectors.
     """
     total = math.fsum(weights)
-    if total == 0:
-        return [1.0, *(0.0 for _ in weights)]
     shares, products = [w / total for w in weights], gram(experts, base)
     apart = (products.diagonal()[:, None] + products.diagonal() - 2 * products).clamp(min=0).sqrt()
     # Rounding leaves half of a float64's digits to a distance.

@@ -19,14 +19,12 @@ def regmean(base: Tensor, experts: list[Tensor], weights: list[float], context: 
     argmin_W Σ w_i·E‖(W - θ_i)·x‖² over the inputs x of expert i, which is θ + λ·(Σ w_i·τ_i·G_i)·(Σ w_i·G_i)⁻¹ with
     G_i = E[x·xᵀ]. Off-diagonal entries of G_i are multiplied by α = ``off_diagonal``, and 10⁻⁶ of the mean diagonal is
     added to the diagonals. A convolution is a matrix [out, in · height · width] on unfolded inputs. Tensors without
-    G_i are averaged, θ + λ·Σ w_i·τ_i / Σ w_i. All weights 0 give the base.
+    G_i are averaged, θ + λ·Σ w_i·τ_i / Σ w_i.
 
     Raises:
         UserError: there are not as many G_i as experts, or they aren't of the layer's inputs.
     """
     total, scale = math.fsum(weights), context.settings.scale
-    if total == 0:
-        return [1.0, *(0.0 for _ in weights)]
     if not context.grams:
         shares = [w * scale / total for w in weights]
         return [1.0 - math.fsum(shares), *shares]

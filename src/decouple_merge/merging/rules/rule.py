@@ -133,12 +133,15 @@ class Rule:
         return replace(context, statistics=[self.measure(base, experts, context, i) for i in range(len(experts))])
 
     def answer(self, base: Tensor, experts: list[Tensor], weights: Sequence[float], context: Context) -> Answer:
-        """Apply the rule to experts in the order of their sum.
+        """Apply the rule to experts in the order of their sum. All weights 0 give the base, whatever the rule.
 
         Raises:
             UserError: as ``check``.
         """
         self.check(weights, context.settings)
+        if not any(weights):
+            # Not a change of 0: that makes 0 of -0.
+            return [1.0, *(0.0 for _ in weights)]
         return self.merge(base, experts, [float(w) for w in weights], self.measured(base, experts, context))
 
 
