@@ -17,7 +17,7 @@ report: $(INSTALLED) data
 	$(BIN)/deme report runs/$(CONFIG)
 
 test: $(INSTALLED) data
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

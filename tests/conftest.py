@@ -9,17 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DiffusionPipeline,
-)
+from diffusers import DiffusionPipeline
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 import instrument
 
+# Where there is no network, a name that is no folder would be asked for again and again.
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 # Before anything of ours is imported.
 instrument.install()
 

@@ -118,7 +118,7 @@ def test_a_good_config_passes_and_checking_writes_nothing(tiny_config: MakeConfi
             r"no pattern of up_blocks.\* matches conv_in",
         ),
         ({"search": {"checkpoints": ["nowhere"]}}, "search.checkpoints: nowhere doesn't exist"),
-        ({"search": {"first_seed": 25}}, r"search seeds \[25, 45\) overlap report seeds \[0, 30\)"),
+        ({"search": {"first_seed": 5}}, r"search seeds \[5, 25\) overlap report seeds \[0, 10\)"),
         ({"data": {"num_held_out": 48}}, "the data has 48 images and data.num_held_out is 48: nothing is left"),
     ],
     ids=lambda v: json.dumps(v) if isinstance(v, dict) else "",
@@ -470,7 +470,7 @@ def test_the_command_refuses_malformed_yaml_in_one_line(refused: Command, tmp_pa
 
 def test_the_command_refuses_overlapping_seeds_in_one_line(refused: Command, config_file: Path) -> None:
     text = refused("run", config_file, "--set", "search.first_seed=3", "--dry-run")
-    assert "tiny.yaml: search seeds [3, 23) overlap report seeds [0, 30)" in text
+    assert "tiny.yaml: search seeds [3, 23) overlap report seeds [0, 10)" in text
 
 
 def test_the_command_refuses_a_range_that_does_not_exist_in_one_line(refused: Command, config_file: Path) -> None:

@@ -1,6 +1,7 @@
 """The ensemble as a module: a stock pipeline draws with it what our sampler draws, with one expert in memory or all."""
 
 import ctypes
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -161,7 +162,8 @@ def measure(folders: list[Path], found: Path) -> None:
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
         return int(line.split()[1]) * 1024
 
-    # What is freed goes back to the system at once, so that each measurement starts with nothing.
+    # What is freed goes back to the system at once, and nothing of earlier tests is freed meanwhile.
+    gc.collect()
     assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536) == 1
     peaks = []
     for one_resident in (True, False):

@@ -34,6 +34,8 @@ from decouple_merge.storage.files import read_records, write_json
 from decouple_merge.storage.made_from import differences, digest_of
 from decouple_merge.training.records import StepRecord
 
+LOOKS_AT_PICTURES = True
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 

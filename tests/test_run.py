@@ -42,6 +42,8 @@ from decouple_merge.storage.files import read_records
 from decouple_merge.training import loop
 from decouple_merge.training.records import StepRecord
 
+LOOKS_AT_PICTURES = True
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MODELS = ["pretrained", "baseline-finetuned", "ensemble", "merged"]
 METRICS = ["fd_effnetlite0", "kd_effnetlite0"]

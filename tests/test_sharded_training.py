@@ -22,7 +22,15 @@ from decouple_merge.training.state import saved_state, state_path
 from decouple_merge.training.trainer import Trainer
 from test_distributed import ONE_EXPERT, assert_close, finetune, result, together
 
-SETTINGS = {**ONE_EXPERT, "batch_size": 2, "eps": 1e-3, "accumulation": 2, "sharding": "full"}
+SETTINGS = {
+    **ONE_EXPERT,
+    "num_updates": 3,
+    "checkpoint_every": 1,
+    "batch_size": 2,
+    "eps": 1e-3,
+    "accumulation": 2,
+    "sharding": "full",
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "folded projections": {"gradient_checkpointing": True},
     "trunk projections": {"projection": {"placement": "trunk"}},
@@ -88,13 +96,13 @@ def finetune_until_death(config: Config, folder: Path, update: int) -> None:
 def test_a_killed_training_goes_on_from_the_newest_state_that_is_whole_and_ends_in_the_same_bits(
     tiny_config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    config = tiny_config(finetune={**SETTINGS, "keep_every": 3})
+    config = tiny_config(finetune={**SETTINGS, "keep_every": 1})
     assert together(finetune, config, tmp_path / "whole") == [0, 0]
-    assert -signal.SIGKILL in together(finetune_until_death, config, tmp_path / "cut", 4)
+    assert -signal.SIGKILL in together(finetune_until_death, config, tmp_path / "cut", 2)
     state = tmp_path / "cut/experts/0/state"
-    assert saved_state(state, (0, 2)) == state / "2/0.safetensors"
+    assert saved_state(state, (0, 2)) == state / "1/0.safetensors"
     assert together(finetune, config, tmp_path / "cut") == [0, 0]
-    for name in ("model.safetensors", "checkpoints/3.safetensors"):
+    for name in ("model.safetensors", "checkpoints/2.safetensors"):
         expected = load_file(tmp_path / "whole/experts/0" / name)
         assert all(torch.equal(v, expected[k]) for k, v in load_file(tmp_path / "cut/experts/0" / name).items())
     assert read_records(tmp_path / "cut/experts/0/log.jsonl") == read_records(tmp_path / "whole/experts/0/log.jsonl")

@@ -89,7 +89,8 @@ def test_a_training_is_shared_unless_its_weights_or_its_log_differ(
 
 
 def test_images_of_the_report_are_counted_with_its_own_steps(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    config = tiny_config(search={"over": "nothing"}, finetune={"baseline": False}, evaluate={"num_steps": 2})
+    evaluate = {"num_steps": 2, "num_seed_sets": 3}
+    config = tiny_config(search={"over": "nothing"}, finetune={"baseline": False}, evaluate=evaluate)
     work, _ = study_plan.count_work({("arm", 0): check(config, tmp_path / "run")}, StudyFolder(tmp_path / "study"))
     assert (work.drawn, work.steps) == (30, 60)
 
