@@ -76,11 +76,10 @@ def pytest_collection_finish() -> None:
 def _isolated(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what tests cache apart from the user's, and two busy cores from fighting; every test draws the same.
 
-    Tests of a module with ``SHARES_CACHE`` have one cache together.
+    Tests have one cache together, but for those of a module with ``OWN_CACHE``.
     """
-    shared = getattr(request.module, "SHARES_CACHE", False)
-    cache = Path(SAVED.name) / f"cache-{request.module.__name__}" if shared else tmp_path / "cache"
-    monkeypatch.setenv("DEME_CACHE", str(cache))
+    has_own = getattr(request.module, "OWN_CACHE", False)
+    monkeypatch.setenv("DEME_CACHE", str(tmp_path / "cache" if has_own else Path(SAVED.name) / "cache"))
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

@@ -32,8 +32,6 @@ from decouple_merge.searching.study import open_study
 from decouple_merge.searching.trial import Level, Score, Trial
 from decouple_merge.storage.files import read_records
 
-SHARES_CACHE = True
-
 MakeConfig = Callable[..., Config]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 STRATEGIES = [s for s in get_args(Search.model_fields["strategy"].annotation) if s not in ("uniform", "gradient")]

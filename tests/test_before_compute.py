@@ -24,6 +24,7 @@ from decouple_merge.storage.hub import pipeline_folder
 from decouple_merge.storage.reading import read_text
 from test_lost import zero_snr
 
+OWN_CACHE = True
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

@@ -29,8 +29,6 @@ from decouple_merge.training.distillation import Distillation
 from decouple_merge.training.records import StepRecord
 from decouple_merge.training.trainer import Task, Trainer
 
-SHARES_CACHE = True
-
 CPU = torch.device("cpu")
 
 

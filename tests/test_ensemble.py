@@ -1,8 +1,8 @@
 """The ensemble as a module: a stock pipeline draws with it what our sampler draws, with one expert in memory or all."""
 
-import ctypes
-import gc
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,6 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-import children
 from conftest import WORDS, make_sdxl_unet, make_text_unet, make_unet
 from decouple_merge import load_ensemble
 from decouple_merge.config import Config, Sample, Text
@@ -155,31 +154,27 @@ def test_one_resident_expert_is_as_many_parameters_as_one_network(tiny_base: Pat
     assert num_parameters(load_ensemble(tiny_base, experts, RANGES, one_resident=True)) == num
 
 
-def measure(folders: list[Path], found: Path) -> None:
-    """Write how many bytes ensembles with one expert in memory, and with all, take beyond what this process has."""
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from decouple_merge import load_ensemble
 
-    def resident() -> int:
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
-        return int(line.split()[1]) * 1024
+def resident():
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
-    # What is freed goes back to the system at once, and nothing of earlier tests is freed meanwhile.
-    gc.collect()
-    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536) == 1
-    peaks = []
-    for one_resident in (True, False):
-        ensemble = None
-        before, peak = resident(), 0
-        ensemble = load_ensemble(folders[0], folders, one_resident=one_resident)
-        with torch.no_grad():
-            for t in range(39, -1, -5):
-                ensemble(torch.zeros(1, 1, 8, 8), t)
-                peak = max(peak, resident() - before)
-        peaks.append(peak)
-    found.write_text(json.dumps(peaks))
-
-
-# Of <malloc.h>.
-M_MMAP_THRESHOLD = -3
+torch.set_num_threads(1)
+for one_resident in (True, False):
+    ensemble = None
+    before, peak = resident(), 0
+    ensemble = load_ensemble(sys.argv[1], sys.argv[1:], one_resident=one_resident)
+    with torch.no_grad():
+        for t in range(39, -1, -5):
+            ensemble(torch.zeros(1, 1, 8, 8), t)
+            peak = max(peak, resident() - before)
+    print(peak)
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -189,8 +184,11 @@ def test_memory_holds_one_expert_where_that_is_asked(tmp_path: Path) -> None:
     for folder in folders:
         DDPMPipeline(network, DDPMScheduler(num_train_timesteps=40)).save_pretrained(folder)
     size = 4 * num_parameters(network)
-    assert children.status(children.fork(lambda: measure(folders, tmp_path / "found"))) == 0
-    one, every = (peak / size for peak in json.loads((tmp_path / "found").read_text()))
+    # What is freed goes back to the system at once, so that each measurement starts with nothing.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEASURE, *map(str, folders)]
+    measured = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    one, every = (int(line) / size for line in measured.splitlines())
     # The base that was loaded for its architecture is gone when the first expert runs.
     assert 0.9 < one < 1.5
     assert 3.9 < every < 5

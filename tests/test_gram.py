@@ -221,7 +221,7 @@ def trials_of(plan: Plan) -> list[dict[str, Any]]:
     ("chosen", "message"),
     [
         ({"method": "karcher"}, r"search\.low is -0\.2, and method karcher takes no weights below 0: set low to 0"),
-        ({"method": "slerp", "low": 0.0}, "search.method is slerp: slerp has 3 experts .*, expected one, or two with a"),
+        ({"method": "slerp", "low": 0.0}, "search.method is slerp: slerp has 3 experts .*, expected one, or two with"),
         ({"method": "slerp", "low": 0.0, "num": 2}, ""),
         ({"method": "slerp", "num": 2}, r"search\.low is -0\.2, and two weights of slerp may not cancel: set low to 0"),
         ({"method": "karcher", "low": 0.0, "frozen": {0: -0.3}}, r"karcher: weights are \[-0\.3, .*\], expected none"),

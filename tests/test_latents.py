@@ -30,6 +30,7 @@ from decouple_merge.models.base import load_base
 from decouple_merge.models.parts import load_text_encoders, load_vae
 from decouple_merge.training.gradient import noisy_batch
 
+OWN_CACHE = True
 CPU = torch.device("cpu")
 CAPTIONS = [WORDS[i % len(WORDS)] for i in range(24)]
 

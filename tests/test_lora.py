@@ -30,8 +30,6 @@ from decouple_merge.models.lora import (
 )
 from decouple_merge.training import trainer
 
-SHARES_CACHE = True
-
 MakeConfig = Callable[..., Config]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

@@ -32,6 +32,8 @@ from decouple_merge.storage.packed import pack, unpack
 
 # -- without shared memory
 
+OWN_CACHE = True
+
 
 def refuse_shared_memory() -> None:
     """Have this process, and what it forks, die where torch would send a tensor its own way."""

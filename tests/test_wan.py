@@ -28,8 +28,6 @@ from decouple_merge.sampling.folder import drawn_from
 from decouple_merge.sampling.sampler import Prompts, denoiser, sample_images
 from decouple_merge.storage.files import read_tensors, write_tensors
 
-SHARES_CACHE = True
-
 CPU = torch.device("cpu")
 WORDS = ["red cat", "blue dog"]
 

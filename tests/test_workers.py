@@ -66,8 +66,7 @@ def start_workers() -> Iterator[Any]:
 
     def start(num: int, path: Path, objective: Slow, grace_seconds: float = 30.0) -> list[Any]:
         open_levels(path)("screen")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["decouple_merge.searching.levels"])
+        context = multiprocessing.get_context("fork")
         for _ in range(num):
             process = context.Process(target=work_in_a_process, args=(path, objective, grace_seconds))
             process.start()
@@ -118,8 +117,7 @@ def search_in_a_process(path: Path, objective: Slow) -> None:
 def test_a_search_killed_at_ten_random_moments_ends_with_the_same_trials(tmp_path: Path, alone: list[Trial]) -> None:
     path, moments = tmp_path / "study.jsonl", random.Random(2)
     open_levels(path)("screen")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["decouple_merge.searching.levels"])
+    context = multiprocessing.get_context("fork")
     for kill in range(10):
         process = context.Process(target=search_in_a_process, args=(path, Slow(tmp_path)))
         process.start()

@@ -25,8 +25,7 @@ from ..storage.files import atomic_path, write_text
 from ..storage.hub import pipeline_folder
 from ..storage.outputs import MASKS, check_output
 from ..storage.reading import parse_json
-from ..storage.tensors import Layout, TensorFiles, hash_tensors, num_bytes_of, write_stream
-from .arithmetic import Model
+from ..storage.tensors import Layout, TensorFiles, num_bytes_of, write_stream
 from .experts import Expert, open_expert
 from .files import Progress
 from .record import name_from, read_recipe
@@ -66,7 +65,7 @@ class MaskedExpert(Mapping[str, Tensor]):
         merged: of masks alone.
     """
 
-    def __init__(self, files: TensorFiles, base: Model, merged: Model | TensorFiles | None) -> None:
+    def __init__(self, files: TensorFiles, base: TensorFiles, merged: TensorFiles | None) -> None:
         self.files, self.base, self.merged = files, base, merged
 
     def __getitem__(self, key: str) -> Tensor:
@@ -78,18 +77,21 @@ class MaskedExpert(Mapping[str, Tensor]):
         return (base + _pattern(bits, moved) * self.files[key + SCALE].item()).to(base.dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
+        return iter(self.base.entries)
 
     def __len__(self) -> int:
-        return len(self.base)
+        return len(self.base.entries)
 
 
 def _pattern(bits: Tensor, moved: Tensor | None) -> Tensor:
     return 2 * bits.float() - 1 if moved is None else moved * bits
 
 
-def open_masked(path: Path, base: Model) -> MaskedExpert | None:
+def open_masked(path: Path, base: TensorFiles, merges: dict[Path, TensorFiles]) -> MaskedExpert | None:
     """Open an expert that ``write_masks`` wrote, on its base; None where the file is another.
+
+    Args:
+        merges: those that masks of the same mixture are of, by their places; gets what is opened.
 
     Raises:
         UserError: the merge that its masks are of is gone, or is another one now; or it is of another base.
@@ -100,16 +102,17 @@ def open_masked(path: Path, base: Model) -> MaskedExpert | None:
     record = parse_json(files.metadata[RECORD], path, ADVICE)
     for key, entry in files.entries.items():
         name = key.removesuffix(BITS)
-        if key.endswith(BITS) and (name not in base or (_num_bytes(base[name].numel()),) != entry.shape):
+        fits = name in base.entries and (_num_bytes(math.prod(base.entries[name].shape)),) == entry.shape
+        if key.endswith(BITS) and not fits:
             raise UserError(f"{path}: {key} fits no tensor of the base; give the base that it was made with")
-    if hash_tensors((key, base[key]) for key in sorted(base)) != record["base_sha256"]:
+    if base.sha256() != record["base_sha256"]:
         raise UserError(f"{path} was made with another base than the mixture's; give that one, or {ADVICE}")
     if record["pattern"] == "sign":
         return MaskedExpert(files, base, None)
     place = path.parent / record["merged"]
     if not place.exists():
         raise UserError(f"{path} holds masks of {place}, which is gone: put it back, or {ADVICE}")
-    merged = open_expert(place).files
+    merged = merges[place] = merges.get(place) or open_expert(place).files
     if (found := merged.sha256()) != record["merged_sha256"]:
         raise UserError(
             f"{path} holds masks of another merge than {place} now is: found {found[:16]}, expected "

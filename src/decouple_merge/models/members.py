@@ -1,9 +1,10 @@
 """The networks of a mixture: where their weights come from, and that they fit the base."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import torch
@@ -104,11 +105,23 @@ class ExpertWeights(Mapping[str, Tensor]):
         return len(self.base.entries)
 
 
-class Place(NamedTuple):
-    """Where a mixture's base lies, and the base."""
+@dataclass(frozen=True)
+class Place:
+    """What the networks of a mixture are opened beside.
+
+    Attributes:
+        folder: where its base lies.
+        merges: what was opened for masks of it, by where it lies.
+    """
 
     folder: Path
     base: Base
+    merges: dict[Path, TensorFiles] = field(default_factory=dict)
+
+    @cached_property
+    def files(self) -> TensorFiles:
+        """Open the base's weights."""
+        return open_parts(denoisers(self.folder))
 
 
 def open_member(name: str, place: Place) -> Member:
@@ -148,7 +161,7 @@ def open_member(name: str, place: Place) -> Member:
 def _open_weights(name: str, path: Path, place: Place) -> Member:
     """Open a file or a folder that doesn't say its architecture: the base's, or that of its run's base."""
     base = place.base
-    if path.is_file() and (masked := open_masked(path, FileWeights(open_parts(denoisers(place.folder))))):
+    if path.is_file() and (masked := open_masked(path, place.files, place.merges)):
         return Member(name, base, masked)
     expert = open_expert(path)
     check_finite(FileWeights(expert.files), name)
@@ -166,10 +179,8 @@ def _open_weights(name: str, path: Path, place: Place) -> Member:
         _check_schedule(name, folder, own)
         check_same_keys(own.network.state_dict(), expert.files.entries, name)
         return Member(name, own, FileWeights(expert.files))
-    parts = denoisers(place.folder)
-    files = open_parts(parts)
-    expert.check_keys(files.entries, name, " and ".join(parts), Merge(weights=[1]))
-    return Member(name, base, ExpertWeights(expert, files))
+    expert.check_keys(place.files.entries, name, " and ".join(denoisers(place.folder)), Merge(weights=[1]))
+    return Member(name, base, ExpertWeights(expert, place.files))
 
 
 def _architecture(name: str, folder: Path, base: Base) -> Base:

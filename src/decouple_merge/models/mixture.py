@@ -99,7 +99,7 @@ def open_mixture(settings: Settings) -> Mixture:
     Raises:
         UserError: ranges overlap, leave a gap or are narrower than the band, or as ``open_member``.
     """
-    folder, base = pipeline_folder(settings.base), load_base(settings.base)
+    base = load_base(settings.base)
     parts = [(part.low, part.high, part.model) for part in settings.ranges]
     filled = filled_ranges(base.process, settings.unit, parts, settings.rest)
     names = list(dict.fromkeys(name for _, name in filled))
@@ -107,7 +107,8 @@ def open_mixture(settings: Settings) -> Mixture:
     router = RangeRouter(
         [own for own, _ in filled], base.num_train_timesteps, [names.index(name) for _, name in filled], band
     )
-    return Mixture(base, [open_member(name, Place(folder, base)) for name in names], router)
+    place = Place(pipeline_folder(settings.base), base)
+    return Mixture(base, [open_member(name, place) for name in names], router)
 
 
 def open_schedule(settings: Schedule) -> Mixture:
@@ -116,9 +117,9 @@ def open_schedule(settings: Schedule) -> Mixture:
     Raises:
         UserError: as ``open_member``; or the base's sampler can't leave steps out.
     """
-    folder, base = pipeline_folder(settings.base), load_base(settings.base)
-    names = list(dict.fromkeys(step for step in settings.steps if step))
-    members = [open_member(settings.models[name], Place(folder, base)) for name in names]
+    base = load_base(settings.base)
+    place, names = Place(pipeline_folder(settings.base), base), list(dict.fromkeys(s for s in settings.steps if s))
+    members = [open_member(settings.models[name], place) for name in names]
     numbers = [names.index(step) if step else None for step in settings.steps]
     kept = tuple(i for i, number in enumerate(numbers) if number is not None)
     return Mixture(base, members, step_router(base, numbers), num_slots=len(numbers), kept=kept)

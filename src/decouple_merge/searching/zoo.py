@@ -50,12 +50,13 @@ class OpenedZoo:
         check_is_distance(self.metric, "schedule.metric")
         check_num_images(self.metric, zoo.schedule.num_images, "schedule.num_images")
         check_num_images(self.metric, zoo.schedule.num_report_images, "schedule.num_report_images")
-        folder, self.base = pipeline_folder(zoo.base), load_base(zoo.base)
+        self.base = load_base(zoo.base)
+        place = Place(pipeline_folder(zoo.base), self.base)
         self.settings = schedule_settings(self.base, zoo.sample, zoo.schedule.num_slots)
         make_scheduler(self.base, None, zoo.schedule.num_slots, None, range(zoo.schedule.num_slots))
         for num_steps in (zoo.schedule.num_slots, *zoo.schedule.baseline_steps):
             check_sample(self.base, self.settings, num_steps)
-        members = [open_member(name, Place(folder, self.base)) for name in zoo.models.values()]
+        members = [open_member(name, place) for name in zoo.models.values()]
         texts = load_prompts(zoo.text)
         check_prompts(self.base, bool(texts))
         self.prompts = open_prompts(self.base, texts, zoo.text, self.device)

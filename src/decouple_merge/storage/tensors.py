@@ -50,6 +50,7 @@ class TensorFiles:
         self.metadata = headers.metadata
         self.entries = {k: Entry(p.path, p.name, DTYPES[p.dtype], p.shape) for k, p in headers.places.items()}
         self._open = {path: safe_open(path, framework="pt") for path in files}
+        self._sha256: str | None = None
 
     @classmethod
     def side_by_side(cls, parts: Mapping[str, "TensorFiles"]) -> "TensorFiles":
@@ -74,8 +75,10 @@ class TensorFiles:
         return sum(num_bytes_of(e.dtype, e.shape) for e in self.entries.values())
 
     def sha256(self) -> str:
-        """Hash names, dtypes, shapes and bytes in the order of the names, however they are spread over files."""
-        return hash_tensors((key, self[key]) for key in self.entries)
+        """Hash names, dtypes, shapes and bytes in the order of the names, however they are spread over files; once."""
+        if self._sha256 is None:
+            self._sha256 = hash_tensors((key, self[key]) for key in self.entries)
+        return self._sha256
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
