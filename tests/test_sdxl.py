@@ -32,6 +32,7 @@ from decouple_merge.searching.learned import DenoisingLoss
 from decouple_merge.training import trainer
 from decouple_merge.training.gradient import noisy_batch
 
+OWN_CACHE = True
 CPU = torch.device("cpu")
 PROMPTS = ["red cat", "a green bird", "two dogs"]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -36,6 +36,7 @@ from decouple_merge.training.fisher import fisher_information
 from decouple_merge.training.gradient import noisy_batch
 from decouple_merge.training.records import StepRecord
 
+OWN_CACHE = True
 CPU = torch.device("cpu")
 MODELS = ["pretrained", "baseline-finetuned", "ensemble", "merged"]
 MakeConfig = Callable[..., Config]
