@@ -13,7 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
@@ -59,11 +59,22 @@ for module, name in (
     (z_image, "save_z_image"),
 ):
     setattr(module, name, once(getattr(module, name)))
-save_unet = once(unet.UNet().save_tiny)
+
 
 make_unet, make_text_unet = unet.tiny_unet, stable_diffusion.tiny_text_unet
 make_sdxl_unet, make_dit = sdxl.tiny_sdxl_unet, dit.tiny_dit
 save_stable_diffusion, save_sdxl, save_dit = stable_diffusion.save_stable_diffusion, sdxl.save_sdxl, dit.save_dit
+
+
+save_unet = once(unet.UNet().save_tiny)
+
+
+@once
+def save_small_unet(folder: Path) -> Path:
+    blocks: dict[str, Any] = {"down_block_types": ["AttnDownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    network = make_unet(block_out_channels=[8], **blocks)
+    DDPMPipeline(network, DDPMScheduler(num_train_timesteps=40)).save_pretrained(folder)
+    return folder
 
 
 def pytest_collection_finish() -> None:
@@ -114,7 +125,13 @@ def every_record(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny_base(tmp_path: Path) -> Path:
-    """The folder of a tiny DDPM pipeline, T = 40."""
+    """The folder of a tiny DDPM pipeline, T = 40, of one level: half the layers of ``make_unet`` take half the time."""
+    return save_small_unet(tmp_path / "base")
+
+
+@pytest.fixture
+def two_level_base(tmp_path: Path) -> Path:
+    """The folder of a pipeline of ``make_unet``, T = 40."""
     return save_unet(tmp_path / "base")
 
 

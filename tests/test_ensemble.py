@@ -39,6 +39,11 @@ SEEDS = [5, 0, 7]
 RANGES = [(0, 3), (3, 25), (25, 40)]
 
 
+@pytest.fixture
+def tiny_base(two_level_base: Path) -> Path:
+    return two_level_base
+
+
 def perturbed(network: nn.Module, seed: int) -> nn.Module:
     draws = torch.Generator().manual_seed(seed)
     with torch.no_grad():

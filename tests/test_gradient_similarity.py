@@ -31,6 +31,11 @@ from decouple_merge.storage.files import write_tensors
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def tiny_base(two_level_base: Path) -> Path:
+    return two_level_base
+
+
 class Constant(nn.Module):
     """Says the same of every image: the gradient of ‖target - b‖² is 2·(b - target) / 4."""
 

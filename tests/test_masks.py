@@ -23,6 +23,11 @@ from decouple_merge.storage.tensors import TensorFiles
 Tensors = dict[str, Tensor]
 
 
+@pytest.fixture
+def tiny_base(two_level_base: Path) -> Path:
+    return two_level_base
+
+
 def network(seed: int, size: float = 1.0) -> Tensors:
     draws = torch.Generator().manual_seed(seed)
     shapes = {"conv.weight": (16, 8, 3, 3), "conv.bias": (16,), "norm.weight": (7,)}

@@ -33,6 +33,11 @@ X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 HALVES = [TimestepRange(0, 20), TimestepRange(20, 40)]
 
 
+@pytest.fixture
+def tiny_base(two_level_base: Path) -> Path:
+    return two_level_base
+
+
 def perturb(network: Any, seed: int) -> Any:
     draws = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -51,6 +51,11 @@ LSUN = CIFAR10 | {
 PAPER = {"cifar10": CIFAR10, "lsun-church": LSUN, "lsun-bedroom": LSUN}
 
 
+@pytest.fixture
+def tiny_base(two_level_base: Path) -> Path:
+    return two_level_base
+
+
 def save_base(folder: Path, unet: dict[str, Any], **scheduler: Any) -> Path:
     DDPMPipeline(make_unet(**unet), DDPMScheduler(**{"num_train_timesteps": 40, **scheduler})).save_pretrained(folder)
     return folder

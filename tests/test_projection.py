@@ -43,6 +43,11 @@ CHURCH: dict[str, Any] = {
 }
 
 
+@pytest.fixture
+def tiny_base(two_level_base: Path) -> Path:
+    return two_level_base
+
+
 def noisy(num: int = 3, size: int = 8) -> tuple[Tensor, Tensor]:
     draws = torch.Generator().manual_seed(1)
     return torch.randn(num, 1, size, size, generator=draws), torch.tensor([0, 17, 39])[:num]

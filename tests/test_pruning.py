@@ -49,6 +49,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def tiny_base(two_level_base: Path) -> Path:
+    return two_level_base
+
+
 def drawn(network: Any, t: int = 7) -> Tensor:
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     labels = None if network.config["num_class_embeds"] is None else torch.tensor([0, 2])

@@ -353,7 +353,7 @@ def test_a_run_with_trunk_projections_keeps_them_and_is_scored_with_them(
     events = list(workflow.run(config, tmp_path / "run"))
     projections = load_file(tmp_path / "run/merged/projections.safetensors")
     stock = load_file(Path(config.base) / WEIGHTS)
-    assert len(projections) == 5
+    assert len(projections) == 3
     assert load_file(tmp_path / "run/merged" / WEIGHTS).keys() == stock.keys()
     best = best_finalist(tmp_path / "run")
     experts = [load_file(tmp_path / f"run/experts/{i}/model.safetensors") for i in range(2)]
