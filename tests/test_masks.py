@@ -141,6 +141,9 @@ def test_what_masks_cannot_be_made_of_or_drawn_with_is_refused(models: tuple[Pat
         open_masked(file, changed(lambda key, value: value + 1), {})
     with pytest.raises(UserError, match=r"conv.weight.bits fits no tensor of the base"):
         open_masked(file, changed(lambda key, value: value[:1]), {})
+    save_file({}, tmp_path / "old.safetensors", {"mask": json.dumps({"pattern": "sign"})})
+    with pytest.raises(UserError, match=r"old\.safetensors was made with another base"):
+        open_masked(tmp_path / "old.safetensors", TensorFiles([models[0]]), {})
     assert open_masked(models[0], TensorFiles([models[0]]), {}) is None
     merged(models, place, [1, -1])
     with pytest.raises(UserError, match="masks of another merge"):

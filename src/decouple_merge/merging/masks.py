@@ -105,7 +105,7 @@ def open_masked(path: Path, base: TensorFiles, merges: dict[Path, TensorFiles]) 
         fits = name in base.entries and (_num_bytes(math.prod(base.entries[name].shape)),) == entry.shape
         if key.endswith(BITS) and not fits:
             raise UserError(f"{path}: {key} fits no tensor of the base; give the base that it was made with")
-    if base.sha256() != record["base_sha256"]:
+    if base.sha256() != record.get("base_sha256"):
         raise UserError(f"{path} was made with another base than the mixture's; give that one, or {ADVICE}")
     if record["pattern"] == "sign":
         return MaskedExpert(files, base, None)
