@@ -59,14 +59,11 @@ for module, name in (
     (z_image, "save_z_image"),
 ):
     setattr(module, name, once(getattr(module, name)))
-
+save_unet = once(unet.UNet().save_tiny)
 
 make_unet, make_text_unet = unet.tiny_unet, stable_diffusion.tiny_text_unet
 make_sdxl_unet, make_dit = sdxl.tiny_sdxl_unet, dit.tiny_dit
 save_stable_diffusion, save_sdxl, save_dit = stable_diffusion.save_stable_diffusion, sdxl.save_sdxl, dit.save_dit
-
-
-save_unet = once(unet.UNet().save_tiny)
 
 
 @once

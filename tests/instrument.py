@@ -52,11 +52,11 @@ def shapes(annotation: Any) -> Iterator[Any]:
 
 def checks_shapes(function: FunctionType) -> Callable[..., Any]:
     """Have beartype check a function whose dimensions of one name are to be equal."""
-    checked = by_beartype(function)
+    checked, scope = by_beartype(function), by_jaxtyping("context")
 
     @functools.wraps(function)
     def scoped(*args: Any, **options: Any) -> Any:
-        with by_jaxtyping("context"):
+        with scope:
             return checked(*args, **options)
 
     return scoped

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
+import children
 from conftest import make_unet
 from decouple_merge.config import Config, dump_config
 from decouple_merge.experiment import selection, workflow
@@ -220,15 +221,13 @@ def dies_after_the_rename() -> None:
 
 def search_in_a_child(config: Config, folder: Path, prepare_death: Callable[[], None]) -> None:
     """Run the end of the job in a forked process, which dies where it is told to."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            plan = prepare(config, folder)
-            prepare_death()
-            list(selection.search_weights(plan))
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == KILLED
+
+    def search() -> None:
+        plan = prepare(config, folder)
+        prepare_death()
+        list(selection.search_weights(plan))
+
+    assert children.status(children.fork(search)) == KILLED
 
 
 @pytest.fixture

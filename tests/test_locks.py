@@ -40,14 +40,13 @@ from test_evaluate import features_of
 def another_process(do: Callable[[], Any], seconds: float = 600.0) -> Iterator[int]:
     """Have a forked process enter a context, stay in it for a while, and end; yields its id when it has entered."""
     read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            with do():
-                os.write(write, b".")
-                time.sleep(seconds)
-        finally:
-            os._exit(0)
+
+    def stay() -> None:
+        with do():
+            os.write(write, b".")
+            time.sleep(seconds)
+
+    pid = children.fork(stay)
     os.read(read, 1)
     yield pid
     with contextlib.suppress(ProcessLookupError):

@@ -132,15 +132,17 @@ def test_what_masks_cannot_be_made_of_or_drawn_with_is_refused(models: tuple[Pat
     list(write_masks(place, tmp_path / "masks"))
     file = tmp_path / "masks/0.safetensors"
 
-    def changed(change: Callable[[str, Tensor], Tensor]) -> TensorFiles:
-        tensors = {key: change(key, value).contiguous() for key, value in load_file(models[0]).items()}
+    def files(tensors: Tensors) -> TensorFiles:
         save_file(tensors, tmp_path / "changed.safetensors")
         return TensorFiles([tmp_path / "changed.safetensors"])
 
+    base = load_file(models[0])
     with pytest.raises(UserError, match=r"was made with another base than the mixture's; give that one"):
-        open_masked(file, changed(lambda key, value: value + 1), {})
+        open_masked(file, files({key: value + 1 for key, value in base.items()}), {})
+    with pytest.raises(UserError, match=r"conv.bias.bits fits no tensor of the base"):
+        open_masked(file, files({k: v[:1, :1].contiguous() for k, v in base.items() if v.ndim > 1}), {})
     with pytest.raises(UserError, match=r"conv.weight.bits fits no tensor of the base"):
-        open_masked(file, changed(lambda key, value: value[:1]), {})
+        open_masked(file, files({key: value[:1].contiguous() for key, value in base.items()}), {})
     save_file({}, tmp_path / "old.safetensors", {"mask": json.dumps({"pattern": "sign"})})
     with pytest.raises(UserError, match=r"old\.safetensors was made with another base"):
         open_masked(tmp_path / "old.safetensors", TensorFiles([models[0]]), {})

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import children
 from decouple_merge.cli.main import app, main
 from decouple_merge.config import Merge
 from decouple_merge.errors import UserError
@@ -407,8 +408,8 @@ def test_a_folder_that_was_moved_aside_by_a_killed_process_is_put_back(tmp_path:
     place = tmp_path / "place"
     (place / "out").mkdir(parents=True)
     (place / "out/old").touch()
-    pid = os.fork()
-    if pid == 0:
+
+    def write() -> None:
         replace = os.replace
 
         def dies_between(source: Any, target: Any) -> None:
@@ -418,8 +419,8 @@ def test_a_folder_that_was_moved_aside_by_a_killed_process_is_put_back(tmp_path:
         os.replace = dies_between
         with atomic_path(place / "out") as temporary:
             temporary.mkdir()
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+    assert children.status(children.fork(write)) == 9
     assert not (place / "out").exists()
     remove_leftovers(place)
     assert snapshot(place) == {"out": None, "out/old": b""}
@@ -442,13 +443,8 @@ def append_many(path: Path, name: str) -> None:
 
 
 def test_processes_that_append_to_one_file_lose_no_record(tmp_path: Path) -> None:
-    path, pids = tmp_path / "metrics.jsonl", []
-    for number in range(4):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            append_many(path, str(number))
-            os._exit(0)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * 4
+    path = tmp_path / "metrics.jsonl"
+    children.in_processes(4, lambda number: append_many(path, str(number)))
     records = [json.loads(line)["metric"] for line in path.read_text().splitlines()]
     assert sorted(records) == sorted(f"{n}-{i}" for n in range(4) for i in range(10))
     check_output(path, RECORDS)

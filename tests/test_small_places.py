@@ -30,9 +30,10 @@ from decouple_merge.merging.recipes import merge_models, repeat_merge
 from decouple_merge.storage.files import cache_folder
 from decouple_merge.storage.packed import pack, unpack
 
-# -- without shared memory
-
 OWN_CACHE = True
+
+
+# -- without shared memory
 
 
 def refuse_shared_memory() -> None:
