@@ -201,6 +201,7 @@ def test_a_search_ends_in_a_schedule_that_is_drawn_with_and_goes_on_where_it_sto
     assert any(
         line.startswith("Kendall's τ between predictions and distances of 2 held-out schedules") for line in lines
     )
+    assert "the budget pays for 6 calls of narrow, of 6 steps" in lines
     assert (tmp_path / "found/front.png").stat().st_size > 1000
     found = load_schedule(out)
     assert found is not None

@@ -79,6 +79,9 @@ def find_schedule(zoo: Zoo, budget: float, out: Path, wait: bool = False) -> Ite
                 f"--budget is {budget:g} s, and one call of the cheapest model, {opened.names[cheapest]}, takes "
                 f"{seconds[cheapest]:.3g} s for a batch of {opened.settings.batch_size} images: give more"
             )
+        # Other work on the machine while calls were timed would show here.
+        calls = int(budget / seconds[cheapest])
+        yield f"the budget pays for {calls} calls of {opened.names[cheapest]}, of {zoo.schedule.num_slots} steps"
         known = yield from _score_random(folder, opened, seconds, budget)
         predictor, tau, num_held = _learn(zoo, opened, known)
         told_tau = "unknown" if tau is None else f"{tau:.3f}"
