@@ -118,6 +118,14 @@ def test_several_processes_yield_all_of_every_call_each_in_order() -> None:
     assert os.getpid() not in pids
 
 
+def say_who_ends_it() -> Iterator[bool]:
+    yield signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_an_interrupt_from_the_keyboard_is_the_parents_to_tell() -> None:
+    assert list(run_all(say_who_ends_it, [(), ()], 2)) == [True, True]
+
+
 def test_an_error_in_a_worker_is_raised_here_and_stops_the_others(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="this one failed"):
         list(run_all(fail_or_wait, [(tmp_path, True), (tmp_path, False)], 2))

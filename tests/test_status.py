@@ -45,6 +45,7 @@ WORK: dict[str, Any] = {
     "search_metric": "fd",
     "models": ["pretrained", "merged"],
     "metrics": ["fd", "kd"],
+    "compared": {metric: {"num_steps": 5, "reference": "0123:48"} for metric in ("fd", "kd")},
     "sets": [[0, 29], [30, 59]],
     "num_steps": 5,
 }
@@ -60,8 +61,9 @@ def trial(number: int, value: float, level: str = "screen", **more: Any) -> dict
     return asdict(found) | more
 
 
-def number(model: str, metric: str, first: int, value: float, sha256: str = "a") -> dict[str, Any]:
-    return {"model": model, "metric": metric, "seeds": [first, first + 29], "value": value, "model_sha256": sha256}
+def number(model: str, metric: str, first: int, value: float, sha256: str = "a", **more: Any) -> dict[str, Any]:
+    found = {"model": model, "metric": metric, "seeds": [first, first + 29], "value": value, "model_sha256": sha256}
+    return found | {"num_steps": 5, "reference": "images:0123:48"} | more
 
 
 def test_of_a_job_that_nothing_is_measured_of_no_time_is_known() -> None:
@@ -113,6 +115,9 @@ def test_numbers_of_a_model_that_is_no_more_do_not_count() -> None:
         job.add_number(number("merged", "fd", first, 9.0))
     job.add_number(number("merged", "fd", 0, 4.0, "b"))
     job.add_number(number("merged", "fd", 700, 1.0, "b"))
+    # Drawn with other steps, or compared with other images.
+    job.add_number(number("pretrained", "fd", 0, 1.0, num_steps=20))
+    job.add_number(number("pretrained", "fd", 0, 1.0, reference="images:4567:48"))
     assert job.means() == {"pretrained": {"fd": 23.0}, "merged": {"fd": 4.0}}
     # One of two metrics is no set yet.
     assert job.stages()[2].num_done == 0
@@ -191,6 +196,26 @@ def test_a_terminal_has_one_live_table(halfway: Run) -> None:
     assert text.count("training ") == 1
     assert "5/6" in text
     assert "expert-1 5/6: loss" not in text
+
+
+def test_trainings_alone_are_no_whole_job() -> None:
+    job, console = Job({}), Console(width=100, record=True, file=io.StringIO())
+    job.add_step(step("a-4/expert-0", 100, 100, 80.0))
+    console.print(live.tables(job, console))
+    text = console.export_text()
+    assert "a-4/expert-0" in text
+    assert "whole job" not in text
+    assert job.seconds_left() == 0
+    assert Job({}).seconds_left() is None
+
+
+def test_a_pretraining_that_has_not_counted_its_work_is_told_of(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    run.config.touch()
+    with hold(run.lock("run"), "deme pretrain"):
+        found = told(run.folder)
+    assert (found["state"], found["stages"], found["seconds_left"]) == ("running", [], None)
 
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
+from decouple_merge.cli.main import app
 from decouple_merge.config import Config, Study, arm_configs, dump_config, dump_study, load_study
 from decouple_merge.errors import UserError
 from decouple_merge.evaluation.intervals import paired_ratio
 from decouple_merge.evaluation.judge import Judge, save_judge
-from decouple_merge.experiment import workflow
+from decouple_merge.experiment import plan as plan_module
+from decouple_merge.experiment import sharing, workflow
 from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.experiment.reported import report_references
 from decouple_merge.experiment.study import open_plans, run_study
 from decouple_merge.experiment.study_plan import count_work, describe_study
 from decouple_merge.experiment.study_results import study_lines, write_results
+from decouple_merge.experiment.watch import train_watched
+from decouple_merge.models.base import load_base
+from decouple_merge.reporting.status import read_status
 from decouple_merge.searching.levels import levels
 from decouple_merge.storage.files import read_records
 from decouple_merge.storage.study_folder import StudyFolder
@@ -102,6 +109,11 @@ def test_runs_of_every_seed_have_the_layers_of_the_base(make_study: Callable[...
         ({"a": {"finetune..global_prob": 1}}, r"arm a: found the key 'finetune..global_prob', expected names"),
         ({"a/b": {}}, r"an arm is called 'a/b', expected letters"),
         ({"a": {"finetune.num_ranges": 99}}, r"^arm a: "),
+        ({"a": {"seed": 77}}, r"^arm a or settings: found seed, which the study itself says for all"),
+        (
+            {"a": {"sample.num_steps.more": 1}},
+            r"^arm a: found the key 'sample.num_steps.more', and num_steps is 3, not",
+        ),
         ({}, r"arms"),
     ],
 )
@@ -223,6 +235,87 @@ def test_an_arm_without_a_baseline_is_compared_with_one_of_equal_compute(
     assert lines["N=1"].to_equal_compute.value == 0.75
     assert lines["short"].to_equal_compute is None
     assert lines["short"].to_pretrained is not None
+
+
+def test_an_arm_that_is_drawn_otherwise_has_no_others_equal_compute(
+    make_study: Callable[..., Study], tmp_path: Path
+) -> None:
+    arms = {"a": {}, "steps": {"evaluate.num_steps": 2}, "alone": {"finetune.baseline": False}}
+    plans = open_plans(make_study(arms), StudyFolder(tmp_path / "out"))
+    study = make_study(arms)
+    records = numbers(study, lambda arm, seed, model, i: 20.0)
+    lines = {(line.model, line.arms[0]): line for line in study_lines(study, plans, records)
+             if line.metric == METRICS[0]}  # fmt: skip
+    assert lines["baseline-finetuned", "steps"].to_equal_compute is None
+    assert lines["merged", "steps"].to_equal_compute is not None
+    assert lines["merged", "alone"].to_equal_compute is not None
+
+
+def test_arms_that_begin_with_the_same_base_open_it_once(
+    make_study: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def load(name: str, has_several: bool = False) -> Any:
+        opened.append(name)
+        return load_base(name, has_several)
+
+    monkeypatch.setattr(plan_module, "load_base", load)
+    plans = open_plans(make_study({"a": {}, "b": {"finetune.global_prob": 1.0}}), StudyFolder(tmp_path / "out"))
+    assert (len(opened), len(plans)) == (1, 4)
+
+
+def test_a_run_that_fails_leaves_the_others_to_be_done(make_study: Callable[..., Study], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arms = {"bad": {"finetune.learning_rate": 1e30, "finetune.max_grad_norm": 1e30}, "good": {}}
+    events: list[Any] = []
+    with pytest.raises(UserError, match=r"^1 of 2 runs failed, and all others are done\. bad-4: .*loss") as caught:
+        events.extend(run_study(make_study(arms, ["seeds=[4]"]), out))
+    with pytest.raises(UserError) as again:
+        events.extend(run_study(make_study(arms, ["seeds=[4]"]), out))
+    assert str(again.value) == str(caught.value)
+    lines = json.loads((out / "results.json").read_text())["lines"]
+    assert {arm for line in lines for arm in line["arms"] if line["model"] == "merged"} == {"good"}
+    found = json.loads(CliRunner().invoke(app, ["status", str(out), "--json"]).output)
+    assert (found["state"], {name: run["state"] for name, run in found["runs"].items()}) == (
+        "stopped",
+        {"bad-4": "stopped", "good-4": "finished"},
+    )
+    told = CliRunner().invoke(app, ["status", str(out)]).output
+    assert re.search(r"good-4 +finished +12/12 +\d+/\d+ +\d+/\d+ +done", told)
+
+
+def test_a_run_of_a_study_that_is_trained_is_told_to_be(
+    make_study: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen = tmp_path / "out", list[str]()
+
+    def train(plan: Any, task: Any, *others: Any) -> Iterator[Any]:
+        seen.extend(read_status(plan.run.folder).holders)
+        yield from train_watched(plan, task, *others)
+
+    monkeypatch.setattr(sharing, "train_watched", train)
+    study = make_study({"a": {}}, ["seeds=[4]"], settings={"search.over": "nothing", "finetune.baseline": True})
+    list(run_study(study, out))
+    assert seen == ["baseline-finetuned"]
+
+
+def test_a_study_copies_what_its_runs_are_to_leave_elsewhere(
+    make_study: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = (tmp_path / "copies").as_uri()
+    study = make_study({"a": {}}, ["seeds=[4]"], settings={"search.over": "nothing", "results": place})
+    list(run_study(study, tmp_path / "out"))
+    assert (tmp_path / "copies/metrics.jsonl").read_bytes() == (tmp_path / "out/a-4/metrics.jsonl").read_bytes()
+
+
+def test_a_dry_run_counts_kept_weights_and_distilling(make_study: Callable[..., Study], tmp_path: Path) -> None:
+    study = make_study({"a": {"distil": {"num_updates": 5}, "finetune.keep_every": 2}}, ["seeds=[4]"])
+    folder = StudyFolder(tmp_path / "out")
+    work, _ = count_work(open_plans(study, folder), folder)
+    # Two experts of 3 updates keep one each and the baseline of 6 keeps 3; distilling ends in a file and a pipeline.
+    assert work.num_files == 2 * 2 + 4 + 1 + 2
+    assert (work.num_trainings, work.trained) == (4, {False: 12 * 4 + 5 * 64})
 
 
 def test_a_dry_run_counts_shared_work_once_and_writes_nothing(make_study: Callable[..., Study], tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def tables(job: Job, console: Console, of_now: bool = False) -> Group:
 
 
 def _tables(job: Job, console: Console, of_now: bool) -> Iterator[RenderableType]:
-    if stages := job.stages():
+    # Of a study the trainings alone are told, which are not its whole job.
+    if job.work and (stages := job.stages()):
         yield _stages(job, stages)
     shown = [t for t in job.trainings.values() if t.last][-MAX_TRAININGS:]
     is_past = of_now and any(level.trials for level in job.levels.values())
@@ -37,6 +38,24 @@ def _tables(job: Job, console: Console, of_now: bool) -> Iterator[RenderableType
         validated = [t for t in shown if len(t.validation) == len(job.ranges) > 0]
         yield from _beside(console, _trainings(shown), _losses(job, validated, console.width) if validated else None)
     yield from _beside(console, _search(job), _numbers(job))
+
+
+def run_table(runs: dict[str, tuple[str, Job] | None]) -> Table:
+    """Lay out how far each run of a study is.
+
+    Args:
+        runs: by name, in a word what they do, and what is known of them; None of one that isn't begun.
+    """
+    table = _table("run", "state", "updates", "candidates", "sets of images", "left")
+    for name, told in runs.items():
+        if told is None:
+            table.add_row(name, "not begun")
+            continue
+        state, job = told
+        done = {stage.name: f"{stage.num_done:,}/{stage.num_total:,}" for stage in job.stages()}
+        cells = [done.get(stage, "") for stage in ("finetune", "search", "evaluate")]
+        table.add_row(name, state, *cells, left_line(job.seconds_left()).removeprefix("about "))
+    return table
 
 
 def _beside(console: Console, left: Table | None, right: Table | None) -> Iterator[Table]:

@@ -38,7 +38,8 @@ def run(
         show(describe(settings, folder))
         return
     show(workflow.run(settings, folder, wait, page=not no_report), folder)
-    console.print(f"merged model: {folder / 'merged'}")
+    if (folder / "merged").exists():
+        console.print(f"merged model: {folder / 'merged'}")
 
 
 def finetune(

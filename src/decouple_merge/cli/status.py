@@ -1,4 +1,4 @@
-"""The verb of a look at a run that may go on elsewhere: ``status``."""
+"""The verb of a look at a run or a study that may go on elsewhere: ``status``."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +10,12 @@ from .console import console
 
 
 def status(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, also one that is worked on")],
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run or a study, also one that is worked on")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="For scripts")] = False,
 ) -> None:
-    """Say how far a run is, who works on it, about what time is left, and what it holds.
+    """Say how far a run or a study is, who works on it, about what time is left, and what it holds.
 
     It only reads small files, beside whatever process works on the run.
 
@@ -21,17 +23,20 @@ def status(
     """
     import json
 
-    from ..reporting.status import read_status
-    from .live import tables
+    from ..reporting.status import Status, StudyStatus, read_status, read_study
+    from .live import run_table, tables
 
-    found = read_status(run_folder)
+    found: Status | StudyStatus = read_study(run_folder) or read_status(run_folder)
     if as_json:
         print(json.dumps(found.record(), indent=2))
         return
     console.print(f"{run_folder}: {found.state}")
     for line in _holders(found.holders):
         console.print(line)
-    console.print(tables(found.job, console))
+    if isinstance(found, StudyStatus):
+        console.print(run_table({n: (run.state, run.job) if run else None for n, run in found.runs.items()}))
+    else:
+        console.print(tables(found.job, console))
     for name, place in found.made.items():
         console.print(f"{name}: {place}")
     if found.state == "stopped":

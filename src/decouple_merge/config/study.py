@@ -69,11 +69,14 @@ def arm_configs(study: Study) -> dict[tuple[str, int], Config]:
     How many processes work, and where, is the study's to say: a run of it is one process.
 
     Raises:
-        UserError: the config can't be read, or an arm has an unknown key or a wrong value; the arm is named.
+        UserError: the config can't be read, or an arm has an unknown key, a wrong value, or one that is the study's to
+            say; the arm is named.
     """
     document = read_document(study.config)
     found = {}
     for arm, changes in study.arms.items():
+        if own := [key for key in ("seed", "num_processes", "executor") if key in study.settings | (changes or {})]:
+            raise UserError(f"arm {arm} or settings: found {own[0]}, which the study itself says for all: leave it out")
         for seed in study.seeds:
             values = copy.deepcopy(document)
             for given in (study.settings, changes or {}):
@@ -87,7 +90,7 @@ def merge_settings(values: dict[str, Any], changes: dict[str, Any], where: str) 
     """Write settings into others, in place: sections are merged, all else is replaced; ``a.b`` is b of section a.
 
     Raises:
-        UserError: a key has an empty part.
+        UserError: a key has an empty part, or would replace a value by a section.
     """
     for key, value in changes.items():
         *parents, last = key.split(".")
@@ -95,8 +98,13 @@ def merge_settings(values: dict[str, Any], changes: dict[str, Any], where: str) 
             raise UserError(f"{where}: found the key {key!r}, expected names separated by dots")
         place = values
         for parent in parents:
-            if not isinstance(place.get(parent), dict):
+            if place.get(parent) is None:
                 place[parent] = {}
+            if not isinstance(place[parent], dict):
+                raise UserError(
+                    f"{where}: found the key {key!r}, and {parent} is {place[parent]!r}, not a section: give "
+                    f"{parent} as a section, with all of its values"
+                )
             place = place[parent]
         place[last] = _merged(place.get(last), value)
 

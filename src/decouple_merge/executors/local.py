@@ -149,6 +149,8 @@ def _work(
     # The server's is that of its start.
     os.environ.clear()
     os.environ.update(environment)
+    # An interrupt from the keyboard goes to all; the parent tells of it, and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A parent that is killed can't stop its workers, and a second run must not find them writing.
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(num_threads)

@@ -10,6 +10,7 @@ from ..models.schedulers import sampler_of
 from ..sampling.shares import steps_of, unlike_shares
 from ..searching.levels import levels
 from ..storage.run_folder import Run
+from ..training.made_from import images_of_update
 from .given import describe_given
 from .located import located
 from .manifest import check_owner
@@ -39,14 +40,16 @@ def describe(config: Config, out: Path) -> Iterator[str]:
         yield from describe_given(plan)
     elif config.search.combines_experts:
         yield (
-            f"experts: {num} x {finetune.num_updates} updates of {finetune.batch_size * finetune.accumulation} images "
-            "on " + ", ".join(map(str, plan.ranges))
+            f"experts: {num} x {finetune.num_updates} updates of {images_of_update(finetune)} images on "
+            + ", ".join(map(str, plan.ranges))
         )
     if finetune.baseline and finetune.experts == "trained":
         yield f"baseline: {num * finetune.num_updates} updates"
     if config.search.combines_experts:
         yield from describe_ranges(plan)
     yield describe_search(config)
+    if config.distil is not None:
+        yield f"distil: {config.distil.num_updates} updates of {images_of_update(config.distil)} images"
     yield (
         f"evaluation: {evaluate.num_seed_sets} x {evaluate.num_images} images a model, "
         f"{sampler_of(base, config.report_sample.sampler)} {config.report_sample.num_steps}, "

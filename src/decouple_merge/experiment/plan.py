@@ -45,8 +45,11 @@ MIN_PROCESS_BYTES = 10_000_000
 LAYERS = "layers"
 
 
-def check(config: Config, out: Path) -> Plan:
+def check(config: Config, out: Path, base: Base | None = None) -> Plan:
     """Open and check everything a run needs; computes and writes nothing.
+
+    Args:
+        base: the config's, where it is opened already.
 
     Raises:
         UserError: base, data, ranges, sampler, metrics or seeds are wrong, or ``out`` is no place for a run.
@@ -56,7 +59,8 @@ def check(config: Config, out: Path) -> Plan:
     check_executor(config.executor)
     if config.results is not None:
         check_url(config.results, out)
-    base = with_density(load_base(config.base, config.finetune.experts == "denoisers"), config.finetune)
+    if base is None:
+        base = with_density(load_base(config.base, config.finetune.experts == "denoisers"), config.finetune)
     ranges = ranges_of(base, config.finetune)
     config = with_layers(config, base)
     check_sample(base, config.sample)

@@ -16,11 +16,13 @@ from ..storage.made_from import MadeFrom, differences, digest_of, plain, told
 from ..storage.reading import read_record
 from ..training.made_from import SILENT, changes_of, data_parts, training_record
 from .planned import Plan
-from .trainings import expert_training, trainings
+from .trainings import distilled_training, expert_training, trainings
 
 SEARCH, MERGED = "search", "merged"
 # Settings of the search that say where it runs, or what its other entries say.
 UNSEEN = {"storage", "checkpoints", "num_final_images"}
+# What a distilled model is made from besides, which is known once it is merged.
+FROM_MERGE = ("merged_sha256", "experts_sha256")
 
 
 def made_from(stage: str, plan: Plan) -> MadeFrom:
@@ -105,6 +107,11 @@ def _changed(plan: Plan) -> Iterator[tuple[str, list[str]]]:
     for stage in now:
         if found := changes_of(plan.run.folder / stage, now[stage]):
             yield stage, found
+    if (distilled := distilled_training(plan)) is not None:
+        task, settings, folder = distilled
+        record = training_record(plan.base, plan.images, plan.config.data, task, settings, plan.config.seed)
+        if found := changes_of(folder, record, FROM_MERGE):
+            yield _name(plan, folder), found
     for folder in sorted((plan.run.folder / "experts").glob("[0-9]*")):
         if (stage := _name(plan, folder)) not in now:
             yield stage, [f"the number of ranges was more than {folder.name} and is {len(plan.ranges)}"]

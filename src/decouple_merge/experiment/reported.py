@@ -1,10 +1,15 @@
 """What a run's report is of, and compares with: the data, or images that neither training nor search sees."""
 
+from typing import Any
+
 from ..config import Config, Data
 from ..data.images import Images
 from ..data.sources import load_images
 from ..errors import UserError
+from ..evaluation.metrics import METRICS
+from ..evaluation.references import reference_name, texts_name
 from ..models.base import Base
+from ..sampling.sampler import sampling_fields
 from .planned import BASELINE, Plan
 
 
@@ -55,3 +60,18 @@ def report_references(config: Config, base: Base, images: Images) -> tuple[str, 
             "expected images that training and search don't see"
         )
     return (data.source if data.split == config.data.split else f"{data.source} {data.split}"), found
+
+
+def compared_fields(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Say of each metric what its numbers depend on besides models, seeds and feature networks, as records carry it.
+
+    That is how images are drawn, and what they are compared with.
+    """
+    evaluate = plan.config.evaluate
+    source, images = report_references(plan.config, plan.base, plan.references)
+    images_name = reference_name(source, images, evaluate.num_reference_images)
+    references: dict[str | None, str | None] = {None: None, "texts": texts_name(plan.prompts)}
+    drawn = sampling_fields(plan.base, plan.config.report_sample, plan.prompts_label)
+    return {
+        metric: drawn | {"reference": references.get(METRICS[metric].needs, images_name)} for metric in evaluate.metrics
+    }

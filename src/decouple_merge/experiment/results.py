@@ -10,15 +10,11 @@ from ..config import Config
 from ..evaluation.extractors import EXTRACTORS, label_of, weights_of
 from ..evaluation.metrics import METRICS, extractors_of
 from ..evaluation.records import identity_of, wanted_record
-from ..evaluation.references import reference_name, texts_name
 from ..models.network import load_network, num_parameters
-from ..sampling.sampler import (
-    sampling_fields,
-)
 from ..storage.files import append_record, read_records
 from .costs import timed
 from .planned import Plan
-from .reported import report_models, report_references
+from .reported import compared_fields, report_models
 from .scoring import score_sets
 from .table_models import sha256_of
 from .watch import reported_with
@@ -53,9 +49,7 @@ def wanted_records(plan: Plan, models: list[str]) -> list[dict[str, Any]]:
     They have the hashes of the models, of the feature networks and of what images are compared with, as all of these
     are now; ``records.identity_of`` tells which of a metrics file they are.
     """
-    evaluate = plan.config.evaluate
-    drawn, found = sampling_fields(plan.base, plan.config.report_sample, plan.prompts_label), []
-    compared = {metric: drawn | names for metric, names in _names(plan).items()}
+    evaluate, compared, found = plan.config.evaluate, _depends_on(plan), []
     for model in models:
         sha256 = sha256_of(plan, model)
         for metric, index in product(evaluate.metrics, range(evaluate.num_seed_sets)):
@@ -64,16 +58,12 @@ def wanted_records(plan: Plan, models: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _names(plan: Plan) -> dict[str, dict[str, str | int | None]]:
-    """Say what each metric is measured with and against, as ``names_of`` of what will be opened for it."""
-    evaluate = plan.config.evaluate
-    source, images = report_references(plan.config, plan.base, plan.references)
-    references: dict[str | None, str | None] = {None: None, "texts": texts_name(plan.prompts)}
-    found: dict[str, dict[str, str | int | None]] = {}
-    for metric in evaluate.metrics:
-        name, images_name = METRICS[metric].extractor, reference_name(source, images, evaluate.num_reference_images)
-        reference = references.get(METRICS[metric].needs, images_name)
-        found[metric] = {"extractor": label_of(name, weights_of(name, evaluate)), "reference": reference}
+def _depends_on(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Say of each metric what its numbers depend on besides models and seeds."""
+    found = compared_fields(plan)
+    for metric, fields in found.items():
+        name = METRICS[metric].extractor
+        fields["extractor"] = label_of(name, weights_of(name, plan.config.evaluate))
     return found
 
 

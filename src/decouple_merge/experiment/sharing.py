@@ -73,11 +73,15 @@ def train_shared(plan: Plan, training: Training, study: StudyFolder) -> Iterator
         return
     key = training_key(plan, task, settings)
     place = study.training(key)
-    with hold(study.lock(key), "deme study", wait=True):
-        if not is_finished(place):
-            yield from train_watched(plan, task, settings, place)
-    with atomic_path(folder) as temporary:
-        shutil.copytree(place, temporary, copy_function=_link, ignore=shutil.ignore_patterns("state", ".deme-*"))
+    # Of the run, too: no other verb trains the same beside, and ``deme status`` sees who does.
+    with hold(plan.run.lock(task.name), "deme study", wait=True):
+        if is_finished(folder):
+            return
+        with hold(study.lock(key), "deme study", wait=True):
+            if not is_finished(place):
+                yield from train_watched(plan, task, settings, place)
+        with atomic_path(folder) as temporary:
+            shutil.copytree(place, temporary, copy_function=_link, ignore=shutil.ignore_patterns("state", ".deme-*"))
 
 
 def _link(source: str, target: str) -> None:

@@ -10,6 +10,7 @@ from ..data.latents import Latents
 from ..errors import UserError
 from ..evaluation.records import identity_of
 from ..executors import check_executor, run_all
+from ..models.base import Base
 from ..searching.trial import Trial
 from ..storage.files import read_records, write_text
 from ..storage.locks import enter, hold
@@ -61,6 +62,14 @@ class Finished:
     name: str
 
 
+@dataclass(frozen=True)
+class Failed:
+    """A piece of a run can't be done, such as a training whose loss is no number: others can."""
+
+    name: str
+    reason: str
+
+
 def open_plans(study: Study, folder: StudyFolder) -> Plans:
     """Open and check every run of a study; computes and writes nothing.
 
@@ -74,11 +83,16 @@ def open_plans(study: Study, folder: StudyFolder) -> Plans:
     if any(not p.name.startswith(".") and p.name != LOCKS for p in found):
         raise UserError(f"{out} is not empty and no study's (no study.yaml); give another --out")
     plans: Plans = {}
+    # A base may be large, and arms that begin with the same one read it alone.
+    bases: dict[str, Base] = {}
     for (arm, seed), config in arm_configs(study).items():
         run = folder.run(arm, seed)
         try:
             if seed == study.seeds[0]:
-                plans[arm, seed] = check(config, run.folder)
+                finetune = config.finetune
+                key = repr((located(config).base, finetune.experts == "denoisers", finetune.density))
+                plans[arm, seed] = check(config, run.folder, bases.get(key))
+                bases[key] = plans[arm, seed].base
             else:
                 # The arm's runs differ in the seed alone.
                 first = plans[arm, study.seeds[0]]
@@ -120,9 +134,10 @@ def run_study(study: Study, out: Path, wait: bool = False) -> Iterator[str | Ste
     """Do every run of a study; what is finished already is not done again. The tables grow with every run.
 
     Raises:
-        UserError: as ``open_plans``, before anything is computed; or another process works on the folder.
+        UserError: as ``open_plans``, before anything is computed; another process works on the folder; or, after all
+            that could be done, some runs have failed.
     """
-    folder = StudyFolder(out)
+    folder, failed = StudyFolder(out), dict[str, str]()
     plans = open_plans(study, folder)
     yield from enter(folder.lock("study"), wait)
     with hold(folder.lock("study"), "deme study", wait):
@@ -142,13 +157,27 @@ def run_study(study: Study, out: Path, wait: bool = False) -> Iterator[str | Ste
                 records[place] = current_records(plans[place])
                 write_results(study, plans, records, folder)
                 yield f"{event.name}: finished"
+            elif isinstance(event, Failed):
+                failed[event.name] = event.reason
+                yield f"{event.name}: failed: {event.reason}"
             else:
                 yield event
         yield write_results(study, plans, records, folder)
         yield f"tables: {folder.results('md')}"
+        # Whoever mended the cause of an earlier failure of the piece has the run.
+        if still := {name: reason for name, reason in failed.items() if not is_complete(plans[places[name]])}:
+            told = "; ".join(f"{name}: {reason}" for name, reason in still.items())
+            raise UserError(f"{len(still)} of {len(plans)} runs failed, and all others are done. {told}")
 
 
-def _work(piece: Piece) -> Iterator[str | StepRecord | Finished]:
+def _work(piece: Piece) -> Iterator[str | StepRecord | Finished | Failed]:
+    try:
+        yield from _told(piece)
+    except UserError as error:
+        yield Failed(piece.name, str(error))
+
+
+def _told(piece: Piece) -> Iterator[str | StepRecord | Finished]:
     folder, plan = StudyFolder(piece.study), prepare(piece.config, piece.run)
     for event in _events(piece, plan, folder):
         if isinstance(event, StepRecord):
@@ -182,3 +211,4 @@ def _events(piece: Piece, plan: Plan, folder: StudyFolder) -> Iterator[workflow.
             yield from train_shared(plan, training, folder)
         yield from evaluate_shared(plan, folder)
         yield from workflow.report(plan)
+        yield from workflow.copy_results(plan)

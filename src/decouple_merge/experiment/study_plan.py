@@ -17,19 +17,20 @@ from ..models.network import num_parameters
 from ..sampling.sampler import denoiser, sampling_copy
 from ..searching.levels import levels
 from ..storage.study_folder import StudyFolder
+from ..training.made_from import images_of_update, is_finished
 from ..training.trainer import Trainer
 from .planned import Plan, Plans
 from .reported import report_models
 from .sharing import drawing_key
 from .study import open_plans, pieces
-from .trainings import Training
+from .trainings import DistilledTraining, Training, distilled_training
 
 # What a piece is timed on, after one to warm up.
 NUM_TIMED_UPDATES, NUM_TIMED_IMAGES = 4, 64
 
 
 # A training with a teacher, and one without.
-Kinds = dict[bool, tuple[Plan, Training]]
+Kinds = dict[bool, tuple[Plan, Training | DistilledTraining]]
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Work:
         trained: images that updates see, in trainings without and with a teacher.
         steps: images × steps of the sampler.
         features: images that each feature network sees.
+        num_files: of weights that trainings and runs leave.
     """
 
     trained: dict[bool, int]
@@ -48,23 +50,25 @@ class Work:
     features: dict[str, int]
     num_trainings: int
     num_runs: int
+    num_files: int
 
 
 def count_work(plans: Plans, folder: StudyFolder) -> tuple[Work, Kinds]:
     """Count what is left, shared work once; returns with it a training of each kind to time."""
-    work, kinds, known = Work({}, 0, 0, {}, 0, 0), Kinds(), set[str]()
+    work, kinds, known = Work({}, 0, 0, {}, 0, 0, 0), Kinds(), set[str]()
     of_folder = {plan.run.folder: plan for plan in plans.values()}
     for piece in pieces(plans, folder):
         plan, config = of_folder[piece.run], piece.config
         if piece.task is not None:
             _, settings, _ = training = piece.training(plan)
-            has_teacher = settings.consistency_weight > 0
-            kinds.setdefault(has_teacher, (plan, training))
-            num = settings.num_updates * settings.batch_size * settings.accumulation
-            work.trained[has_teacher] = work.trained.get(has_teacher, 0) + num
-            work.num_trainings += 1
+            _train(work, kinds, plan, training, settings.consistency_weight > 0)
             continue
         work.num_runs += 1
+        work.num_files += config.search.over != "nothing"
+        distilled = distilled_training(plan)
+        if distilled is not None and not is_finished(distilled[-1]):
+            work.num_files += 1
+            _train(work, kinds, plan, distilled, False)
         for level in levels(config, config.num_combined) if config.num_combined else []:
             num = level.num_candidates * len(level.seeds)
             _draw(work, num, level.num_steps or config.sample.num_steps, [config.search.metric])
@@ -75,6 +79,15 @@ def count_work(plans: Plans, folder: StudyFolder) -> tuple[Work, Kinds]:
                 num = config.evaluate.num_images * config.evaluate.num_seed_sets
                 _draw(work, num, config.report_sample.num_steps, config.evaluate.metrics)
     return work, kinds
+
+
+def _train(work: Work, kinds: Kinds, plan: Plan, training: Training | DistilledTraining, has_teacher: bool) -> None:
+    _, settings, _ = training
+    kinds.setdefault(has_teacher, (plan, training))
+    num = settings.num_updates * images_of_update(settings)
+    work.trained[has_teacher] = work.trained.get(has_teacher, 0) + num
+    work.num_trainings += 1
+    work.num_files += 1 + (settings.num_updates // settings.keep_every if settings.keep_every else 0)
 
 
 def _draw(work: Work, num_images: int, num_steps: int, metrics: list[str]) -> None:
@@ -103,7 +116,7 @@ def describe_study(study: Study, out: Path) -> Iterator[str]:
     size = 4 * num_parameters(plan.base.network)
     state = study.num_processes * 5 * size
     yield (
-        f"disk: about {(size * (work.num_trainings + work.num_runs) + state) / 1e9:.2f} GB of weights, "
+        f"disk: about {(size * work.num_files + state) / 1e9:.2f} GB of weights, "
         f"{state / 1e9:.2f} GB of it until trainings are finished"
     )
     num_threads = torch.get_num_threads()
@@ -134,7 +147,7 @@ def _describe_time(study: Study, work: Work, kinds: Kinds, plan: Plan) -> Iterat
     )
 
 
-def _seconds_to_train(plan: Plan, training: Training) -> float:
+def _seconds_to_train(plan: Plan, training: Training | DistilledTraining) -> float:
     """Time an image of an update, in memory."""
     task, settings, _ = training
     trainer, total = Trainer(plan.base, task, settings, plan.config.seed), NUM_TIMED_UPDATES + 1

@@ -16,6 +16,7 @@ from ..evaluation.metrics import METRICS
 from ..evaluation.records import identity_of
 from ..storage.files import read_records, write_json, write_text
 from ..storage.study_folder import StudyFolder
+from ..training.made_from import images_of_update
 from .planned import BASELINE, Plan, Plans
 from .reported import report_models
 from .results import wanted_records
@@ -104,18 +105,19 @@ def _values(study: Study, records: Records, arm: str, model: str, metric: str) -
 def _equal_compute(study: Study, plans: Plans, arm: str, model: str) -> str:
     """Name the arm whose baseline a model is compared with: its own; of a baseline or an arm without one, the first.
 
-    That has as much compute; the name is empty where there is none.
+    That has as much compute, and is drawn and compared alike; the name is empty where there is none.
     """
 
-    def num_images(name: str) -> int:
+    def key(name: str) -> tuple[int, str | None]:
         plan = plans[name, study.seeds[0]]
         settings = plan.config.finetune
-        return len(plan.ranges) * settings.num_updates * settings.batch_size * settings.accumulation
+        num_updates = len(plan.ranges) * settings.num_updates
+        return num_updates * images_of_update(settings), drawing_key(plan, "pretrained")
 
     with_one = [a for a in study.arms if BASELINE in report_models(plans[a, study.seeds[0]])]
     if arm in with_one and model != BASELINE:
         return arm
-    return next((a for a in with_one if num_images(a) == num_images(arm)), "")
+    return next((a for a in with_one if key(a) == key(arm)), "")
 
 
 def _line(

@@ -17,7 +17,7 @@ from ..merging.arithmetic import Tensors
 from ..models.ensemble import TimestepEnsemble
 from ..sampling.sampler import denoiser, sample_images, sampling_copy, sampling_network
 from ..training.loop import train
-from ..training.made_from import num_ranks
+from ..training.made_from import images_of_update, num_ranks
 from ..training.records import StepRecord
 from ..training.trainer import Task
 from .costs import told
@@ -73,7 +73,7 @@ def global_batch(settings: Training) -> str:
     num, size, accumulation = num_ranks(settings), settings.batch_size, settings.accumulation
     return (
         f"an update sees {num} process{'es' if num > 1 else ''} × batch_size {size} × accumulation {accumulation} = "
-        f"{num * size * accumulation} images"
+        f"{images_of_update(settings)} images"
     )
 
 

@@ -3,12 +3,13 @@
 from typing import Any
 
 from ..config import Distil, Finetune, Training
+from ..evaluation.records import content_of
 from ..executors.distributed import world_size
 from ..searching.levels import levels
-from ..training.made_from import num_ranks
+from ..training.made_from import images_of_update
 from ..training.trainer import Task
 from .planned import Plan
-from .reported import report_models
+from .reported import compared_fields, report_models
 from .trainings import distilled_training, trainings
 
 # Of the network for an image of an update: forward, and backward at twice the cost; a teacher looks at it once more.
@@ -37,6 +38,10 @@ def work_of(plan: Plan) -> dict[str, Any]:
         "search_metric": config.search.metric,
         "models": report_models(plan),
         "metrics": evaluate.metrics,
+        "compared": {
+            metric: fields | {"reference": content_of(fields["reference"])}
+            for metric, fields in compared_fields(plan).items()
+        },
         "sets": [[first, first + evaluate.num_images - 1] for first in firsts],
         "num_steps": config.report_sample.num_steps,
     }
@@ -61,7 +66,7 @@ def _trained(plan: Plan, every: Any) -> dict[str, Any]:
                 "folder": folder.relative_to(plan.run.folder).as_posix(),
                 "own": [task.own.low, task.own.high],
                 "num_updates": settings.num_updates,
-                "num_images": settings.batch_size * settings.accumulation * num_ranks(settings),
+                "num_images": images_of_update(settings),
                 "num_passes": UPDATE_PASSES + TEACHER_PASSES * _has_teacher(settings),
             }
             for task, settings, folder in every

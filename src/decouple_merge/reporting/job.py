@@ -131,11 +131,15 @@ class Job:
             level.trials[record["number"]] = record
 
     def add_number(self, record: Record) -> None:
-        """Take in a record of ``metrics.jsonl``; one of another model of that name drops those before."""
+        """Take in a record of ``metrics.jsonl``; one of another model of that name drops those before.
+
+        What was drawn or compared otherwise than the run does now isn't taken.
+        """
         model, seeds = record["model"], record["seeds"]
         if model not in self.work["models"] or record["metric"] not in self.work["metrics"]:
             return
-        if seeds not in self.work["sets"]:
+        compared = self.work["compared"][record["metric"]]
+        if seeds not in self.work["sets"] or not all(_is_same(record.get(key), compared[key]) for key in compared):
             return
         if self.hashes.setdefault(model, record.get("model_sha256")) != record.get("model_sha256"):
             self.numbers = {key: value for key, value in self.numbers.items() if key[0] != model}
@@ -248,6 +252,11 @@ class Job:
         return float(num * passes * per_pass / self._num_at_once)
 
 
+def _is_same(found: Any, wanted: Any) -> bool:
+    """Compare by value; a reference is known by its hash, whatever its name."""
+    return bool(found == wanted or (isinstance(found, str) and found.endswith(f":{wanted}")))
+
+
 def _end(trial: Record) -> float:
     started: float = datetime.fromisoformat(trial["started"]).timestamp()
     return started + float(trial["seconds"])
@@ -255,4 +264,4 @@ def _end(trial: Record) -> float:
 
 def _sum(values: Any) -> float | None:
     found = list(values)
-    return None if None in found else sum(found)
+    return None if not found or None in found else sum(found)

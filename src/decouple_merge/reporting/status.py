@@ -1,13 +1,16 @@
-"""What a run folder says of a run, which may go on elsewhere: nothing of it is opened but small files."""
+"""What a folder says of a run or a study, which may go on elsewhere: nothing of it is opened but small files."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import UserError
 from ..storage.locks import holders
 from ..storage.reading import AGAIN, MAX_LINES_BYTES, parse_json, read_record, read_text
 from ..storage.run_folder import LOCKS, Run
+from ..storage.study_folder import StudyFolder
 from .job import Job, Record
 
 ADVICE = "start the command that makes the run again, which writes it"
@@ -59,6 +62,63 @@ class Status:
         }
 
 
+@dataclass(frozen=True)
+class StudyStatus:
+    """A study as its folder shows it.
+
+    Attributes:
+        holders: who works on it now, by lock.
+        runs: by name, in the order of arms; None of one that isn't begun.
+    """
+
+    folder: Path
+    holders: dict[str, dict[str, str]]
+    runs: dict[str, Status | None]
+
+    @property
+    def state(self) -> str:
+        """In a word: running, finished or stopped."""
+        if self.holders:
+            return "running"
+        is_done = all(run is not None and run.job.is_done() for run in self.runs.values())
+        return "finished" if is_done else "stopped"
+
+    @property
+    def made(self) -> dict[str, str]:
+        """What it holds for use, by what it is."""
+        places = {"tables": StudyFolder(self.folder).results("md"), "figure": StudyFolder(self.folder).figure}
+        return {name: str(path) for name, path in places.items() if path.exists()}
+
+    def record(self) -> Record:
+        """Say all as JSON's types."""
+        runs = {name: run and run.record() for name, run in self.runs.items()}
+        return {
+            "study": str(self.folder),
+            "state": self.state,
+            "holders": self.holders,
+            "runs": runs,
+            "made": self.made,
+        }
+
+
+def read_study(folder: Path) -> StudyStatus | None:
+    """Read what a study's folder says by now; None of a folder that is no study's.
+
+    Raises:
+        UserError: a file of it is damaged.
+    """
+    path = StudyFolder(folder).config
+    if not path.is_file():
+        return None
+    try:
+        asked = yaml.safe_load(read_text(path, AGAIN))
+        names = [f"{arm}-{seed}" for arm in asked["arms"] for seed in asked["seeds"]]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no study: {error}; start deme study again, which writes it") from error
+    runs = {name: read_status(folder / name) if Run(folder / name).work.is_file() else None for name in names}
+    return StudyStatus(folder, holders(folder / LOCKS), runs)
+
+
 def read_status(folder: Path) -> Status:
     """Read what a run folder says by now.
 
@@ -68,7 +128,10 @@ def read_status(folder: Path) -> Status:
     run = Run(folder)
     if not run.config.is_file():
         raise UserError(f"{folder} has no config.yaml, expected a run folder: give the folder that deme run wrote")
-    return Status(folder, read_job(run), holders(folder / LOCKS), _made(run))
+    held = holders(folder / LOCKS)
+    # Whoever trains the parts around a denoiser hasn't counted its work yet.
+    job = Job({}) if held and not run.work.exists() else read_job(run)
+    return Status(folder, job, held, _made(run))
 
 
 def read_job(run: Run) -> Job:

@@ -1,6 +1,7 @@
 """What a training is made from: the record that stands beside its weights from its start on."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,6 +46,11 @@ def num_ranks(settings: Training) -> int:
     return max(world_size(), settings.num_ranks)
 
 
+def images_of_update(settings: Training) -> int:
+    """Count the images that an update sees, those of all processes together."""
+    return settings.batch_size * settings.accumulation * num_ranks(settings)
+
+
 def data_parts(images: Examples, data: Data) -> MadeFrom:
     """Say what is trained on: the hash of the examples and of which are held out, and how they are fed."""
     held_out = hashlib.sha256(repr(list(split(images, data).held_out)).encode()).hexdigest()
@@ -56,17 +62,20 @@ def is_finished(folder: Path) -> bool:
     return (folder / "model.safetensors").exists()
 
 
-def changes_of(folder: Path, now: MadeFrom) -> list[str]:
+def changes_of(folder: Path, now: MadeFrom, unknown: Iterable[str] = ()) -> list[str]:
     """Name what differs between what a training was begun with and a record of now; nothing where none was begun.
 
     A finished one may have been that of any number of processes.
+
+    Args:
+        unknown: entries that aren't known now.
 
     Raises:
         UserError: its record is missing or can't be read.
     """
     if not (folder / RECORD).exists() and not is_finished(folder):
         return []
-    found = read_record(folder / RECORD, AGAIN)
+    found = {k: v for k, v in read_record(folder / RECORD, AGAIN).items() if k not in unknown}
     if is_finished(folder):
         now = now | {"num_processes": found.get("num_processes")}
     return differences(found, now)
