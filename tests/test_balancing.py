@@ -16,9 +16,12 @@ from decouple_merge.data.sources import load_images
 from decouple_merge.diffusion.multitask import nash_weights
 from decouple_merge.diffusion.process import Flow
 from decouple_merge.diffusion.timesteps import TimestepRange, range_index, split_timesteps
+from decouple_merge.errors import UserError
 from decouple_merge.models.base import load_base
 from decouple_merge.training.balancing import BALANCERS, Setup, Uncertainty, balancer_of
+from decouple_merge.training.checks import check_finetune
 from decouple_merge.training.loop import train
+from decouple_merge.training.made_from import settings_parts
 from decouple_merge.training.trainer import Task, Trainer
 
 MakeConfig = Callable[..., Config]
@@ -32,7 +35,7 @@ def whole_task() -> Task:
 
 def config_of(tiny_config: MakeConfig, method: str, **finetune: Any) -> Config:
     clusters = {} if method == "uncertainty" else {"num_clusters": 3, "clusters": "log_snr"}
-    balancing = {"method": method, "solve_every": 2} | clusters
+    balancing = {"method": method} | clusters | ({"solve_every": 2} if method == "ant_nash" else {})
     plain = {"global_prob": 0.0, "consistency_weight": 0.0, "projection": {"placement": "none"}}
     return tiny_config(finetune=plain | {"balancing": balancing, "checkpoint_every": 3} | finetune)
 
@@ -240,7 +243,10 @@ def test_a_coin_of_one_cuts_all_timesteps_and_any_other_is_refused(tiny_config: 
 @pytest.mark.parametrize(
     ("finetune", "match"),
     [
-        ({"balancing": "ant_uw", "batch_size": 4}, "batch_size is 4 and ant_uw cuts it among 5 clusters"),
+        ({"balancing": "ant_uw", "batch_size": 4}, "a batch of all processes has 4 images, and ant_uw cuts it"),
+        ({"balancing": {"method": "uncertainty", "num_clusters": 3}}, "uncertainty, which reads no num_clusters"),
+        ({"balancing": {"method": "pcgrad", "learning_rate": 0.1}}, "pcgrad, which reads no learning_rate: leave"),
+        ({"balancing": {"method": "ant_uw", "solve_every": 1}}, "ant_uw, which reads no solve_every"),
         ({"balancing": {"method": "nash"}}, "finetune.balancing.method"),
         ({"balancing": {"method": "pcgrad", "clusters": "gradient"}}, "the cost gradient needs that file"),
         ({"balancing": {"method": "pcgrad", "similarity": "a.npz"}}, "and the others none"),
@@ -249,6 +255,29 @@ def test_a_coin_of_one_cuts_all_timesteps_and_any_other_is_refused(tiny_config: 
 def test_settings_that_fit_no_batch_are_refused(finetune: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Config.model_validate({"finetune": {"global_prob": 0, **finetune}})
+
+
+def test_clusters_cut_the_batch_of_all_processes() -> None:
+    Config.model_validate({"finetune": {"global_prob": 0, "balancing": "ant_uw", "batch_size": 4, "num_ranks": 2}})
+
+
+@pytest.mark.parametrize("method", ["ant_nash", "pcgrad"])
+def test_gradients_of_clusters_are_not_taken_of_a_compiled_network(tiny_config: MakeConfig, method: str) -> None:
+    balancing = {"method": method, "num_clusters": 2}
+    config = tiny_config(finetune={"global_prob": 0.0, "compile": True, "balancing": balancing})
+    with pytest.raises(UserError, match=f"compile is true and balancing is {method}"):
+        check_finetune(config.finetune, load_base(config.base), CPU)
+
+
+def test_a_map_of_similarities_counts_by_what_it_holds(tmp_path: Path) -> None:
+    """It may be moved, and a training doesn't go on by another one."""
+    found = []
+    for name, content in (("a", "1"), ("b", "1"), ("b", "2")):
+        (tmp_path / name).write_text(content)
+        balancing = {"method": "ant_uw", "clusters": "gradient", "similarity": str(tmp_path / name)}
+        found.append(settings_parts(Training.model_validate({"balancing": balancing})))
+    assert found[0] == found[1]
+    assert found[1]["balancing"]["similarity"] != found[2]["balancing"]["similarity"]
 
 
 def test_no_uncertainty_leaves_the_mean(tiny_config: MakeConfig) -> None:

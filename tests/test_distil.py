@@ -153,6 +153,7 @@ def test_a_killed_distillation_goes_on_to_the_same_bytes(base: Base, tiny_images
         ({"search": {"over": "baseline"}}, "distil pulls a merge towards its experts"),
         ({"finetune": {"projection": {"placement": "trunk"}}}, "placement is trunk"),
         ({"distil": {"num_updates": 0}}, "greater than 0"),
+        ({"distil": {"density": "uniform"}}, "distil.density is set, and timesteps are drawn as the experts': set fin"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decouple_merge.diffusion.process import VP
+from decouple_merge.diffusion.ranges import cut_ranges, listed_ranges
 from decouple_merge.diffusion.timesteps import TimestepRange, check_ranges, draw_timesteps, range_index, split_timesteps
 
 T, OWN = 1000, TimestepRange(250, 500)
@@ -149,3 +151,13 @@ def test_draws_depend_only_on_the_generator() -> None:
     torch.manual_seed(2)
     assert torch.equal(first, draw(100, 0.4))
     assert not torch.equal(first, draw(100, 0.4, seed=1))
+
+
+def test_whole_numbers_of_a_table_are_integers() -> None:
+    """YAML may say 250.0, which is no index."""
+    process = VP(torch.linspace(0.99, 0.01, 40), "epsilon")
+    for ranges in (listed_ranges(process, [(0, 20.0), (20.0, 40)]), cut_ranges(process, "timestep", [2.0e1])):
+        assert ranges == [TimestepRange(0, 20), TimestepRange(20, 40)]
+        assert not any(isinstance(edge, float) for own in ranges for edge in (own.low, own.high))
+        t = process.draw(4, ranges[1], 0.0, torch.Generator().manual_seed(0))
+        assert process.mix(torch.ones(4), torch.ones(4), t).isfinite().all()

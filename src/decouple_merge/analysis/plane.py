@@ -49,7 +49,7 @@ class Plane:
         for batch in self.images.batches(t, self.subject.batch_size):
             condition = {name: value.to(device) for name, value in batch.condition.items()}
             output = predict(self.subject.base, self.network, batch.x_t.to(device), batch.t.to(device), **condition)
-            total += float(per_sample_mse(output, batch.target.to(device)).double().sum())
+            total += float(per_sample_mse(output, batch.target.to(device)).cpu().double().sum())
         return total / len(t)
 
     def grid(

@@ -53,6 +53,19 @@ class Balancing(Clusters):
     learning_rate: PositiveFloat | None = None
     solve_every: PositiveInt = 25
 
+    @model_validator(mode="after")
+    def _read_by_the_method(self) -> "Balancing":
+        read = {
+            "clusters": self.cuts_batches,
+            "num_clusters": self.cuts_batches,
+            "learning_rate": self.method in ("uncertainty", "ant_uw"),
+            "solve_every": self.method == "ant_nash",
+        }
+        for name, is_read in read.items():
+            if not is_read and getattr(self, name) != type(self).model_fields[name].default:
+                raise UserError(f"balancing is {self.method}, which reads no {name}: leave it out")
+        return self
+
     @property
     def cuts_batches(self) -> bool:
         """Whether each batch has equal parts of all clusters."""

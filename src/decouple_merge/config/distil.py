@@ -1,5 +1,8 @@
 """The section ``distil``: the experts' outputs, pulled into the merged model."""
 
+from pydantic import model_validator
+
+from ..errors import UserError
 from .numbers import PositiveFloat, PositiveInt
 from .training import Training
 
@@ -11,3 +14,9 @@ class Distil(Training):
     learning_rate: PositiveFloat = 1e-4
     validate_every: PositiveInt = 250
     checkpoint_every: PositiveInt = 250
+
+    @model_validator(mode="after")
+    def _density_of_experts(self) -> "Distil":
+        if self.density is not None:
+            raise UserError("distil.density is set, and timesteps are drawn as the experts': set finetune.density")
+        return self

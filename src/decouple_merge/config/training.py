@@ -116,10 +116,11 @@ class Training(Section):
     @model_validator(mode="after")
     def _a_part_of_the_batch_for_each_cluster(self) -> "Training":
         balancing = self.balancing
-        if balancing and balancing.cuts_batches and self.batch_size < balancing.num_clusters:
+        num = self.batch_size * self.num_ranks
+        if balancing and balancing.cuts_batches and num < balancing.num_clusters:
             raise UserError(
-                f"batch_size is {self.batch_size} and {balancing.method} cuts it among {balancing.num_clusters} "
-                "clusters of timesteps: set batch_size to that at least, or lower balancing.num_clusters"
+                f"a batch of all processes has {num} images, and {balancing.method} cuts it among "
+                f"{balancing.num_clusters} clusters of timesteps: raise batch_size, or lower balancing.num_clusters"
             )
         return self
 

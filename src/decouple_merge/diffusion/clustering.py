@@ -12,7 +12,6 @@ from ..errors import UserError
 from .process import Process, Timesteps
 from .timesteps import TimestepRange
 
-COSTS = ("timestep", "log_snr", "gradient")
 # A real interval of timesteps is cut at so many places at most.
 NUM_CELLS = 1000
 
@@ -57,7 +56,7 @@ def log_snr(process: Process, t: Timesteps) -> Float[Tensor, " n"]:
     """Compute ln(a²/s²); where that is infinite, at zero terminal SNR or no noise, the schedule's last finite one."""
     every = process.snr(process.spread(process.split(1)[0], process.num_train_timesteps)).log()
     finite = every[every.isfinite()]
-    return process.snr(t).log().clamp(finite.min(), finite.max())
+    return process.snr(t).log().clamp(finite.min().item(), finite.max().item())
 
 
 def cluster_ranges(
@@ -67,7 +66,7 @@ def cluster_ranges(
     num_clusters: int,
     similarity: tuple[Sequence[float], Float[Tensor, "m m"]] | None = None,
 ) -> list[TimestepRange]:
-    """Cut a range of timesteps into clusters by a cost of ``COSTS``.
+    """Cut a range of timesteps into clusters by a cost: ``timestep``, ``log_snr`` or ``gradient``.
 
     The distance d(c, t) is |t - c|, |λ_t - λ_c| with λ = ln SNR, or minus the similarity of the gradients of the two
     timesteps. (On the SNR itself DDPM's schedule would be cut at 4, 8 and 20.)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Real
 from torch import Tensor
 
 from ..errors import UserError
-from .timesteps import TimestepRange, draw_timesteps, split_timesteps
+from .timesteps import TimestepRange, draw_timesteps, exact, split_timesteps
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 Timesteps = Real[Tensor, " batch"]
@@ -39,10 +39,6 @@ class Process(Protocol):
 
     def x0_of(self, x_t: Tensor, output: Tensor, t: Timesteps) -> Tensor:
         """Compute the estimate of x0 that an output amounts to."""
-        ...
-
-    def noise_of(self, x_t: Tensor, output: Tensor, t: Timesteps) -> Tensor:
-        """Compute the estimate of ε that an output amounts to."""
         ...
 
     def snr(self, t: Timesteps) -> Float[Tensor, " batch"]:
@@ -140,13 +136,6 @@ class VP:
             return (x_t - sigma * output) / signal
         return output if self.prediction_type == "sample" else signal * x_t - sigma * output
 
-    def noise_of(self, x_t: Tensor, output: Tensor, t: Timesteps) -> Tensor:
-        """Compute ε; of an x0 it is undefined where ᾱ_t is 1, and infinite or NaN there."""
-        signal, sigma = self._scales(t, x_t)
-        if self.prediction_type == "sample":
-            return (x_t - signal * output) / sigma
-        return output if self.prediction_type == "epsilon" else sigma * x_t + signal * output
-
     def snr(self, t: Timesteps) -> Float[Tensor, " batch"]:
         alpha_bar = self.alphas_cumprod[t]
         return alpha_bar / (1 - alpha_bar)
@@ -204,10 +193,10 @@ class Flow:
 
         Sampler and edges are rounded differently: what is within 0.001 of an edge lies on it.
         """
-        return (t.double() + 1e-3).clamp(max=math.nextafter(self.num_train_timesteps, 0))
+        return (exact(t) + 1e-3).clamp(max=math.nextafter(self.num_train_timesteps, 0))
 
     def _sigma(self, t: Timesteps, like: Tensor) -> Tensor:
-        return _as(t.double() / self.num_train_timesteps, like)
+        return _as(exact(t) / self.num_train_timesteps, like)
 
     def mix(self, x0: Tensor, noise: Tensor, t: Timesteps) -> Tensor:
         sigma = self._sigma(t, x0)
@@ -219,16 +208,13 @@ class Flow:
     def x0_of(self, x_t: Tensor, output: Tensor, t: Timesteps) -> Tensor:
         return x_t - self._sigma(t, x_t) * output
 
-    def noise_of(self, x_t: Tensor, output: Tensor, t: Timesteps) -> Tensor:
-        return x_t + (1 - self._sigma(t, x_t)) * output
-
     def snr(self, t: Timesteps) -> Float[Tensor, " batch"]:
-        sigma = t.double() / self.num_train_timesteps
+        sigma = exact(t) / self.num_train_timesteps
         return ((1 - sigma) / sigma).square().float()
 
     def x0_error(self, t: Timesteps) -> Float[Tensor, " batch"]:
         """Compute s²."""
-        return (t.double() / self.num_train_timesteps).square().float()
+        return (exact(t) / self.num_train_timesteps).square().float()
 
     def shifted(self, u: Tensor) -> Tensor:
         """Map u in [0, 1] to σ in [0, 1]."""

@@ -7,8 +7,6 @@ from ..errors import UserError
 from .process import VP, Process
 from .timesteps import TimestepRange, check_ranges
 
-UNITS = ("timestep", "sigma", "boundary")
-
 
 def listed_ranges(process: Process, pairs: Sequence[tuple[int | float, int | float]]) -> list[TimestepRange]:
     """Make the ranges that are listed as [low, high), in timesteps.
@@ -20,6 +18,9 @@ def listed_ranges(process: Process, pairs: Sequence[tuple[int | float, int | flo
     broken = [r for r in ranges if r.low != int(r.low) or r.high != int(r.high)]
     if isinstance(process, VP) and broken:
         raise UserError(f"a range is {broken[0]}, expected whole timesteps: the base's schedule has one entry for each")
+    if isinstance(process, VP):
+        # 250.0 is no place in a table.
+        ranges = [TimestepRange(int(r.low), int(r.high)) for r in ranges]
     check_ranges(ranges, process.num_train_timesteps)
     return ranges
 

@@ -27,6 +27,11 @@ class TimestepRange:
         return f"[{self.low:g}, {self.high:g})"
 
 
+def exact(t: Tensor) -> Tensor:
+    """Widen to float64, or on Apple's GPUs, which don't have it, to float32."""
+    return t.float() if t.device.type == "mps" else t.double()
+
+
 def split_timesteps(num_train_timesteps: int, num_ranges: int) -> list[TimestepRange]:
     """Split [0, T) into N contiguous ranges [⌊iT/N⌋, ⌊(i+1)T/N⌋); DeMe, section 3.1.
 

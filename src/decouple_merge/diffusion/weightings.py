@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .process import Process, Timesteps
+from .timesteps import exact
 
 Weighting = Callable[..., Tensor]
 Weight = Callable[[Process, Timesteps], Tensor | None]
@@ -103,13 +104,13 @@ def weight_of(name: str | Sequence[float] | None, **options: float) -> Weight:
 
 
 def _looked_up(table: Float[Tensor, " n"], process: Process, t: Timesteps) -> Float[Tensor, " batch"]:
-    part = (t.double() * len(table) / process.num_train_timesteps).long().clamp(max=len(table) - 1)
+    part = (exact(t) * len(table) / process.num_train_timesteps).long().clamp(max=len(table) - 1)
     return table.to(t.device)[part]
 
 
 def output_weights(process: Process, t: Timesteps, weighting: Weighting) -> Float[Tensor, " batch"]:
     """Compute w(SNR)·c, float32; where the SNR is 0 or c infinite, the limit from less noise where there is one."""
-    snr, factor = process.snr(t).double(), process.x0_error(t).double()
+    snr, factor = exact(process.snr(t)), exact(process.x0_error(t))
     tiny = torch.finfo(torch.float32).tiny
     # ε at zero terminal SNR: c is infinite, w may be 0, and their product is finite for standard, Min-SNR and P2.
     is_void = factor.isinf()
@@ -129,8 +130,14 @@ def check_weighting(name: str | Sequence[float] | None, options: dict[str, float
     # What is beyond this drowns all other timesteps.
     if weights is not None and not bool(weights.any()):
         raise UserError("weighting holds zeros alone, which leave nothing to train")
-    if weights is not None and not bool(((weights >= 0) & (weights < 1e12)).all()):
-        worst = int(t[weights.nan_to_num(nan=torch.inf).argmax()])
+    if weights is not None and bool((broken := (weights < 0) | weights.isnan()).any()):
+        first = int(broken.int().argmax())
+        raise UserError(
+            f"weighting {name} with {options or 'its defaults'} has the weight {weights[first]:g} at timestep "
+            f"{t[first]:g}, expected 0 or more: change weighting_options"
+        )
+    if weights is not None and not bool((weights < 1e12).all()):
+        worst = int(t[weights.argmax()])
         raise UserError(
             f"weighting {name} with {options or 'its defaults'} has no finite weight at timestep {worst}, where the "
             "base's schedule has no signal left; take min_snr or p2, or a base that predicts v"

@@ -14,7 +14,7 @@ from ..models.schedulers import sampler_of
 from ..storage.files import write_json
 from ..storage.made_from import MadeFrom, differences, digest_of, plain, told
 from ..storage.reading import read_record
-from ..training.made_from import SILENT, changes_of, data_parts, training_record
+from ..training.made_from import changes_of, data_parts, settings_parts, training_record
 from .planned import Plan
 from .trainings import distilled_training, expert_training, trainings
 
@@ -75,7 +75,7 @@ def _search(plan: Plan) -> MadeFrom:
             "base": base_parts(plan.base),
             "data": data_parts(plan.images, config.data),
             "seed": config.seed,
-            "finetune": config.finetune.model_dump(mode="json", exclude=SILENT),
+            "finetune": settings_parts(config.finetune),
             "ranges": [[r.low, r.high] for r in plan.ranges],
             "search": config.search.model_dump(mode="json", exclude=UNSEEN)
             | {"final_seeds": [final.start, final.stop]},

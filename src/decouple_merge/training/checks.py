@@ -28,6 +28,7 @@ def check_training(settings: Training, base: Base, device: torch.device) -> None
     _check_precision(settings, device)
     _check_optimizer(settings)
     _check_sharding(settings)
+    _check_compile(settings)
     _check_tracker(settings)
     # Images, noise and their mixture, in float32.
     check_memory("batch_size", settings.batch_size, 3 * 4 * math.prod(base.shape), device)
@@ -80,6 +81,15 @@ def _check_sharding(settings: Training) -> None:
     if settings.sharding == "full" and any(found.values()):
         first = next(what for what, is_so in found.items() if is_so)
         raise UserError(f"sharding is full and {first}, which don't go together: change one of them")
+
+
+def _check_compile(settings: Training) -> None:
+    """Refuse several backward passes over one compiled forward pass, which frees what they need."""
+    if settings.compile and settings.balancing is not None and settings.balancing.method in ("ant_nash", "pcgrad"):
+        raise UserError(
+            f"compile is true and balancing is {settings.balancing.method}, which takes a gradient for each cluster: "
+            "set compile to false"
+        )
 
 
 def _check_tracker(settings: Training) -> None:

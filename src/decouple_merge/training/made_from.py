@@ -13,7 +13,7 @@ from ..executors.distributed import world_size
 from ..models.base import Base
 from ..models.identity import base_parts
 from ..storage.made_from import MadeFrom, differences, plain, told
-from ..storage.reading import read_record
+from ..storage.reading import file_sha256, read_record
 from .trainer import Task
 
 RECORD = "expert.json"
@@ -35,7 +35,7 @@ def training_record(base: Base, images: Examples, data: Data, task: Task, settin
             **asdict(task),
             # By the scheduler that the base has now.
             "step_shares": [base.process.step_share(each) for each in task.ranges],
-            "training": settings.model_dump(mode="json", exclude=SILENT),
+            "training": settings_parts(settings),
             "num_processes": num_ranks(settings),
         }
     )
@@ -44,6 +44,14 @@ def training_record(base: Base, images: Examples, data: Data, task: Task, settin
 def num_ranks(settings: Training) -> int:
     """Count the processes of a training: torchrun's, or as many as the settings say."""
     return max(world_size(), settings.num_ranks)
+
+
+def settings_parts(settings: Training) -> MadeFrom:
+    """Say what of a training's settings its weights depend on; a map of similarities by its hash, wherever it lies."""
+    found = settings.model_dump(mode="json", exclude=SILENT)
+    if settings.balancing is not None and settings.balancing.similarity is not None:
+        found["balancing"]["similarity"] = file_sha256(settings.balancing.similarity)
+    return found
 
 
 def images_of_update(settings: Training) -> int:

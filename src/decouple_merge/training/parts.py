@@ -112,8 +112,14 @@ def train_vae(
         latents = found.mean + found.std * torch.randn(found.mean.shape, generator=draws).to(device)
         return (vae.decode(latents).sample - x).abs().mean(), found.kl().mean() / x[0].numel()
 
+    batches: Iterator[Any] | None = None
+
     def loss_at(update: int) -> Tensor:
-        (pixels,) = training_batches(images, data, settings.batch_size, stream_seed(seed, "vae"), update, update + 1)
+        nonlocal batches
+        if batches is None:
+            last, drawn = settings.num_updates, stream_seed(seed, "vae")
+            batches = iter(training_batches(images, data, settings.batch_size, drawn, update, last))
+        pixels = next(batches)
         assert isinstance(pixels, Tensor)
         error, divergence = losses(pixels, generator(seed, "vae", update))
         return error + settings.kl_weight * divergence

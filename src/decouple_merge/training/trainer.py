@@ -99,7 +99,8 @@ class Trainer:
         if settings.compile:
             for each in (self.network, self.teacher):
                 if isinstance(each, nn.Module):
-                    each.compile()
+                    # Dropout masks as the eager network draws them, which its gradients are compared with.
+                    each.compile(options={"fallback_random": True})
         if isinstance(self.teacher, nn.Module):
             if self.is_shared_out:
                 share_out(self.teacher, self.device, self.world)

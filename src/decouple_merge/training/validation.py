@@ -38,6 +38,6 @@ def validation_losses(
         for batch in torch.arange(len(x0)).split(batch_size):
             other = {name: value[batch].to(device) for name, value in condition.items()}
             output = predict(base, network, x_t[batch].to(device), t[batch].to(device), **other)
-            total += float(per_sample_mse(output, target[batch].to(device)).double().sum())
+            total += float(per_sample_mse(output, target[batch].to(device)).cpu().double().sum())
         losses.append(total / len(x0))
     return losses

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from jaxtyping import Float
 from torch import Tensor
 
+from ...diffusion.timesteps import exact
 from ..family import Encoders
 from .flow_transformer import SizedByVae, as_vector, last_linear
 from .tiny import tiny_t5_parts, tiny_text_parts, tiny_vae
@@ -64,7 +65,7 @@ class Flux(SizedByVae):
         return unpack(output, height, width)
 
     def timestep_of(self, given: Tensor) -> Tensor:
-        return given.double() * 1000
+        return exact(given) * 1000
 
     def output_layers(self, network: Any) -> dict[str, Any]:
         """Find the last layer of each block: of its feed-forward branch, or of both branches at once."""

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...diffusion.timesteps import exact
 from ..family import Encoders
 from .flow_transformer import SizedByVae, as_vector
 from .tiny import tiny_qwen_parts, tiny_vae
@@ -51,7 +52,7 @@ class ZImage(SizedByVae):
         return -torch.stack(list(output)).squeeze(2)
 
     def timestep_of(self, given: Tensor) -> Tensor:
-        return (1 - given.double()) * 1000
+        return (1 - exact(given)) * 1000
 
     def output_layers(self, network: Any) -> dict[str, Any]:
         """Find the last layer of each block's feed-forward branch."""
