@@ -26,7 +26,13 @@ from decouple_merge.evaluation.extractors import EXTRACTORS, Extractor
 from decouple_merge.evaluation.metrics import METRICS, check_is_distance, check_metrics
 from decouple_merge.evaluation.neighbours import density_coverage, precision_recall
 from decouple_merge.evaluation.records import make_record
-from decouple_merge.evaluation.references import make_reference, names_of, read_statistics, write_statistics
+from decouple_merge.evaluation.references import (
+    holds_images,
+    make_reference,
+    names_of,
+    read_statistics,
+    write_statistics,
+)
 from decouple_merge.evaluation.score import score
 from decouple_merge.evaluation.sliced import monge_distance
 
@@ -208,7 +214,7 @@ def adm_file(path: Path, *names: str) -> Path:
 
 
 def test_statistics_of_adm_serve_every_metric(tmp_path: Path) -> None:
-    reference = read_statistics(adm_file(tmp_path / "adm.npz"), extractor(), with_rows=True)
+    reference = read_statistics(adm_file(tmp_path / "adm.npz"), extractor(), ArrayImages(REAL[:120].numpy()))
     found = score(iter([GENERATED]), ALL, [(extractor(), reference)])
     assert {m: found[m] for m in ("fid", "sfid")} == pytest.approx(scored(["fid", "sfid"]), rel=1e-6)
     real, generated = (features_of(x)["features"] for x in (REAL[:120], GENERATED))
@@ -218,7 +224,8 @@ def test_statistics_of_adm_serve_every_metric(tmp_path: Path) -> None:
 
 def test_statistics_of_pytorch_fid_serve_the_fid_only(tmp_path: Path) -> None:
     path = adm_file(tmp_path / "fid.npz", "mu", "sigma")
-    reference = read_statistics(path, extractor(), with_rows=True)
+    assert not holds_images(path)
+    reference = read_statistics(path, extractor())
     assert score(iter([GENERATED]), ["fid"], [(extractor(), reference)]) == pytest.approx(scored(["fid"]), rel=1e-6)
     with pytest.raises(ValueError, match=r"sfid needs the reference's spatial statistics \(mu_s, sigma_s\); fid.npz:"):
         score(iter([GENERATED]), ["sfid"], [(extractor(), reference)])

@@ -316,6 +316,15 @@ def test_r_precision_is_the_mean_over_draws_of_the_other_texts() -> None:
     assert r_precision(images, texts, 10) == pytest.approx(100 * sum(hits) / len(hits), abs=1.2)
 
 
+def test_r_precision_of_many_images_is_that_of_their_parts() -> None:
+    draws = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(1500, 4, generator=draws) for _ in range(2))
+    whole = F.normalize(images.double(), dim=1) @ F.normalize(texts.double(), dim=1).T
+    nearer = (whole > whole.diagonal()[:, None]).sum(1)
+    # With as many candidates as texts, an image counts where none is nearer.
+    assert r_precision(images, texts, 1500) == pytest.approx(100 * float((nearer == 0).double().mean()), rel=1e-12)
+
+
 def test_r_precision_at_its_ends() -> None:
     texts = torch.eye(200)
     assert r_precision(texts, texts) == 100

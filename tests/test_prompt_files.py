@@ -128,6 +128,8 @@ def test_the_template_takes_the_prompt_and_nothing_else_of_braces(tmp_path: Path
     path = write(tmp_path / "names.txt", "tench\na {0} sign\n")
     found = load_prompts(Text(prompts=path, template="a photo of a {}."))
     assert found == ["a photo of a tench.", "a photo of a a {0} sign."]
-    assert load_prompts(Text(template="a photo of a {}")) == []
+    for values in ({"template": "a photo of a {}"}, {"prompt_seed": 3}):
+        with pytest.raises(ValueError, match=rf"{next(iter(values))} is set, which is for the prompts of a file"):
+            validate(Text, values, "text")
     with pytest.raises(ValueError, match=r"text: template: expected \{\} where the prompt goes"):
         validate(Text, {"template": "a photo"}, "text")

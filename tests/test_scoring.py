@@ -191,8 +191,99 @@ def test_num_images_takes_the_first_and_refuses_more_than_there_are(tiny_images:
 
 @pytest.mark.parametrize("batch", [torch.rand(2, 1, 8, 8), torch.zeros(8, 8, dtype=torch.uint8), None])
 def test_batches_of_another_kind_are_refused(batch: Any, tiny_images: Path) -> None:
-    with pytest.raises(ValueError, match=r"the first batch is .*, expected uint8 \[N, C, H, W\], 0 to 255: quantise"):
+    with pytest.raises(ValueError, match=r"a batch of images is .*, expected uint8 \[N, C, H, W\], 0 to 255: quantise"):
         records([] if batch is None else [batch], str(tiny_images), METRICS)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ([torch.rand(4, 1, 8, 8)], r"a batch of images is torch.float32 \(4, 1, 8, 8\), expected uint8"),
+        ([torch.zeros(4, 1, 9, 9, dtype=torch.uint8)], r"the reference: found images 9×9 with 1 channel.*expected 8×8"),
+        ([], "the reference has no images"),
+    ],
+)
+def test_a_reference_in_batches_is_as_what_is_scored(reference: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(evaluate_model([torch.from_numpy(PIXELS)[:, None]], reference, Protocol(metrics=METRICS)))
+
+
+def test_a_number_of_images_and_batches_of_them_are_refused(tiny_images: Path) -> None:
+    with pytest.raises(ValueError, match="num_images is 3, and images are given as batches: give so many"):
+        records([torch.from_numpy(PIXELS)[:, None]], str(tiny_images), METRICS, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"stats.npz: found images 9×9 with 1 channel\(s\), expected 8×8 with 1"),
+        ({"image_size": 8, "num_reference_images": 7}, r"stats.npz: found 6 images, expected 7"),
+    ],
+)
+def test_images_beside_statistics_are_as_what_is_scored(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 9, 9, 1), dtype=np.uint8)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(5), sigma=np.eye(5), arr_0=images)
+    scored, against = [torch.from_numpy(PIXELS)[:, None]], str(tmp_path / "stats.npz")
+    with pytest.raises(ValueError, match=message):
+        list(evaluate_model(scored, against, Protocol(metrics=METRICS, **changes)))
+    # The distance that takes the statistics alone has no use for them.
+    assert list(evaluate_model(scored, against, Protocol(metrics=METRICS[:1], **changes)))
+    assert list(evaluate_model(scored, against, Protocol(metrics=METRICS, image_size=8)))
+
+
+def test_a_reference_of_few_images_is_said(tiny_images: Path) -> None:
+    with np.load(tiny_images) as file:
+        many = torch.from_numpy(file["images"])[:, None]
+    events = list(evaluate_model([many], [many[:4]], Protocol(metrics=METRICS[:1])))
+    assert "fd_effnetlite0 of a reference of 4 images with 5 features each: the covariance is singular" in str(
+        events[0]
+    )
+
+
+def test_images_that_were_added_to_a_folder_are_seen(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "images")
+    first = open_images(str(folder))
+    Image.fromarray(PIXELS[0]).save(folder / "99.png")
+    second = open_images(str(folder))
+    assert (len(first), len(second)) == (12, 13)
+    assert first.sha256 != second.sha256
+
+
+def test_a_column_of_a_data_set_is_read_alone(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "images")
+    names = sorted(map(str, folder.iterdir()))
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    columns = {"img": names, "mask": [str(tmp_path / "broken.png")] * len(names)}
+    rows = datasets.Dataset.from_dict(columns, split="test")
+    for column in columns:
+        rows = rows.cast_column(column, datasets.Image())
+    rows.save_to_disk(tmp_path / "rows")
+    source = f"datasets:{tmp_path / 'rows'}"
+    with pytest.raises(ValueError, match=r"was saved of split 'test', expected 'train': set data.split"):
+        open_images(source, column="img")
+    with pytest.raises(
+        ValueError, match=r"has columns img, mask, expected 'image': set data.column, or column of deme"
+    ):
+        open_images(source, split="test")
+    found = open_images(source, split="test", column="img")
+    assert torch.equal(found.stack(range(12)), torch.from_numpy(PIXELS)[:, None])
+    settings = Protocol(metrics=METRICS[:1], split="test", column="img")
+    assert list(evaluate_model([torch.from_numpy(PIXELS)[:, None]], source, settings))
+
+
+def test_a_first_image_that_is_left_out_says_nothing_of_the_files(tmp_path: Path) -> None:
+    good = (write_folder(tmp_path / "images", ".jpg") / "00.jpg").read_bytes()
+    rows = [{"bytes": good[: len(good) // 3], "path": None}, {"bytes": good, "path": None}]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": rows}, features).save_to_disk(tmp_path / "rows")
+    images = open_images(f"datasets:{tmp_path / 'rows'}", skip_damaged=True)
+    assert (len(images), images.source.holds_jpeg) == (1, True)
+
+
+def test_seeds_that_torch_does_not_tell_apart_are_refused(tiny_base: Path, tiny_images: Path) -> None:
+    settings = Protocol(metrics=METRICS, num_images=6, seed=2**32 - 5, sample=FOUR)
+    with pytest.raises(ValueError, match=r"the last seed is 4294967296, expected less than 2\*\*32"):
+        list(evaluate_model(str(tiny_base), str(tiny_images), settings))
 
 
 def test_mistakes_are_found_before_an_image_is_drawn(

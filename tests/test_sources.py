@@ -1,6 +1,7 @@
 """Images of every source: the same pixels and hash wherever they are."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from decouple_merge.config import Data
 from decouple_merge.data import decoded
 from decouple_merge.data.sources import KINDS, kind_of, load_images, open_images, open_source
+from decouple_merge.errors import UserError
 
 COLOURS = {1: (6, 8, 8), 3: (6, 8, 8, 3)}
 
@@ -139,3 +141,32 @@ def test_a_source_is_found_by_known_name_prefix_ending_or_as_a_folder(tmp_path: 
     }
     assert [kind_of(name) for name in expected] == [KINDS[key] for key in expected.values()]
     assert [kind_of(name) for name in ("nowhere", "nowhere.npz", "other:x.tar")] == [None] * 3
+
+
+def test_images_are_decoded_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for the first of a block stays in memory."""
+    begun: list[int] = []
+    decode_one = decoded.DecodedImages._try_decode
+
+    def slow(self: Any, index: int) -> Any:
+        begun.append(index)
+        if index == 0:
+            time.sleep(0.3)
+            assert max(begun) < 4
+        return decode_one(self, index)
+
+    monkeypatch.setattr(decoded, "BLOCK", 4)
+    monkeypatch.setattr(decoded.DecodedImages, "_try_decode", slow)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(10):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f"{i}.png")
+    images = load_images(Data(source=str(folder)), 1, 8)
+    assert images.stack(range(10))[:, 0, 0, 0].tolist() == list(range(10))
+    assert sorted(begun) == list(range(10))
+
+
+def test_a_model_that_is_told_how_images_were_cut_takes_no_arrays(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((2, 8, 8), np.uint8))
+    with pytest.raises(UserError, match=r"is told how its images were cut \(SDXL\), which is known of files alone"):
+        load_images(Data(source=str(tmp_path / "images.npy")), 1, 8).frames([0])

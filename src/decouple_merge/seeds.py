@@ -1,6 +1,7 @@
 """Random streams: every draw is a function of a key, so nothing random needs saving or restoring."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -20,6 +21,16 @@ def stream_seed(*key: int | str) -> int:
 def generator(*key: int | str) -> torch.Generator:
     """Make the CPU generator of a key. CPU, so that the numbers are the same on every device."""
     return torch.Generator().manual_seed(stream_seed(*key))
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse seeds beyond 2**32, where torch's start again from 0.
+
+    Raises:
+        UserError: as said.
+    """
+    if len(seeds) and max(seeds) >= NUM_SEEDS:
+        raise UserError(f"the last seed is {max(seeds)}, expected less than 2**32: the noise of seed 0 comes again")
 
 
 def check_disjoint(search: range, report: range) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..errors import UserError
 from .numbers import NonNegativeInt, Number, PositiveInt
@@ -57,6 +57,14 @@ class Text(Section):
         if "{}" not in template:
             raise UserError("expected {} where the prompt goes, such as 'a photo of a {}'")
         return template
+
+    @model_validator(mode="after")
+    def _of_a_file(self) -> "Text":
+        of_file = {"template": self.template != "{}", "prompt_seed": self.prompt_seed != 0}
+        if self.prompts is None and any(of_file.values()):
+            name = next(name for name, is_set in of_file.items() if is_set)
+            raise UserError(f"{name} is set, which is for the prompts of a file: set prompts, too, or leave it out")
+        return self
 
 
 class Drawing(Pieces):

@@ -23,6 +23,7 @@ class Stats(Section):
 
     Attributes:
         split: of the reference, as ``data.split``, such as ``test``.
+        column: of a ``datasets`` data set, as ``data.column``.
         image_size: images are cut to a square and resized to this before they are measured; None leaves them.
         skip_damaged: leave out images that can't be decoded; otherwise they are an error.
         inception_weights: the file ``pt_inception-2015-12-05-6726825d.pth``.
@@ -32,6 +33,7 @@ class Stats(Section):
     """
 
     split: str = "train"
+    column: str = "image"
     image_size: PositiveInt | None = None
     skip_damaged: bool = False
     inception_weights: FilePath | None = None

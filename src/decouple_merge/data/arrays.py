@@ -45,8 +45,8 @@ class ArraySource(Source):
             if self.data.fit == "exact" and not is_converted:
                 raise UserError(
                     f"{name}: found images {pixels.shape[3]}×{pixels.shape[2]} with {pixels.shape[1]} channel(s), "
-                    f"expected {size}×{size} with {channels}, as the base model has; set data.fit: resize to crop, "
-                    "resize and convert"
+                    f"expected {size}×{size} with {channels}, as the base model has; set data.fit: resize, "
+                    "or image_size of deme evaluate, to crop, resize and convert"
                 )
             pixels = resize_images(torch.from_numpy(pixels), size, channels).numpy()
         images = ArrayImages(pixels)

@@ -1,10 +1,12 @@
 """Images that are decoded when they are asked for, after each was decoded once to see that it can be."""
 
 import hashlib
+import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,14 +15,16 @@ from torch import Tensor
 
 from ..config import Data
 from ..errors import UserError
-from ..storage.files import cache_folder, write_json
+from ..storage.files import cache_folder, write_text
 from ..storage.locks import make_once
-from ..storage.reading import AGAIN, read_record
+from ..storage.reading import AGAIN, MAX_LINES_BYTES, as_record, parse_json, read_text
 from .decoding import VERSION, DamagedError, Decoded, centre_square, decode, has_colour, open_image
 from .images import Images, Source
 from .names import PassedOver
 
 _log = logging.getLogger(__name__)
+# Images that are decoded, or wait for it, at once.
+BLOCK = 512
 
 
 class EncodedSource(Source):
@@ -102,7 +106,10 @@ class DecodedImages(Images):
     def _decode_all(self) -> dict[str, Any]:
         damaged, sizes, num_first, digest = [], [], 0, hashlib.sha256()
         with ThreadPoolExecutor() as pool:
-            for index, found in enumerate(pool.map(self._try_decode, range(len(self.source)))):
+            # In blocks: what waits, and what is decoded too early, stays in memory.
+            whole = range(len(self.source))
+            blocks = (whole[first : first + BLOCK] for first in whole[::BLOCK])
+            for index, found in enumerate(chain.from_iterable(pool.map(self._try_decode, block) for block in blocks)):
                 if found is None:
                     damaged.append(index)
                 else:
@@ -135,5 +142,5 @@ class DecodedImages(Images):
 
 def _remembered(key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     known = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    make_once(known, lambda: write_json(known, compute()))
-    return read_record(known, AGAIN)
+    make_once(known, lambda: write_text(known, json.dumps(compute(), separators=(",", ":"))))
+    return as_record(parse_json(read_text(known, AGAIN, MAX_LINES_BYTES), known, AGAIN), known, AGAIN)

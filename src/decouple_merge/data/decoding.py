@@ -86,7 +86,8 @@ def decode(item: Any, channels: int, size: int, fit: str) -> Decoded:
     elif original != (size, size) or found not in (channels, channels - 2):
         raise UserError(
             f"{name}: found {image.width}×{image.height} with {found} channel(s), expected {size}×{size} with "
-            f"{channels}, as the base model has; set data.fit: resize to crop, resize and convert"
+            f"{channels}, as the base model has; set data.fit: resize, or image_size of deme "
+            "evaluate, to crop, resize and convert"
         )
     pixels = np.asarray(image.convert(MODES[channels])).reshape(size, size, channels)
     return Decoded(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), original, is_first)

@@ -28,29 +28,30 @@ class Rows(EncodedSource):
         if data.column not in self.rows.column_names:
             raise UserError(
                 f"data set {self.name!r} has columns {', '.join(self.rows.column_names)}, expected {data.column!r}: "
-                "set data.column"
+                "set data.column, or column of deme evaluate"
             )
         if len(self.rows) == 0:
             raise UserError(f"data set {self.name!r}, split {data.split!r}: has no rows")
-        self.rows = _undecoded(self.rows, data.column, self.name)
+        # Of a row that is read, all columns are decoded.
+        self.images_only = _undecoded(self.rows.select_columns([data.column]), data.column, self.name)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        row, name = self.rows[index][self.data.column], f"row {index} of data set {self.name!r}"
+        row, name = self.images_only[index][self.data.column], f"row {index} of data set {self.name!r}"
         if row is None:
             raise DamagedError(f"{name}: has no image; remove it, or set data.skip_damaged")
         return Path(row["path"]) if row["bytes"] is None else Member(row["bytes"], name)
 
     @property
     def identity(self) -> str:
-        return f"{self.name} {self.data.column} {self.rows._fingerprint}"
+        return f"{self.name} {self.data.column} {self.images_only._fingerprint}"
 
     @property
     def holds_jpeg(self) -> bool:
-        """Whether the first image is JPEG: the others are not looked at."""
-        return is_jpeg(self[0])
+        """Whether the first image that can be read is JPEG: the others are not looked at."""
+        return next(self._readable(is_jpeg), False)
 
     def captions(self, field: str, classes: dict[str, int] | None) -> list[Any]:
         if field not in self.rows.column_names:
@@ -71,11 +72,20 @@ def _open_rows(name: str, split: str) -> Any:
 
     local = Path(name).is_dir() and (Path(name) / "dataset_info.json").is_file()
     try:
-        return datasets.load_from_disk(name) if local else datasets.load_dataset(name, split=split)
+        if local:
+            return _of_split(datasets.load_from_disk(name), name, split)
+        return datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, from its own and from the hub's
         if is_ours(error):
             raise
         raise UserError(f"data set {name!r}, split {split!r}: {error}") from error
+
+
+def _of_split(rows: Any, name: str, split: str) -> Any:
+    """Require that what was saved is of the split that is asked for, where it says which it is."""
+    if rows.split is not None and str(rows.split) != split:
+        raise UserError(f"data set {name!r} was saved of split {str(rows.split)!r}, expected {split!r}: set data.split")
+    return rows
 
 
 def _undecoded(rows: Any, column: str, name: str) -> Any:

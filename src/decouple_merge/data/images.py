@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config import Data
+from ..errors import UserError
 from .names import JPEG_SUFFIXES, has_suffix
 
 
@@ -153,6 +154,17 @@ class ArrayImages(Images):
 
     def stack(self, indices: Sequence[int]) -> UInt8[Tensor, "n c h w"]:
         return self.pixels[torch.as_tensor(indices)]
+
+    def frames(self, indices: Sequence[int]) -> Float[Tensor, "n 6"]:
+        """Refuse: how they were cut before is not known.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "this base is told how its images were cut (SDXL), which is known of files alone: give the images as a "
+            "folder with captions in metadata.jsonl, or as another source of files"
+        )
 
 
 def file_stamp(path: Path) -> tuple[str, int, int]:

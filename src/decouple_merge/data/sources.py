@@ -3,6 +3,7 @@
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from ..config import Data
 from ..errors import UserError
@@ -80,8 +81,11 @@ def open_images(
     channels: int | None = None,
     skip_damaged: bool = False,
     split: str = "train",
+    column: str = "image",
 ) -> Images:
     """Open images whose size and channels are whatever the first of them has, or are brought to.
+
+    They are looked at anew each time: whoever scores images may draw more of them.
 
     Raises:
         UserError: as ``load_images``; also where the images differ among themselves.
@@ -91,8 +95,9 @@ def open_images(
         raise UserError(
             f"{source}{looked_for(source)} is no model and holds no images; expected a pipeline, {_forms()}"
         )
-    data = Data(source=source, split=split, fit="exact" if size is None else "resize", skip_damaged=skip_damaged)
+    fit: Literal["exact", "resize"] = "exact" if size is None else "resize"
+    data = Data(source=source, split=split, column=column, fit=fit, skip_damaged=skip_damaged)
     if size is None or channels is None:
         found = kind(data).natural_shape()
         channels, size = channels or found[0], size or found[1]
-    return load_images(data, channels, size)
+    return kind(data).images(channels, size)

@@ -14,7 +14,8 @@ THUMBNAIL = 4
 NUM_FEATURES = 1280 + 3 * THUMBNAIL**2
 
 
-def describe(images: UInt8[Tensor, "n 3 h w"], extract: Callable[[Tensor], dict[str, Tensor]]) -> Float[Tensor, "n f"]:
-    """Describe images by features of EfficientNet-Lite0, which ``extract`` computes, and by a thumbnail."""
+def describe(images: UInt8[Tensor, "n c h w"], extract: Callable[[Tensor], dict[str, Tensor]]) -> Float[Tensor, "n f"]:
+    """Describe images, grey or in colour, by features of EfficientNet-Lite0 (``extract``) and by a thumbnail."""
+    images = images.expand(-1, 3, -1, -1)
     thumbnails = F.adaptive_avg_pool2d(to_model(images), THUMBNAIL).flatten(1)
     return torch.cat([extract(images)["features"], thumbnails], 1)

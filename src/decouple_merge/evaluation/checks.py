@@ -14,7 +14,7 @@ def check_evaluate(config: Config, base: Base) -> None:
 
     Raises:
         UserError: a metric is unknown, no distance, has too few images, or compares with texts that the base doesn't
-            read; or the weights of its network are wrong.
+            read; its network takes no such images, or has wrong weights.
     """
     evaluate, search = config.evaluate, config.search
     check_is_distance(search.metric, "search.metric")
@@ -25,6 +25,13 @@ def check_evaluate(config: Config, base: Base) -> None:
     if search.num_finalists:
         where = "search.num_final_images" if search.num_final_images else "evaluate.num_images"
         check_num_images(search.metric, len(config.final_seeds), where)
+    for metric in [*evaluate.metrics, search.metric]:
+        # A judge is of the data's own kind of images.
+        if METRICS[metric].extractor != "judge" and base.channels not in (1, 3):
+            raise UserError(
+                f"{metric} is measured on images in grey or colour, and {config.base} draws {base.channels} channels: "
+                "take metrics of a judge"
+            )
     with_texts = [m for m in evaluate.metrics if METRICS[m].needs == "texts"]
     if with_texts and (base.encoders is None or base.encoders.classes):
         raise UserError(f"evaluate.metrics has {with_texts[0]}, but {config.base} reads no texts; take another metric")

@@ -264,8 +264,12 @@ def r_precision(images: Float[Tensor, "n d"], texts: Float[Tensor, "n d"], num_c
     num_others = len(different) - 1
     if num_others < 1:
         raise UserError(f"the R-precision has {len(different)} different text(s), expected at least 2 to choose among")
-    similarity = F.normalize(images.double(), dim=1) @ F.normalize(different, dim=1).T
-    num_nearer = (similarity >= similarity.gather(1, own[:, None])).sum(1) - 1
+    candidates = F.normalize(different, dim=1).T
+    counted = []
+    for rows, own_rows in zip(images.split(1024), own.split(1024), strict=True):
+        similarity = F.normalize(rows.double(), dim=1) @ candidates
+        counted.append((similarity >= similarity.gather(1, own_rows[:, None])).sum(1) - 1)
+    num_nearer = torch.cat(counted)
     drawn = torch.arange(min(num_candidates - 1, num_others), device=own.device)
     ratios = (num_others - num_nearer[:, None] - drawn).clamp(min=0) / (num_others - drawn)
     return 100 * float(ratios.prod(1).mean())

@@ -1,6 +1,8 @@
 """Score anything: a model, images from wherever they come, against images, statistics or another model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import Protocol
+from ..data.decoding import resize_images
 from ..data.images import ArrayImages, Images
 from ..data.sources import open_images
 from ..errors import UserError
@@ -25,6 +28,7 @@ from .references import (
     Compared,
     Reference,
     check_reference,
+    holds_images,
     holds_statistics,
     make_reference,
     names_of,
@@ -32,7 +36,7 @@ from .references import (
     text_reference,
 )
 from .score import Features, Output, extract, score_features
-from .scored_images import Scored, is_model, open_scored
+from .scored_images import Scored, check_batch, is_model, open_scored
 
 
 def evaluate_model(
@@ -72,8 +76,8 @@ def evaluate_model(
     features = _features(model, scored, settings, [extractor for extractor, _ in compared.values()])
     values, num_images = score_features(features, settings.metrics, list(compared.values()))
     for metric, value in values.items():
-        extractor, _ = used = compared[METRICS[metric].extractor]
-        if warning := rank_warning(metric, num_images, extractor):
+        used = compared[METRICS[metric].extractor]
+        if warning := rank_warning(metric, num_images, used):
             yield warning
         depends_on = names_of(metric, used) | scored.sampling
         record = make_record(name, metric, value, num_images, scored.seeds, depends_on, sha256)
@@ -100,7 +104,7 @@ def _open(model: str | Iterable[Tensor], name: str, settings: Protocol) -> Score
 def _open_compared(reference: str | Iterable[Tensor] | None, scored: Scored, settings: Protocol) -> dict[str, Compared]:
     """Open the feature networks that the metrics need, by name, each with what images are compared with in it."""
     extractors = [load_extractor(n, default_device(), weights_of(n, settings)) for n in extractors_of(settings.metrics)]
-    against: Path | tuple[str, Images] | None = None
+    against: Against | None = None
     compared: dict[str, Compared] = {}
     for extractor in extractors:
         needed = [m for m in settings.metrics if METRICS[m].extractor == extractor.name]
@@ -109,49 +113,90 @@ def _open_compared(reference: str | Iterable[Tensor] | None, scored: Scored, set
             found = text_reference(scored.prompts, scored.texts, extractor)
         elif reference is not None and needs:
             against = against or _open_reference(reference, scored, settings)
-            found = _reference(against, extractor, with_rows=bool(needs & NUM_ROWS.keys()))
+            found = against.reference(extractor, with_rows=bool(needs & NUM_ROWS.keys()))
         for metric in needed:
             check_reference(metric, found)
         compared[extractor.name] = (extractor, found)
     return compared
 
 
-def _reference(against: Path | tuple[str, Images], extractor: Extractor, with_rows: bool) -> Reference:
-    if isinstance(against, Path):
-        return read_statistics(against, extractor, with_rows)
-    return make_reference(*against, extractor)
+@dataclass(frozen=True)
+class Against:
+    """What images are compared with, before any network looks at it.
+
+    Attributes:
+        name: as records carry it.
+        images: opens them, as what is scored has them; None where there are only statistics.
+        statistics: the file that has them.
+    """
+
+    name: str
+    images: Callable[[], Images] | None
+    statistics: Path | None = None
+
+    def reference(self, extractor: Extractor, with_rows: bool) -> Reference:
+        """Measure it in a network.
+
+        Args:
+            with_rows: features of images are needed, too, where there are any.
+        """
+        if self.statistics is not None:
+            return read_statistics(self.statistics, extractor, self.images() if self.images and with_rows else None)
+        assert self.images is not None
+        return make_reference(self.name, self.images(), extractor)
 
 
-def _open_reference(reference: str | Iterable[Tensor], scored: Scored, settings: Protocol) -> Path | tuple[str, Images]:
+def _open_reference(reference: str | Iterable[Tensor], scored: Scored, settings: Protocol) -> Against:
     """Find out what images are compared with: a file of statistics, or images with the name of where they are from."""
+    if isinstance(reference, str) and holds_statistics(path := Path(reference)):
+        images = partial(_opened_images, reference, scored, settings) if holds_images(path) else None
+        return Against(reference, images, path)
     if not isinstance(reference, str):
-        return "images", _collect(reference)
-    if holds_statistics(Path(reference)):
-        return Path(reference)
-    if is_model(reference):
+        name, found = "images", _alike(_collect(reference, settings.image_size), "the reference", scored)
+    elif is_model(reference):
         first = scored.seeds.stop if scored.seeds else 0
         others = settings.model_copy(update={"num_images": scored.num_images, "seed": first})
-        return reference, _collect(open_scored(reference, others).batches(slice(None)))
+        drawn = _collect(open_scored(reference, others).batches(slice(None)))
+        name, found = reference, _alike(drawn, f"--reference {reference}", scored)
+    else:
+        name, found = reference, _opened_images(reference, scored, settings)
+    return Against(name, lambda: found)
+
+
+def _opened_images(reference: str, scored: Scored, settings: Protocol) -> Images:
     # Grey shows the same in colour; a reference in colour would be another one in grey.
     channels = 3 if settings.image_size and scored.channels == 3 else None
-    images = open_images(reference, settings.image_size, channels, settings.skip_damaged, settings.split)
+    skips, split, column = settings.skip_damaged, settings.split, settings.column
+    images = open_images(reference, settings.image_size, channels, skips, split, column)
     num_expected = settings.num_reference_images
     if num_expected is not None and len(images) != num_expected:
         raise UserError(
             f"--reference {reference}: found {len(images)} images, expected {num_expected}; give the whole data set, "
             "or say with --set num_reference_images=N that another is meant"
         )
+    return _alike(images, f"--reference {reference}", scored)
+
+
+def _alike(images: Images, what: str, scored: Scored) -> Images:
+    """Require that images have the size and channels of what is scored."""
     found, height, width = images[0].shape
     if (found, height, width) != (scored.channels, scored.size, scored.size):
         raise UserError(
-            f"--reference {reference}: found images {width}×{height} with {found} channel(s), expected "
-            f"{scored.size}×{scored.size} with {scored.channels}, as what is scored: resize or convert one of them"
+            f"{what}: found images {width}×{height} with {found} channel(s), expected {scored.size}×{scored.size} with "
+            f"{scored.channels}, as what is scored: resize or convert one of them"
         )
-    return reference, images
+    return images
 
 
-def _collect(batches: Iterable[Tensor]) -> Images:
-    return ArrayImages(torch.cat(list(batches)).numpy())
+def _collect(batches: Iterable[Tensor], size: int | None = None) -> Images:
+    """Hold the images of batches in memory, resized where asked."""
+    found = []
+    for batch in batches:
+        check_batch(batch)
+        found.append(batch if size is None else resize_images(batch, size))
+    if not found:
+        raise UserError("the reference has no images, expected batches of them")
+    return ArrayImages(torch.cat(found).numpy())
 
 
 def _features(
@@ -183,12 +228,16 @@ def _extract_share(
         yield number, {key: value.cpu().numpy() for key, value in features.items()}
 
 
-def rank_warning(metric: str, num_images: int, extractor: Extractor) -> str | None:
+def rank_warning(metric: str, num_images: int, compared: Compared) -> str | None:
     """Say where a covariance of too few images is singular, which biases the Fréchet distance."""
+    extractor, reference = compared
     width = extractor.outputs.get(METRICS[metric].output, 0)
-    if not METRICS[metric].sums_moments or num_images > width:
+    # Of statistics the number of images isn't known.
+    few = [n for n in (num_images, reference.num_images if reference else 0) if 0 < n <= width]
+    if not METRICS[metric].sums_moments or not few:
         return None
+    what = f"{num_images} images" if num_images in few else f"a reference of {few[0]} images"
     return (
-        f"warning: {metric} of {num_images} images with {width} features each: the covariance is singular and the "
+        f"warning: {metric} of {what} with {width} features each: the covariance is singular and the "
         "value much too large; compare it only with values of as many images, or use a kernel distance"
     )

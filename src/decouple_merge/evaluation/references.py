@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import Evaluate, Stats
-from ..data.arrays import read_array
-from ..data.images import ArrayImages, Images
+from ..data.images import Images
 from ..data.sources import open_images
 from ..errors import UserError
 from ..executors.devices import default_device
@@ -198,7 +197,7 @@ def write_reference(images: str, out: Path, metric: str, settings: Stats) -> Non
     if METRICS[metric].needs == "texts":
         raise UserError(f"{metric} compares images with texts, for which there are no statistics; take another metric")
     extractor = load_extractor(name, default_device(), weights_of(name, settings))
-    opened = open_images(images, settings.image_size, None, settings.skip_damaged, settings.split)
+    opened = open_images(images, settings.image_size, None, settings.skip_damaged, settings.split, settings.column)
     write_statistics(make_reference(images, opened, extractor), out)
 
 
@@ -208,24 +207,32 @@ def holds_statistics(path: Path) -> bool:
     Raises:
         UserError: it is an npz file that can't be opened.
     """
+    return _holds(path, "mu")
+
+
+def holds_images(path: Path) -> bool:
+    """Say whether a file of statistics has the images, too, as ADM's have."""
+    return _holds(path, "arr_0")
+
+
+def _holds(path: Path, array: str) -> bool:
     if path.suffix != ".npz" or not path.is_file():
         return False
     with open_arrays(path) as arrays:
-        return "mu" in arrays
+        return array in arrays
 
 
-def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -> Reference:
+def read_statistics(path: Path, extractor: Extractor, images: Images | None = None) -> Reference:
     """Read ``mu`` and ``sigma`` from an npz file as pytorch-fid writes them, ``mu_s`` and ``sigma_s`` as ADM does.
 
     Args:
-        with_rows: also compute features of the images in ``arr_0``, if the file has it.
+        images: of the file, whose features are wanted, too.
 
     Raises:
         UserError: the file is damaged, lacks the two arrays, or is of another extractor's size.
     """
     arrays: dict[str, Tensor] = {}
     with open_arrays(path) as file:
-        has_images = "arr_0" in file
         for output in extractor.outputs:
             for array in NPZ_NAMES[output]:
                 if output == "features" and array not in file:
@@ -243,9 +250,7 @@ def read_statistics(path: Path, extractor: Extractor, with_rows: bool = False) -
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise UserError(f"{path}: mean or covariance has NaN or infinity; make the file again")
         moments[output] = _moments(mean, covariance, f"{digest}-{output}")
-    rows = {}
-    if with_rows and has_images:
-        rows = make_reference(path.name, ArrayImages(read_array(path)), extractor).rows
+    rows = make_reference(path.name, images, extractor).rows if images else {}
     return Reference(f"{path.name}:{digest[:16]}", 0, moments, rows)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import Protocol, Text
+from ..config import Protocol
 from ..data.captions import texts_of
 from ..data.decoding import RESIZE, resize_images
 from ..data.prompts import load_prompts
@@ -68,7 +68,7 @@ def open_scored(model: str | Iterable[Tensor], settings: Protocol, with_texts: b
         UserError: there is no such model, nor images; or what is drawn would be enlarged.
     """
     if not isinstance(model, str):
-        scored = _open_batches(model, settings.text)
+        scored = _open_batches(model, settings)
     elif is_model(model):
         scored = _open_drawn(model, settings)
     else:
@@ -76,13 +76,27 @@ def open_scored(model: str | Iterable[Tensor], settings: Protocol, with_texts: b
     return scored if settings.image_size is None else _resized(scored, settings.image_size)
 
 
-def _open_batches(given: Iterable[Tensor], text: Text) -> Scored:
+def check_batch(batch: object) -> None:
+    """Require that a batch of images that was handed over is uint8 [N, C, H, W].
+
+    Raises:
+        UserError: as said.
+    """
+    if not isinstance(batch, Tensor) or batch.ndim != 4 or batch.dtype != torch.uint8:
+        found = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+        raise UserError(f"a batch of images is {found}, expected uint8 [N, C, H, W], 0 to 255: quantise the images")
+
+
+def _open_batches(given: Iterable[Tensor], settings: Protocol) -> Scored:
+    if settings.num_images is not None:
+        raise UserError(
+            f"num_images is {settings.num_images}, and images are given as batches: give so many, and leave it out"
+        )
     batches = iter(given)
     first = next(batches, None)
-    if not isinstance(first, Tensor) or first.ndim != 4 or first.dtype != torch.uint8:
-        found = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
-        raise UserError(f"the first batch is {found}, expected uint8 [N, C, H, W], 0 to 255: quantise the images")
-    prompts, whole = load_prompts(text), chain([first], batches)
+    check_batch(first)
+    assert isinstance(first, Tensor)
+    prompts, whole = load_prompts(settings.text), chain([first], batches)
     return Scored(lambda share: whole, first.shape[1], first.shape[2], prompts=prompts, texts=prompts)
 
 
@@ -106,7 +120,7 @@ def _open_drawn(name: str, settings: Protocol) -> Scored:
 
 
 def _open_files(name: str, settings: Protocol, with_texts: bool) -> Scored:
-    images = open_images(name, settings.image_size, skip_damaged=settings.skip_damaged)
+    images = open_images(name, settings.image_size, skip_damaged=settings.skip_damaged, column=settings.column)
     num = settings.num_images or len(images)
     if num > len(images):
         raise UserError(f"{name}: found {len(images)} images, expected at least --num-images {num}")

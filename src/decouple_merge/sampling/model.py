@@ -21,6 +21,7 @@ from ..models.network import load_network, new_network
 from ..models.parts import texts_to_encode
 from ..models.run_experts import open_run
 from ..models.schedulers import sampler_of
+from ..seeds import check_seeds
 from ..storage.layouts import PROJECTIONS_FILE
 from ..storage.reading import AGAIN, is_document, read_record
 from ..storage.run_folder import Run
@@ -66,11 +67,12 @@ class OpenedModel:
         return choose_prompts(self.prompts, seeds, self.first_seed) if self.prompts else []
 
     def check(self, seeds: Sequence[int]) -> None:
-        """Require that the model has what it needs to draw some seeds: prompts if it reads them, of classes it knows.
+        """Require that the model can draw some seeds: they differ, and it has prompts if it reads them.
 
         Raises:
             ValueError: as said.
         """
+        check_seeds(seeds)
         check_prompts(self.base, bool(self.prompts))
         if self.base.encoders is not None:
             texts_to_encode(self.base.encoders, self.prompts_of(seeds), self.text)
