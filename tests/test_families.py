@@ -66,7 +66,8 @@ def test_every_projection_changes_nothing_at_first_and_reaches_the_output(base: 
     t = torch.tensor([3, base.num_train_timesteps - 1])
     network, x, condition = new_network(base, placement).eval().requires_grad_(False), noisy(base), inputs(base)
     before = predict(base, network, x, t, **condition)
-    assert torch.equal(before, predict(base, base.network, x, t, **condition))
+    # A product with the identity may lie otherwise in memory, and be summed in another order.
+    torch.testing.assert_close(before, predict(base, base.network, x, t, **condition), rtol=1e-5, atol=1e-6)
     matrices = projection_parameters(network)
     assert len(matrices) == len(base.family.output_layers(network))
     for matrix in matrices:

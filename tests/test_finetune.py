@@ -503,7 +503,7 @@ def test_a_compiled_training_whose_gradients_are_wrong_is_refused(
     images = load_images(config.data, base.channels, base.image_size)
     ranges = tuple(split_timesteps(base.num_train_timesteps, 2))
     # Compiling takes minutes; a network that is left eager passes the check, and one with a layer cut off must not.
-    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, options: None)
     list(train(base, images, config.data, Task("fine", ranges[0], ranges), config.finetune, 0, tmp_path / "fine"))
     stances = []
     set_stance = torch.compiler.set_stance

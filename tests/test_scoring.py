@@ -208,9 +208,13 @@ def test_a_reference_in_batches_is_as_what_is_scored(reference: list[Any], messa
         list(evaluate_model([torch.from_numpy(PIXELS)[:, None]], reference, Protocol(metrics=METRICS)))
 
 
-def test_a_number_of_images_and_batches_of_them_are_refused(tiny_images: Path) -> None:
-    with pytest.raises(ValueError, match="num_images is 3, and images are given as batches: give so many"):
-        records([torch.from_numpy(PIXELS)[:, None]], str(tiny_images), METRICS, 3)
+def test_of_batches_the_first_images_are_taken(tiny_images: Path) -> None:
+    batches = list(torch.from_numpy(PIXELS)[:, None].split(4))
+    found = records(batches, str(tiny_images), METRICS, 10)
+    expected = records([torch.from_numpy(PIXELS)[:10, None]], str(tiny_images), METRICS)
+    assert [r["value"] for r in found] == pytest.approx([r["value"] for r in expected], rel=1e-9)
+    with pytest.raises(ValueError, match="found 12 images in the batches, expected num_images, 13"):
+        records(batches, str(tiny_images), METRICS, 13)
 
 
 @pytest.mark.parametrize(

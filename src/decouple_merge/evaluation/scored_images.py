@@ -1,6 +1,7 @@
 """What is scored: images drawn by a model, read from files, or given as tensors."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -88,16 +89,28 @@ def check_batch(batch: object) -> None:
 
 
 def _open_batches(given: Iterable[Tensor], settings: Protocol) -> Scored:
-    if settings.num_images is not None:
-        raise UserError(
-            f"num_images is {settings.num_images}, and images are given as batches: give so many, and leave it out"
-        )
     batches = iter(given)
     first = next(batches, None)
     check_batch(first)
     assert isinstance(first, Tensor)
-    prompts, whole = load_prompts(settings.text), chain([first], batches)
+    prompts, whole = load_prompts(settings.text), _first(chain([first], batches), settings.num_images)
     return Scored(lambda share: whole, first.shape[1], first.shape[2], prompts=prompts, texts=prompts)
+
+
+def _first(batches: Iterable[Tensor], num_images: int | None) -> Iterator[Tensor]:
+    """Yield the first images of batches, or all.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    left = math.inf if num_images is None else num_images
+    for batch in batches:
+        yield batch if len(batch) <= left else batch[: int(left)]
+        left -= len(batch)
+        if left <= 0:
+            return
+    if num_images is not None:
+        raise UserError(f"found {num_images - int(left)} images in the batches, expected num_images, {num_images}")
 
 
 def _open_drawn(name: str, settings: Protocol) -> Scored:

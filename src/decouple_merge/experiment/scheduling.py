@@ -22,6 +22,7 @@ from ..storage.locks import enter, hold
 from ..storage.made_from import differences, plain, told
 from ..storage.outputs import SCHEDULE, SCHEDULE_MARK, SCHEDULE_SEARCH, check_output
 from ..storage.reading import AGAIN, read_record
+from .located import located_name
 
 # Of the random schedules, what is said of one in so many.
 SAID_EVERY = 10
@@ -79,9 +80,6 @@ def find_schedule(zoo: Zoo, budget: float, out: Path, wait: bool = False) -> Ite
                 f"--budget is {budget:g} s, and one call of the cheapest model, {opened.names[cheapest]}, takes "
                 f"{seconds[cheapest]:.3g} s for a batch of {opened.settings.batch_size} images: give more"
             )
-        # Other work on the machine while calls were timed would show here.
-        calls = int(budget / seconds[cheapest])
-        yield f"the budget pays for {calls} calls of {opened.names[cheapest]}, of {zoo.schedule.num_slots} steps"
         known = yield from _score_random(folder, opened, seconds, budget)
         predictor, tau, num_held = _learn(zoo, opened, known)
         told_tau = "unknown" if tau is None else f"{tau:.3f}"
@@ -159,6 +157,9 @@ def _score_random(
 ) -> Generator[str, None, dict[Slots, float]]:
     """Score random schedules around the budget."""
     settings, known = opened.zoo.schedule, dict[Slots, float]()
+    # Other work on the machine while calls were timed would show here.
+    least, name = min(zip(seconds, opened.names, strict=True))
+    yield f"the budget pays for {int(budget / least)} calls of {name}, of {settings.num_slots} steps"
     for i in range(settings.num_schedules):
         chance = random.Random(stream_seed(opened.zoo.seed, "schedule", i))
         slots = random_slots(settings.num_slots, seconds, budget, chance)
@@ -271,8 +272,8 @@ def _write(
     names = {k + 1: name for k, name in enumerate(opened.names)}
     used = {names[k]: opened.zoo.models[names[k]] for k in sorted({k for k in slots if k})}
     schedule = Schedule(
-        base=_lasting(opened.zoo.base),
-        models={name: given if given == "base" else _lasting(given) for name, given in used.items()},
+        base=located_name(opened.zoo.base),
+        models={name: given if given == "base" else located_name(given) for name, given in used.items()},
         steps=[names[k] if k else 0 for k in slots],
     )
     result = {
@@ -295,8 +296,3 @@ def _write(
     write_json(folder.result, result)
     head = f"{SCHEDULE_MARK}: {cost_of(slots, seconds):.4g} s of a budget of {budget:g} s for a batch of images.\n"
     write_text(folder.out, head + dump_document(schedule.model_dump()))
-
-
-def _lasting(name: str) -> str:
-    """Name a model so that it is found from any folder."""
-    return str(Path(name).absolute()) if Path(name).exists() else name

@@ -12,7 +12,7 @@ from ..evaluation.records import identity_of
 from ..executors import check_executor, run_all
 from ..models.base import Base
 from ..searching.trial import Trial
-from ..storage.files import read_records, write_text
+from ..storage.files import read_records, write_json, write_text
 from ..storage.locks import enter, hold
 from ..storage.outputs import RUN, check_output
 from ..storage.run_folder import LOCKS
@@ -142,6 +142,7 @@ def run_study(study: Study, out: Path, wait: bool = False) -> Iterator[str | Ste
     yield from enter(folder.lock("study"), wait)
     with hold(folder.lock("study"), "deme study", wait):
         write_text(folder.config, dump_study(study))
+        write_json(folder.work, {"runs": [plan.run.folder.name for plan in plans.values()]})
         for plan in plans.values():
             if isinstance(plan.images, Latents):
                 yield from plan.images.fill()

@@ -4,8 +4,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UserError
 from ..storage.locks import holders
 from ..storage.reading import AGAIN, MAX_LINES_BYTES, parse_json, read_record, read_text
@@ -107,14 +105,10 @@ def read_study(folder: Path) -> StudyStatus | None:
     Raises:
         UserError: a file of it is damaged.
     """
-    path = StudyFolder(folder).config
+    path = StudyFolder(folder).work
     if not path.is_file():
         return None
-    try:
-        asked = yaml.safe_load(read_text(path, AGAIN))
-        names = [f"{arm}-{seed}" for arm in asked["arms"] for seed in asked["seeds"]]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no study: {error}; start deme study again, which writes it") from error
+    names = read_record(path, "start deme study again, which writes it", runs=list)["runs"]
     runs = {name: read_status(folder / name) if Run(folder / name).work.is_file() else None for name in names}
     return StudyStatus(folder, holders(folder / LOCKS), runs)
 

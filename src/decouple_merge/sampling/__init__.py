@@ -1,4 +1,4 @@
 """Images drawn from a model.
 
-Imports config, data, diffusion, errors, executors, merging, models, storage.
+Imports config, data, diffusion, errors, executors, merging, models, seeds, storage.
 """

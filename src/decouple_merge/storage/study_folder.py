@@ -17,6 +17,11 @@ class StudyFolder:
         return self.folder / "study.yaml"
 
     @property
+    def work(self) -> Path:
+        # The names of its runs, for whoever looks on.
+        return self.folder / "progress" / "runs.json"
+
+    @property
     def figure(self) -> Path:
         return self.folder / "figures" / "study.png"
 
