@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 
+from conftest import make_unet
 from decouple_merge.cli.main import _users_mistake
 from decouple_merge.config import Config, Data, Sample
 from decouple_merge.data.sources import open_source
@@ -137,3 +139,11 @@ def test_a_dry_run_says_nothing_of_experts_that_are_not_trained(
     lines = list(describe(config, tmp_path / "run"))
     assert not [line for line in lines if "expert" in line]
     assert any("expert 0: " in line for line in describe(tiny_config(), tmp_path / "run"))
+
+
+def test_metrics_that_see_no_such_channels_are_refused(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    network = make_unet(in_channels=4, out_channels=4)
+    DDPMPipeline(network, DDPMScheduler(num_train_timesteps=40)).save_pretrained(tmp_path / "four")
+    config = tiny_config(base=str(tmp_path / "four"))
+    with pytest.raises(UserError, match=r"fd_effnetlite0 is measured on images in grey or colour, and .*four draws 4"):
+        check(config, tmp_path / "run")

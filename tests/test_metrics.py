@@ -11,6 +11,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 
+from decouple_merge.evaluation.alignment import describe
 from decouple_merge.evaluation.distances import (
     FeatureStats,
     Moments,
@@ -336,3 +337,10 @@ def test_r_precision_at_its_ends() -> None:
     assert r_precision(torch.ones(200, 200), texts) == 0
     with pytest.raises(ValueError, match=r"has 1 different text\(s\), expected at least 2"):
         r_precision(texts, torch.ones(200, 200))
+
+
+def test_a_grey_image_is_described_as_in_colour() -> None:
+    grey = torch.randint(0, 256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    found = describe(grey, lambda x: {"features": x.float().flatten(1)})
+    assert torch.equal(found, describe(grey.expand(-1, 3, -1, -1), lambda x: {"features": x.float().flatten(1)}))
+    assert found.shape == (3, 3 * 64 + 3 * 16)
