@@ -32,7 +32,6 @@ from decouple_merge.storage.files import append_record
 from decouple_merge.storage.provenance import git_commit
 
 STRATEGIES = ["grid", "gp", "tpe", "cmaes", "evolution", "coordinate", "random", "gradient"]
-BUDGETS = [12, 24, 48]
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ def arms_of(arguments: argparse.Namespace) -> list[Arm]:
     found = []
     for metric in arguments.metrics:
         for strategy in arguments.strategies:
-            settings = {"strategy": strategy, "num_trials": max(BUDGETS), "num_images": arguments.images}
-            budgets = [] if strategy == "grid" else BUDGETS
+            settings = {"strategy": strategy, "num_trials": max(arguments.budgets), "num_images": arguments.images}
+            budgets = [] if strategy == "grid" else arguments.budgets
             found.append(Arm(strategy, metric, settings | {"num_finalists": 0}, budgets))
         for race in arguments.races:
             trials, images, halving = map(int, race.split(":"))
@@ -72,6 +71,7 @@ def main() -> None:
     parser.add_argument("--high", type=float, default=1.8)
     parser.add_argument("--grid-step", type=float, default=0.4)
     parser.add_argument("--strategies", nargs="*", default=STRATEGIES)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[12, 24, 48], help="candidates of a strategy")
     parser.add_argument("--races", nargs="*", default=[], help="candidates:images:one of so many goes on")
     parser.add_argument("--metrics", nargs="+", default=["fd_effnetlite0"], help="that choose; the first judges all")
     parser.add_argument("--out", type=Path, help="where the values go, as JSON lines")
