@@ -129,6 +129,8 @@ def test_every_family_has_activations_and_gradients(family: Family, tmp_path: Pa
     changes = {m: [r["channel_change"] for r in finding.rows if r["model"] == m] for m in activations.MODELS}
     assert min(changes["expert"]) > 0
     assert max(changes["merged"]) == 0
+    for figure in activations.draw(finding).values():
+        activations.plt.close(figure)
     rows = GradientRows(base, state, sketch_of(state, 1, 0), torch.device("cpu"), 3)
     found, norms = rows.halves(fixed_images(subject, 4), base.process.spread(ranges[0], 1)[0])
     torch.testing.assert_close(found.double().square().sum(1), norms, rtol=1e-4, atol=0)

@@ -80,6 +80,18 @@ def test_it_starts_with_the_runs_own_merge(run: Path) -> None:
     assert Explorer(run).names == ["[0, 20)", "[20, 40)"]
 
 
+def test_it_merges_by_the_settings_of_the_search(run: Path, tmp_path: Path) -> None:
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("vote: sum", "vote: count").replace("scale: 1.0", "scale: 1.5"))
+    explorer = Explorer(run)
+    assert (explorer.config.search.vote, explorer.config.search.scale, explorer.density) == ("count", 1.5, 0.5)
+    drawn = explorer.draw((0.7, 0.4), "ties", 0.5)
+    list(explorer.export((0.7, 0.4), "ties", 0.5, tmp_path / "out"))
+    assert torch.equal(drawn, stock(tmp_path / "out"))
+    settings = json.loads((tmp_path / "out/merge.json").read_text())["settings"]
+    assert (settings["vote"], settings["scale"]) == ("count", 1.5)
+
+
 def test_a_measured_candidate_is_looked_up(run: Path, tiny_config: Callable[..., Config]) -> None:
     knowledge = SearchKnowledge(run / "search/trials.jsonl", Explorer(run).config)
     assert knowledge.known((0.5, 0.2)) == {"screen": (math.exp(3.25), 10)}

@@ -20,6 +20,7 @@ from decouple_merge.config import Analyze, Config, dump_config
 from decouple_merge.data.images import to_model
 from decouple_merge.diffusion.losses import per_sample_mse
 from decouple_merge.diffusion.process import VP, Flow, Process
+from decouple_merge.errors import UserError
 from decouple_merge.experiment.analyses import analyze
 from decouple_merge.experiment.plan import prepare
 from decouple_merge.experiment.planned import Plan
@@ -289,3 +290,9 @@ def test_the_training_of_a_base_has_a_map_for_every_checkpoint(
 def test_several_runs_are_compared_over_a_setting_and_one_is_not(arguments: list[str]) -> None:
     found = CliRunner().invoke(cli.app, ["analyze", *arguments])
     assert "several runs are compared over a setting" in str(found.exception)
+
+
+def test_a_stride_that_leaves_one_timestep_is_refused_before_any_gradient() -> None:
+    process = VP(VELOCITY.alphas_cumprod, "epsilon")
+    with pytest.raises(UserError, match="stride is 11, expected at most 10, half of the timesteps"):
+        gradient_similarity.cost(subject_of(process, stride=11))

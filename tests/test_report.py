@@ -16,8 +16,10 @@ from decouple_merge.config import Config, dump_config
 from decouple_merge.errors import UserError
 from decouple_merge.reporting import page
 from decouple_merge.reporting.contents import read_run
+from decouple_merge.reporting.gaps import not_measured
 from decouple_merge.reporting.page import write_report
 from decouple_merge.reporting.verdict import verdict
+from decouple_merge.reporting.views import _costs
 
 FD, KD = "fd_effnetlite0", "kd_effnetlite0"
 BASELINE = "baseline-finetuned"
@@ -162,6 +164,40 @@ def test_one_set_of_images_has_no_interval(make_run: MakeRun) -> None:
     assert found.sentence.startswith("On one set of images, the merged model is better than the pretrained model and")
     assert "interval" not in found.sentence
     assert "raise evaluate.num_seed_sets" in found.note
+
+
+def test_equal_numbers_are_as_good(make_run: MakeRun) -> None:
+    found = verdict([read_run(make_run(values={m: [50.0] for m in VALUES}))])
+    assert "the merged model is as good as the pretrained model" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "models", "sentence"),
+    [
+        ({"search": {"over": "nothing"}}, ["pretrained", BASELINE], "Nothing was merged: search.over is nothing."),
+        (
+            {"finetune": {"experts": "denoisers"}},
+            ["ensemble", "merged"],
+            "The merged model is better than the base's own denoisers: its fd_effnetlite0 is",
+        ),
+    ],
+)
+def test_what_a_run_does_not_do_is_not_missing(
+    make_run: MakeRun,
+    tiny_config: Callable[..., Config],
+    changes: dict[str, Any],
+    models: list[str],
+    sentence: str,
+) -> None:
+    folder = make_run(values={m: VALUES[m] for m in models})
+    (folder / "config.yaml").write_text(dump_config(tiny_config(**changes)))
+    found = read_run(folder)
+    assert verdict([found]).sentence.startswith(sentence)
+    gaps = " ".join(not_measured([found], []))
+    assert "isn't finished" not in gaps
+    assert ("Equal compute counts updates" in gaps) == (BASELINE in models)
+    trained = next(work for stage, work, _ in _costs(found) if stage == "trainings")
+    assert "experts ×" not in trained
 
 
 def test_training_seeds_stand_side_by_side_and_are_the_units_of_the_interval(make_run: MakeRun, tmp_path: Path) -> None:

@@ -367,3 +367,8 @@ def test_the_command_scores_and_compares(
     assert isinstance(refused.exception, ValueError)
     assert "differ in sampler (DDIM, DDPM)" in str(refused.exception)
     assert "expected MODEL_OR_IMAGES" in str(runner.invoke(cli.app, ["evaluate"]).exception)
+
+
+def test_a_comparison_takes_nothing_to_score(tiny_images: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["evaluate", str(tiny_images), "--compare", "a.jsonl", "b.jsonl"])
+    assert "expected MODEL_OR_IMAGES, or --compare A B, one of them" in str(result.exception)

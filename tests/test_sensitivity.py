@@ -59,6 +59,17 @@ def test_a_curve_has_the_mean_and_the_reach_over_training_seeds_in_the_order_of_
     sensitivity.plt.close(figure)
 
 
+def test_a_mean_of_equal_numbers_has_no_reach_below_0() -> None:
+    """It may be off by a rounding."""
+    value = 831.0831446915306
+    assert sum([value] * 3) / 3 != value
+    runs = [run(n, seed, value) for n in (1, 2) for seed in range(3)]
+    for one in runs:
+        one.records[:] = [r | {"value": value} for r in one.records]
+    _, finding = finding_of(runs)
+    sensitivity.plt.close(sensitivity.draw(finding)[""])
+
+
 def test_settings_that_are_no_numbers_keep_their_names() -> None:
     _, finding = finding_of(RUNS, over="search.strategy")
     (point,) = finding.summary["curves"]["merged"]

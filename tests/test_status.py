@@ -13,11 +13,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from decouple_merge.cli import console as cli_console
 from decouple_merge.cli import live
 from decouple_merge.cli.main import app
-from decouple_merge.cli.progress import show
+from decouple_merge.cli.progress import show, training_line
 from decouple_merge.config import Config
 from decouple_merge.experiment.plan import prepare
+from decouple_merge.experiment.results import Row
 from decouple_merge.reporting.job import Job
 from decouple_merge.searching.trial import Trial
 from decouple_merge.storage.files import write_json, write_records
@@ -232,3 +234,29 @@ def test_a_look_imports_nothing_heavy() -> None:
     code = "import sys; import decouple_merge.reporting.status, decouple_merge.cli.live; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "optuna", "diffusers", "pydantic"} & set(modules)
+
+
+def test_brackets_are_printed_as_they_are() -> None:
+    """Paths and patterns have them."""
+    for text in ("runs/fashion[seed=1]/merged", "down_blocks.[/a]", ":warning:"):
+        with cli_console.console.capture() as printed:
+            cli_console.console.print(text)
+        assert printed.get() == f"{text}\n"
+
+
+def test_the_time_left_has_sixty_seconds_a_minute() -> None:
+    record = StepRecord("expert-1", 5, 6, 0.1, 0.0, 1e-4, 40.0, 119.7)
+    assert training_line(record).endswith("2:00 left")
+
+
+def test_numbers_below_0_have_no_ratio() -> None:
+    job, console = Job(WORK), Console(width=120, record=True, file=io.StringIO())
+    for model, value in (("pretrained", -0.001), ("merged", 0.002)):
+        job.add_number(number(model, "kd", 0, value))
+    console.print(live.tables(job, console))
+    assert "-2.000" not in console.export_text()
+    rows = [Row("pretrained", 1, "kd_effnetlite0", [-0.001]), Row("merged", 1, "kd_effnetlite0", [0.002])]
+    console.print(cli_console.result_table(rows))
+    text = console.export_text()
+    assert "0.002" in text
+    assert "-2.000" not in text

@@ -189,24 +189,31 @@ def _labels(finding: Finding) -> list[str]:
 
 
 def _shown(finding: Finding) -> list[str]:
-    blocks = finding.summary["blocks"]
+    blocks = [b for b in finding.summary["blocks"] if _changes(finding, "channels", b)]
     return blocks[:: -(-len(blocks) // MAX_BLOCKS)]
+
+
+def _changes(finding: Finding, kind: str, block: str) -> dict[int, np.ndarray]:
+    """Find a block's changes by the expert, by the timestep's place: of two denoisers one alone runs at a timestep."""
+    keys = {i: f"{kind}|{i}|expert|{block}" for i in range(len(finding.summary["timesteps"]))}
+    return {i: finding.arrays[key] for i, key in keys.items() if key in finding.arrays}
 
 
 def _draw_cka(finding: Finding) -> Any:
     blocks, labels = finding.summary["blocks"], _labels(finding)
     size = (5 + 1.5 * len(labels), 1.6 + 0.32 * len(blocks))
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-    found = np.array([np.nan if row["cka"] is None else row["cka"] for row in finding.rows])
+    found = {(row["model"], row["block"], row["timestep"]): row["cka"] for row in finding.rows}
     # They are often all near 1.
-    low = min(0.9, float(np.floor(10 * np.nanmin(found, initial=1.0)) / 10))
+    low = min(0.9, float(np.floor(10 * min((v for v in found.values() if v is not None), default=1.0)) / 10))
     for axis, model in zip(axes, MODELS, strict=True):
-        chosen = np.array([row["model"] == model for row in finding.rows])
-        values = found[chosen].reshape(len(labels), -1).T
+        each = [[found.get((model, block, t)) for t in finding.summary["timesteps"]] for block in blocks]
+        values = np.array(each, dtype=float)
         image = axis.imshow(values, cmap="viridis", vmin=low, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             colour = "white" if value < 0.4 * low + 0.6 else "black"
-            axis.text(j, i, f"{value:.3f}", ha="center", va="center", color=colour, size=8)
+            told = f"{value:.3f}" if np.isfinite(value) else ""
+            axis.text(j, i, told, ha="center", va="center", color=colour, size=8)
         axis.set(xticks=range(len(labels)), yticks=range(len(blocks)), title=f"pretrained and {model}")
         axis.set_xticklabels(labels, rotation=30, ha="right", fontsize=8)
         axis.set_yticklabels(blocks, fontsize=8)
@@ -219,8 +226,11 @@ def _draw_channels(finding: Finding) -> Any:
     size = (9, 0.8 + len(blocks) * (0.5 + 0.16 * len(labels)))
     figure, axes = plt.subplots(len(blocks), 1, figsize=size, layout="constrained", squeeze=False)
     for axis, block in zip(axes[:, 0], blocks, strict=True):
-        values = np.stack([finding.arrays[f"channels|{i}|expert|{block}"] for i in range(len(labels))])
-        limit = max(float(np.abs(values).max()), 1e-12)
+        found = _changes(finding, "channels", block)
+        values = np.full((len(labels), len(next(iter(found.values())))), np.nan)
+        for i, change in found.items():
+            values[i] = change
+        limit = max(float(np.nanmax(np.abs(values))), 1e-12)
         image = axis.imshow(values, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
         axis.set(yticks=range(len(labels)), xticks=[])
         axis.set_yticklabels(labels, fontsize=6)
@@ -234,14 +244,12 @@ def _draw_pixels(finding: Finding) -> Any:
     size = (1.5 * len(blocks) + 1.5, 1.6 * len(labels) + 0.5)
     figure, axes = plt.subplots(len(labels), len(blocks), figsize=size, layout="constrained", squeeze=False)
     for column, block in enumerate(blocks):
-        maps = [finding.arrays[f"places|{i}|expert|{block}"] for i in range(len(labels))]
-        limit = max(float(np.abs(maps).max()), 1e-12)
-        for row, values in enumerate(maps):
-            axis, side = axes[row, column], round(values.size**0.5)
-            square = (
-                values if values.ndim == 2 else values.reshape(side, -1) if side**2 == values.size else values[None]
-            )
-            axis.imshow(square, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        maps = _changes(finding, "places", block)
+        limit = max(*(float(np.abs(values).max()) for values in maps.values()), 1e-12)
+        for row, axis in enumerate(axes[:, column]):
+            if row in maps:
+                square = _as_square(maps[row])
+                axis.imshow(square, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if column == 0:
                 axis.set_ylabel(labels[row].replace(", ", "\n", 1), fontsize=8)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config.analyze import GradientSimilarity
 from ..diffusion.timesteps import TimestepRange, range_index
+from ..errors import UserError
 from ..merging.arithmetic import Tensors
 from .fixed import FixedImages, fixed_images
 from .gradients import GradientRows, Grams, Sketch, grams_of, layer_of, next_prime
@@ -39,8 +40,10 @@ def _settings(subject: Subject) -> GradientSimilarity:
 
 
 def _timesteps(subject: Subject) -> Tensor:
-    total = subject.base.num_train_timesteps
-    return subject.base.process.spread(TimestepRange(0, total), max(1, total // _settings(subject).stride))
+    total, stride = subject.base.num_train_timesteps, _settings(subject).stride
+    if total < 2 * stride:
+        raise UserError(f"gradient_similarity.stride is {stride}, expected at most {total // 2}, half of the timesteps")
+    return subject.base.process.spread(TimestepRange(0, total), total // stride)
 
 
 def _sketch(subject: Subject) -> Sketch:

@@ -113,7 +113,7 @@ def draw(finding: Finding) -> dict[str, Any]:
             if i == 0:
                 words = textwrap.shorten(prompts[seeds[j]], 60, placeholder="…")
                 title = "\n".join([f"seed {seeds[j]}", *textwrap.wrap(words, 20)])
-                axis.set_title(title, fontsize=7)
+                axis.set_title(title, fontsize=7, parse_math=False)
             if j == 0:
                 name = finding.summary["models"][i].replace("baseline-finetuned", "equally\nfinetuned")
                 axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)

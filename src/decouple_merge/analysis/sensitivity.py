@@ -149,7 +149,8 @@ def draw(finding: Finding) -> dict[str, Any]:
         places = [p["value"] if is_number else names.index(p["value"]) for p in curve]
         means = np.array([p["mean"] for p in curve])
         reach = np.array([[p["mean"] - p["smallest"] for p in curve], [p["largest"] - p["mean"] for p in curve]])
-        axis.errorbar(places, means, reach, color=colours[model], marker="o", markersize=4, capsize=3)
+        # The mean of equal numbers may be off by a rounding.
+        axis.errorbar(places, means, reach.clip(0), color=colours[model], marker="o", markersize=4, capsize=3)
         for row in finding.rows:
             if row["model"] == model:
                 place = row["value"] if is_number else names.index(row["value"])

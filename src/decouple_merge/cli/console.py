@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0")) if NUM_PROCESSES > 1 else 0
 # Without a terminal a console is 80 columns wide, too few for the result table.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110, quiet=RANK > 0)
+WIDTH = None if sys.stdout.isatty() else 110
+# Brackets are those of paths and patterns, not of markup.
+console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True, width=WIDTH, quiet=RANK > 0)
 
 # In a pipe or a log, a merge says how far it is no more often.
 SECONDS_BETWEEN_LINES = 5.0
@@ -65,6 +67,7 @@ def result_table(rows: "list[Row]") -> Table:
         table.add_column(column, justify="left" if column in ("model", "metric") else "right", no_wrap=True)
     first = {r.metric: r.mean for r in rows if r.model == "pretrained"}
     for row in rows:
-        ratio = f"{row.mean / first[row.metric]:.3f}" if first.get(row.metric) else ""
+        # A kernel distance may be below 0, and has no ratio.
+        ratio = f"{row.mean / first[row.metric]:.3f}" if min(row.mean, first.get(row.metric, 0)) > 0 else ""
         table.add_row(row.model, f"{row.num_parameters:,}", row.metric, f"{row.mean:.4g}", f"{row.spread:.2g}", ratio)
     return table

@@ -156,7 +156,7 @@ def _numbers(job: Job) -> Table | None:
         for metric in job.work["metrics"]:
             value, other = of_model.get(metric), means[first].get(metric)
             cells += ["" if value is None else _number(value)]
-            cells += [f"{value / other:.3f}" if value is not None and other else ""]
+            cells += [f"{value / other:.3f}" if value and other and min(value, other) > 0 else ""]
         table.add_row(model, *cells)
     return table
 

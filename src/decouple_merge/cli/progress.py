@@ -151,10 +151,8 @@ def show(events: Iterable[Any], console: Console, folder: Path | None = None) ->
 def training_line(record: StepRecord) -> str:
     """Say in one line how a training goes: losses, speed, time left."""
     consistency = f"  consistency {record.consistency_loss:.5f}" if record.consistency_loss else ""
-    return (
-        f"loss {record.loss:.4f}{consistency}  {record.images_per_second:.0f} images/s  "
-        f"{record.seconds_left // 60:.0f}:{record.seconds_left % 60:02.0f} left"
-    )
+    minutes, seconds = divmod(round(record.seconds_left), 60)
+    return f"loss {record.loss:.4f}{consistency}  {record.images_per_second:.0f} images/s  {minutes}:{seconds:02} left"
 
 
 def validation_line(record: StepRecord) -> str:

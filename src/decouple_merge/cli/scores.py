@@ -48,13 +48,13 @@ def evaluate(
     --prompts captions_val2014.json --set clip=laion/CLIP-ViT-g-14-laion2B-s12B-b42K
     --set inception_weights=pt_inception.pth --set sample.num_steps=20 --set text.guidance_scale=5 --set seed=1000`
     """
-    if compare is not None:
+    if compare and not (model or reference):
         from ..evaluation.compare import compare as compare_records
 
         show(compare_records(*compare))
         return
-    if model is None:
-        raise UserError("expected MODEL_OR_IMAGES, or --compare A B")
+    if compare or model is None:
+        raise UserError("expected MODEL_OR_IMAGES, or --compare A B, one of them")
     from ..config import load_protocol
     from ..evaluation.evaluate import evaluate_model
 

@@ -40,6 +40,7 @@ class SearchKnowledge:
 
     def __init__(self, trials: Path, config: Config) -> None:
         self.metric, self.method = config.search.metric, config.search.method
+        self.is_tuned = bool(config.search.tune)
         density = config.search.density
         # A page has one for all experts.
         self.density = None if isinstance(density, list) else density

@@ -83,6 +83,14 @@ class Explorer:
         rows: list[list[float]] = [*record["settings"].get("blocks", {}).values(), record["weights"]]
         return tuple(w for row in rows for w in row)
 
+    @property
+    def density(self) -> float:
+        """The density of the run's merge, which a search may have tuned; 1 where there is none for all experts."""
+        path, found = self.run.merged / "merge.json", self.config.search.density
+        if path.exists():
+            found = read_record(path, AGAIN, settings=dict)["settings"].get("density", found)
+        return float(found) if isinstance(found, int | float) else 1.0
+
     def draw(self, weights: Weights, method: str, density: float) -> UInt8[Tensor, "n c h w"]:
         """Draw the seeds by the merge of some weights.
 
@@ -112,9 +120,14 @@ class Explorer:
         num = len(self.ranges)
         rows = [list(weights[i : i + num]) for i in range(0, len(weights), num)]
         blocks = dict(zip(self.blocks[:-1], rows[:-1], strict=True))
-        settings = Merge(method=method, density=density, weights=rows[-1], blocks=blocks)
+        settings = Merge(method=method, weights=rows[-1], blocks=blocks, **self._settings(method, density))
         experts = [self.run.expert(i) for i in range(num)]
         yield from merge_models(self.config.base, experts, settings, out)
+
+    def _settings(self, method: str, density: float) -> dict[str, Any]:
+        """List a rule's settings: those of the search, where it merged by that rule, but for the density."""
+        search = self.config.search
+        return (search.rule_settings() if method == search.method else {}) | {"density": density}
 
     def _merger(self, method: str, density: float) -> tuple[Merger, nn.Module]:
         key = (method, density if method == "ties" else 1.0)
@@ -125,7 +138,7 @@ class Explorer:
                 self.base.network.state_dict(),
                 self.experts,
                 method=method,
-                context_of=lambda name: Context(name, Settings(density=key[1])),
+                context_of=lambda name: Context(name, Settings(**self._settings(*key))),
                 patterns=self.blocks,
                 dtype=self.base.dtype,
                 device=self.device,

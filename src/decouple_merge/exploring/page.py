@@ -28,7 +28,8 @@ def open_page(explorer: Explorer, out: Path) -> gr.Blocks:
     knowledge = SearchKnowledge(explorer.run.trials, explorer.config)
     search, best = explorer.config.search, explorer.best
     low, high = min(search.low, *best), max(search.high, *best)
-    start = [search.method if search.method in METHODS else METHODS[0], knowledge.density or 1.0]
+    has_own = search.method in METHODS
+    start = [search.method if has_own else METHODS[0], explorer.density]
     # Fitted before somebody waits for it.
     knowledge.estimate(best)
     with gr.Blocks(title=f"{explorer.run.folder.resolve().name}: merging weights", analytics_enabled=False) as page:
@@ -42,7 +43,8 @@ def open_page(explorer: Explorer, out: Path) -> gr.Blocks:
                 method = gr.Radio(METHODS, value=start[0], label="method")
                 density = gr.Slider(0.05, 1.0, start[1], step=0.01, label="density, the share that ties keeps")
                 with gr.Row():
-                    reset = gr.Button("The run's own merge")
+                    # The page merges by no other method.
+                    reset = gr.Button("The run's own merge", visible=has_own)
                     zero = gr.Button("All weights 0")
             with gr.Column(scale=2, min_width=320):
                 distance = gr.Markdown(elem_id="distance")
@@ -111,6 +113,8 @@ def launch(page: gr.Blocks, host: str, port: int | None, *, wait: bool = True) -
 def describe(knowledge: SearchKnowledge, weights: Weights, method: str, density: float) -> str:
     """Say what the search knows of a merge's distance, or what it makes one expect."""
     metric = knowledge.metric
+    if knowledge.is_tuned:
+        return f"**{metric}**: not known; the search chose settings of the merge with the weights."
     if not knowledge.trials:
         return f"**{metric}**: nothing was searched yet."
     if not knowledge.knows(method, density):

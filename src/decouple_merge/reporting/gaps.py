@@ -15,17 +15,19 @@ def not_measured(runs: list[Contents], all_analyses: Sequence[str]) -> list[str]
     metrics, first = metrics_of(runs), runs[0]
     models = {m for run in runs for m in run.models}
     gaps = []
-    if MERGED not in models:
+    if MERGED not in models and first.config.search.over != "nothing":
         gaps.append("The merged model isn't scored: the run isn't finished.")
-    if not any(m.startswith(EQUAL_COMPUTE) for m in models):
+    has_equal_compute = any(m.startswith(EQUAL_COMPUTE) for m in models)
+    if not has_equal_compute:
         gaps.append("Nothing that got the same compute was scored, so plain finetuning may do as well.")
     if len(runs) == 1:
         gaps.append("One training seed: how much another training differs isn't known. Runs with other seeds tell.")
     gaps += _of_metrics(runs, metrics)
-    gaps.append(
-        "Equal compute counts updates, not the search: the equally finetuned model got as many updates as all experts "
-        "together."
-    )
+    if has_equal_compute:
+        gaps.append(
+            "Equal compute counts updates, not the search: the equally finetuned model got as many updates as all "
+            "experts together."
+        )
     if not any("prompts" in r and r["prompts"] for r in first.metrics):
         gaps.append(f"One sampler: {first.drawn_with}. Others weren't tried.")
     missing = [name for name in all_analyses if name not in {a.name for run in runs for a in run.analyses}]

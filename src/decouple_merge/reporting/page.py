@@ -8,6 +8,7 @@ import jinja2
 from .. import __version__
 from ..analysis import analyses
 from ..analysis.charts import ramp_colours
+from ..analysis.duration import duration
 from ..errors import UserError
 from ..storage.files import write_text
 from ..storage.outputs import REPORT, check_output
@@ -64,7 +65,7 @@ def render(runs: list[Contents], scale: float = 1.0) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"title_of": title_of, "duration": _duration}
+    environment.filters |= {"title_of": title_of, "duration": duration}
     views = [view(run, scale) for run in runs]
     return environment.get_template("report.html").render(
         version=__version__,
@@ -75,9 +76,3 @@ def render(runs: list[Contents], scale: float = 1.0) -> str:
         gaps=not_measured(runs, analyses()),
         colours=ramp_colours(max(v.num_colours for v in views)),
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

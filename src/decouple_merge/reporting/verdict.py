@@ -11,11 +11,11 @@ from ..evaluation.intervals import paired_ratio, student_interval
 from ..evaluation.metrics import METRICS
 from .contents import Contents, in_order
 
-PRETRAINED, MERGED, EQUAL_COMPUTE = "pretrained", "merged", "baseline-"
+PRETRAINED, MERGED, ENSEMBLE, EQUAL_COMPUTE = "pretrained", "merged", "ensemble", "baseline-"
 TITLES = {
     PRETRAINED: "pretrained",
     "baseline-finetuned": "finetuned on all timesteps, equal compute",
-    "ensemble": "ensemble of the experts",
+    ENSEMBLE: "ensemble of the experts",
     MERGED: "merged",
     "distilled": "merged, then pulled to the experts",
 }
@@ -136,11 +136,16 @@ def verdict(runs: list[Contents]) -> Verdict:
 
     A word is plain where bootstrap and Student's interval both exclude 1, and weaker where one of them doesn't.
     """
-    models = in_order(m for run in runs for m in run.models)
-    if MERGED not in models or PRETRAINED not in models:
+    models, config = in_order(m for run in runs for m in run.models), runs[0].config
+    if config.search.over == "nothing":
+        return Verdict("open", "Nothing was merged: search.over is nothing.", "")
+    # Of a base with denoisers of its own, the pretrained model is their ensemble.
+    is_given = config.finetune.experts == "denoisers"
+    first, named = (ENSEMBLE, "the base's own denoisers") if is_given else (PRETRAINED, "the pretrained model")
+    if MERGED not in models or first not in models:
         return Verdict("open", "There is no verdict yet: the merged model isn't scored.", "Run deme run to its end.")
     metric = metrics_of(runs)[0]
-    others = {PRETRAINED: "the pretrained model"}
+    others = {first: named}
     if baseline := next((m for m in models if m.startswith(EQUAL_COMPUTE)), None):
         others[baseline] = "plain finetuning with as many updates"
     ratios = {other: ratio_of(runs, metric, MERGED, other) for other in others}
@@ -165,6 +170,8 @@ def _side(interval: Interval | None) -> int:
 
 
 def _word(ratio: Ratio, sign: int) -> str:
+    if ratio.bootstrap is None and ratio.value == 1:
+        return "as good as"
     if ratio.bootstrap is None:
         return f"{'better' if sign * (ratio.value - 1) < 0 else 'worse'} than"
     plain, careful = (sign * _side(i) for i in (ratio.bootstrap, ratio.student))

@@ -163,9 +163,13 @@ def _costs(run: Contents) -> list[tuple[str, str, float | None]]:
     """List the stages of a run: name, work, seconds where they were recorded."""
     finetune, num = run.config.finetune, run.config.finetune.num_experts
     num_images = finetune.num_updates * finetune.batch_size * finetune.accumulation
-    trained = f"{num} experts × {finetune.num_updates:,} updates = {num * num_images:,} images"
-    if finetune.baseline:
-        trained += f"; equally finetuned model {num * finetune.num_updates:,} updates = {num * num_images:,} images"
+    is_trained = finetune.experts == "trained"
+    trained = []
+    if is_trained and run.config.search.combines_experts:
+        trained.append(f"{num} experts × {finetune.num_updates:,} updates = {num * num_images:,} images")
+    if is_trained and finetune.baseline:
+        updates = f"{num * finetune.num_updates:,} updates = {num * num_images:,} images"
+        trained.append(f"equally finetuned model {updates}")
     searched = sum(t.get("num_images", 0) for t in run.trials)
     drawn = {(r["model"], str(r.get("seeds"))): r["num_images"] for r in run.metrics}
     # Of all workers, where the stage itself has no record.
@@ -174,7 +178,7 @@ def _costs(run: Contents) -> list[tuple[str, str, float | None]]:
     for cost in run.costs:
         recorded[cost["stage"]] = recorded.get(cost["stage"], 0.0) + float(cost["seconds"])
     return [
-        ("trainings", trained, recorded.get("finetune")),
+        ("trainings", "; ".join(trained) or "none", recorded.get("finetune")),
         ("search", f"{len(run.trials)} candidates, {searched:,} images drawn", recorded.get("search", scored)),
         ("evaluation", f"{sum(drawn.values()):,} images drawn", recorded.get("evaluate")),
     ]
