@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..storage.files import atomic_path
+from ..storage.files import atomic_path, copy_folder
 from ..storage.layouts import PROJECTIONS_FILE, STALE, plain_name, weight_files
 from ..storage.outputs import hashes_of_files
 from ..storage.tensors import (
@@ -127,7 +127,7 @@ def _copy_folder(base: Path, out: Path, sources: Sources) -> dict[Path, tuple[st
     def ignored(at: str, names: list[str]) -> set[str]:
         return (stale(at, names) if Path(at) in folders else set()) | ({*left_out} if Path(at) == base else set())
 
-    shutil.copytree(base, out, ignore=ignored)
+    copy_folder(base, out, ignored)
     leave_out(out, left_out)
     files: dict[Path, tuple[str, Layout]] = {}
     for name, folder in sources.parts.items():

@@ -13,6 +13,7 @@ from ..diffusion.process import Process
 from ..errors import UserError, is_ours
 from ..merging.experts import open_model
 from ..storage.hub import pipeline_folder
+from ..storage.layouts import INDEX, PICKLES, WEIGHTS, files_of_parts
 from ..storage.reading import read_record
 from ..storage.tensors import DTYPES, check_finite, hash_tensors
 from .families import FAMILIES, stable_diffusion, unet
@@ -140,6 +141,8 @@ def _load(family: Family, folder: Path) -> Any:
     there = [part for part in family.components if index.get(part) != [None, None]]
     files = [*((part, "config.json") for part in there), ("scheduler", "scheduler_config.json")]
     at_root = (folder / "config.json").is_file()
+    for part in there:
+        _check_variant(folder / part)
     if missing := [part for part in there if part in index and not ((folder / part).is_dir() or at_root)]:
         raise UserError(
             f"there is no {folder / missing[0]}, which model_index.json lists: fetch or copy the model again"
@@ -151,6 +154,18 @@ def _load(family: Family, folder: Path) -> Any:
             if not isinstance(found, str) or (part != "scheduler" and found != declared):
                 raise UserError(f"{path} is of class {found!r}, model_index.json says {declared}")
     return family.load(folder)
+
+
+def _check_variant(part: Path) -> None:
+    """Refuse a part whose only weights are of a variant, such as fp16: diffusers passes them over."""
+    names = [path.name for path in part.glob("*")] if part.is_dir() else []
+    found = {n: m for n in names for pattern in (WEIGHTS, INDEX) if (m := pattern.fullmatch(n))}
+    if found and all(m["variant"] for m in found.values()) and not any(Path(n).suffix in PICKLES for n in names):
+        name, variant = next((name, m["variant"]) for name, m in found.items())
+        raise UserError(
+            f"{part} has weights of the variant {variant} alone, {name}, expected plain ones: take .{variant} out of "
+            "the names of its files, and of those that an index names"
+        )
 
 
 def _check(name: str, family: Family, kind: str, network: Any, part: str) -> None:
@@ -193,9 +208,13 @@ def _check_whole(name: str, folder: Path, network: Any, family: Family) -> None:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Read from the file in which dtype a network is stored; diffusers loads every one as float32."""
-    places = ("unet/*.safetensors", "transformer/*.safetensors", "*.safetensors")
-    for file in sorted(file for place in places for file in folder.glob(place)):
+    """Read from the files that diffusers takes in which dtype a network is stored; it loads every one as float32."""
+    try:
+        files = [file for part in files_of_parts(folder).values() for file in part]
+    except UserError:
+        # Pickles, which are diffusers' to read.
+        return torch.float32
+    for file in files:
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 dtype = DTYPES.get(tensors.get_slice(key).get_dtype())

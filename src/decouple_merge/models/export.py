@@ -1,7 +1,6 @@
 """Pipelines written to folders: a base's with other weights, or one that was made here."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..merging.arithmetic import cast
 from ..merging.joining import leave_out
-from ..storage.files import atomic_path
+from ..storage.files import atomic_path, copy_folder
 from ..storage.layouts import PROJECTIONS_FILE
 from ..storage.outputs import hashes_of_files
 from .base import Base
@@ -68,4 +67,4 @@ def export_pipeline(
 def _copy_encoders(pipeline: Path, folder: Path, networks: Iterable[str]) -> None:
     # Loaded and saved again, parts in half precision would come out twice as large.
     own = {*networks, PROJECTIONS_FILE}
-    shutil.copytree(pipeline, folder, ignore=lambda at, names: own & set(names) if Path(at) == pipeline else set())
+    copy_folder(pipeline, folder, lambda at, names: own & set(names) if Path(at) == pipeline else set())

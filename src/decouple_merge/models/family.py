@@ -42,7 +42,9 @@ class Encoders:
     @property
     def text_encoders(self) -> list[str]:
         """List the text encoders that the pipeline has."""
-        return [name for name in self.family.text_encoders if (self.folder / name).is_dir()]
+        there = [name for name in self.family.text_encoders if (self.folder / name).is_dir()]
+        index = read_index(self.folder) if there else {}
+        return [name for name in there if any(index.get(name) or [True])]
 
     @property
     def text_parts(self) -> list[str]:

@@ -66,6 +66,11 @@ def texts_to_encode(encoders: Encoders, prompts: Sequence[str], settings: Text) 
             f"text.guidance_scale is {settings.guidance_scale:g}, which leads away from a null class, and the "
             f"{encoders.family.network.__name__} of {encoders.folder} has none: set it to 1"
         )
+    if settings.negative_prompt and encoders.guidance != "classifier-free":
+        raise UserError(
+            f"text.negative_prompt is {settings.negative_prompt!r}, which {encoders.folder} isn't guided away from: "
+            "leave it out"
+        )
     check_classes(encoders, texts)
     return texts
 

@@ -74,7 +74,9 @@ def _shift(name: str, num_tokens: int | None, scheduler: Any) -> float:
     """Read the shift at the size that is trained on."""
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):
-        return config.get("shift", config.get("flow_shift", 1.0))
+        # A config may hold what was another class's.
+        parameters = inspect.signature(type(scheduler)).parameters
+        return config.get("flow_shift" if "flow_shift" in parameters else "shift", 1.0)
     if num_tokens is None:
         raise UserError(
             f"base {name!r}: its scheduler has use_dynamic_shifting, and its pipeline tells it no number of tokens: "

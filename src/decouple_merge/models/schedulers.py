@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import numpy as np
 
-from ..diffusion.process import Flow
+from ..diffusion.process import VP, Flow
 from ..errors import UserError, is_ours
 from .base import Base
 from .processes import dynamic_mu, flow_arguments
@@ -62,11 +62,34 @@ def make_scheduler(
     try:
         scheduler: Any = kind.from_config(own.config, **base.family.sampler_config, **changes)
         scheduler.set_timesteps(num_steps, **_timestep_arguments(base, scheduler, num_steps))
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, ImportError, NotImplementedError, KeyError, AttributeError) as error:
         if is_ours(error):
             raise
         raise UserError(f"sampler {name} with {num_steps} steps: {error}") from error
+    if reason := _unfit(base, scheduler):
+        raise UserError(f"sampler {name} can't sample this base: {reason}; take {type(own).__name__} or DDIM")
     return scheduler
+
+
+def _unfit(base: Base, scheduler: Any) -> str | None:
+    """Say why a scheduler is for another kind of model, or none that starts at noise; None where it may do."""
+    if not hasattr(scheduler, "step"):
+        return "it has no steps of this kind"
+    given, parameters = ("model_output", "timestep", "sample"), inspect.signature(scheduler.step).parameters
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if others := [n for n in needed if n not in given]:
+        return f"its steps need {others[0]}"
+    first, last, end = float(scheduler.timesteps[0]), float(scheduler.timesteps[-1]), base.num_train_timesteps
+    if first < last:
+        return f"it goes from the image to the noise, from timestep {first:g} to {last:g}"
+    if not 0 <= last <= first <= end:
+        return f"its timesteps are {first:g} to {last:g}, expected some of 0 to {end}"
+    if isinstance(base.process, VP):
+        own, found = base.process.alphas_cumprod, getattr(scheduler, "alphas_cumprod", None)
+        # Some hold the last a little above 0.
+        if found is None or len(found) != len(own) or not np.allclose(found, own, rtol=0, atol=1e-4):
+            return "its noise is not that of the base's schedule"
+    return None
 
 
 def _timestep_arguments(base: Base, scheduler: Any, num_steps: int) -> dict[str, Any]:

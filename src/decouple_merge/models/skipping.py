@@ -53,10 +53,18 @@ class SkippingEuler(Euler):
     timesteps: Any
     sigmas: Any
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **settings: Any) -> None:
-        """Set the grid of steps, and leave out those that are skipped."""
-        _check_slots(num_inference_steps, self.num_slots)
-        super().set_timesteps(num_inference_steps, device, **settings)
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        """Set the grid of steps, and leave out those that are skipped; pipelines look for ``sigmas`` by name."""
+        given: Any = next((each for each in (sigmas, timesteps) if each is not None), [])
+        _check_slots(num_inference_steps or len(given), self.num_slots)
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         places = torch.tensor([*self.kept, len(self.timesteps)])
         self.sigmas = self.sigmas[places]
         self.timesteps = self.timesteps[places[:-1]]

@@ -215,6 +215,9 @@ def denoise(model: Denoiser, scheduler: Any, noise: Tensor, generators: list[tor
     # A flow starts at noise itself, and its samplers scale nothing.
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+    # Where the first two timesteps are rounded to one, it would begin at the second.
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
     for t in scheduler.timesteps:
         x = scheduler.step(model(scale(x, t), t), t, x, return_dict=False, **extra)[0]
     return x

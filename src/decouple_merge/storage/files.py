@@ -5,9 +5,10 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -125,6 +126,17 @@ def lock_of(path: Path) -> FileLock:
     folder = cache_folder() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / f"{name}.lock")
+
+
+def copy_folder(source: Path, target: Path, ignore: Callable[[str, list[str]], set[str]]) -> None:
+    """Copy a folder, of which some may not be written to, as one that its owner may write.
+
+    Args:
+        ignore: as of ``shutil.copytree``.
+    """
+    shutil.copytree(source, target, ignore=ignore, copy_function=shutil.copyfile)
+    for folder in (target, *(path for path in target.rglob("*") if path.is_dir())):
+        folder.chmod(folder.stat().st_mode | stat.S_IRWXU)
 
 
 def write_text(path: Path, text: str) -> None:

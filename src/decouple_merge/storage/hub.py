@@ -31,10 +31,11 @@ def pipeline_folder(name: str) -> Path:
 
     try:
         return Path(DiffusionPipeline.download(name))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a dozen kinds, of diffusers, of the hub's library and of what it asks the network by
         if is_ours(error):
             raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{name!r} is no path here{looked_for(name)}, and can't be had from the hub "
-            f"({str(error).splitlines()[0]}); check the path or the name, and the network; {shipped}"
+            f"({reason}); check the path or the name, and the network; {shipped}"
         ) from error
