@@ -1,4 +1,4 @@
-"""The samplers: any scheduler of diffusers on a base's own schedule."""
+"""The samplers: any scheduler of diffusers that keeps to a base's own schedule."""
 
 import inspect
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ def make_scheduler(
         kept: places of the steps that run, rising; all where not given.
 
     Raises:
-        UserError: diffusers has no such scheduler, it can't sample the base's process or leave steps out, or it refuses
-            the number of steps.
+        UserError: diffusers has no such scheduler, it can't sample the base's process or leave steps out, it is for
+            another kind of model, or it refuses the number of steps.
     """
     sampler = sampler_of(base, sampler)
     name = sampler if sampler.endswith("Scheduler") else sampler + "Scheduler"
