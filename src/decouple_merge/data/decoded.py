@@ -17,7 +17,7 @@ from ..config import Data
 from ..errors import UserError
 from ..storage.files import cache_folder, write_text
 from ..storage.locks import make_once
-from ..storage.reading import AGAIN, MAX_LINES_BYTES, as_record, parse_json, read_text
+from ..storage.reading import AGAIN, MAX_LINES_BYTES, read_record
 from .decoding import VERSION, DamagedError, Decoded, centre_square, decode, has_colour, open_image
 from .images import Images, Source
 from .names import PassedOver
@@ -143,4 +143,4 @@ class DecodedImages(Images):
 def _remembered(key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     known = cache_folder() / "decoded" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     make_once(known, lambda: write_text(known, json.dumps(compute(), separators=(",", ":"))))
-    return as_record(parse_json(read_text(known, AGAIN, MAX_LINES_BYTES), known, AGAIN), known, AGAIN)
+    return read_record(known, AGAIN, max_bytes=MAX_LINES_BYTES)

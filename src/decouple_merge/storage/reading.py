@@ -86,7 +86,9 @@ def parse_json(text: str, where: object, advice: str) -> Any:
         raise UserError(f"{where}: not JSON that can be read ({reason}); {advice}") from error
 
 
-def read_record(path: Path, advice: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+def read_record(
+    path: Path, advice: str, *, max_bytes: int = MAX_BYTES, **fields: type | tuple[type, ...]
+) -> dict[str, Any]:
     """Read a JSON object that has some fields of some types.
 
     Args:
@@ -95,7 +97,7 @@ def read_record(path: Path, advice: str, **fields: type | tuple[type, ...]) -> d
     Raises:
         UserError: there is no such file, it is truncated, or of another shape.
     """
-    return as_record(parse_json(read_text(path, advice), path, advice), path, advice, **fields)
+    return as_record(parse_json(read_text(path, advice, max_bytes), path, advice), path, advice, **fields)
 
 
 def as_record(found: Any, where: object, advice: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:
