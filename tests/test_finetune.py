@@ -344,6 +344,12 @@ def test_learning_rate_is_constant_after_warm_up() -> None:
     assert [learning_rate_at(s, settings) for s in range(6)] == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
 
 
+@pytest.mark.parametrize("setting", [{"floor": 0.01}, {"decay_fraction": 0.5}])
+def test_a_constant_rate_takes_no_fall(setting: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"and the rate is constant: set schedule to cosine or linear, or leave both"):
+        Training(**setting)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize(("warmup", "fraction", "floor"), [(0, 1.0, 0.0), (10, 1.0, 0.1), (10, 0.8, 0.01)])
 def test_learning_rate_falls_in_closed_form(schedule: str, warmup: int, fraction: float, floor: float) -> None:

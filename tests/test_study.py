@@ -30,6 +30,7 @@ from decouple_merge.models.base import load_base
 from decouple_merge.reporting.status import read_status
 from decouple_merge.searching.levels import levels
 from decouple_merge.storage.files import read_records
+from decouple_merge.storage.locks import holders
 from decouple_merge.storage.study_folder import StudyFolder
 
 MakeConfig = Callable[..., Config]
@@ -292,12 +293,13 @@ def test_a_run_of_a_study_that_is_trained_is_told_to_be(
 
     def train(plan: Any, task: Any, *others: Any) -> Iterator[Any]:
         seen.extend(read_status(plan.run.folder).holders)
+        seen.extend(sorted(holder["verb"] for holder in holders(plan.run.folder.parent / "locks").values()))
         yield from train_watched(plan, task, *others)
 
     monkeypatch.setattr(sharing, "train_watched", train)
     study = make_study({"a": {}}, ["seeds=[4]"], settings={"search.over": "nothing", "finetune.baseline": True})
     list(run_study(study, out))
-    assert seen == ["baseline-finetuned"]
+    assert seen == ["baseline-finetuned", "deme study", "deme study: a-4/baseline-finetuned"]
 
 
 def test_a_study_copies_what_its_runs_are_to_leave_elsewhere(

@@ -114,6 +114,15 @@ class Training(Section):
         return by_method(balancing)
 
     @model_validator(mode="after")
+    def _what_falls(self) -> "Training":
+        if self.schedule == "constant" and (self.floor, self.decay_fraction) != (0, 1):
+            raise UserError(
+                f"floor is {self.floor} and decay_fraction {self.decay_fraction}, and the rate is constant: set "
+                "schedule to cosine or linear, or leave both out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_part_of_the_batch_for_each_cluster(self) -> "Training":
         balancing = self.balancing
         num = self.batch_size * self.num_ranks

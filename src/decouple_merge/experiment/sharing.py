@@ -77,7 +77,7 @@ def train_shared(plan: Plan, training: Training, study: StudyFolder) -> Iterator
     with hold(plan.run.lock(task.name), "deme study", wait=True):
         if is_finished(folder):
             return
-        with hold(study.lock(key), "deme study", wait=True):
+        with hold(study.lock(key), f"deme study: {plan.run.folder.name}/{task.name}", wait=True):
             if not is_finished(place):
                 yield from train_watched(plan, task, settings, place)
         with atomic_path(folder) as temporary:
@@ -97,7 +97,7 @@ def evaluate_shared(plan: Plan, study: StudyFolder) -> Iterator[Record]:
         if (key := drawing_key(plan, model)) is None:
             continue
         shared = study.records(key)
-        with hold(study.lock(key), "deme study", wait=True):
+        with hold(study.lock(key), f"deme study: {plan.run.folder.name}, images of {model}", wait=True):
             own = read_records(plan.run.metrics)
             write_records(plan.run.metrics, _joined(own, read_records(shared)))
             yield from evaluate_models(plan, wanted_records(plan, [model]))
