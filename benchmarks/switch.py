@@ -68,7 +68,7 @@ def main() -> None:
     def run(name: str, paths: list[Path]) -> None:
         ensemble.read_ahead = read_ahead if name == "read ahead" else lambda paths: None
         weights = [FileWeights(TensorFiles([path])) for path in paths]
-        module, spent = TimestepEnsemble([network] * NUM_NETWORKS, router, weights), 0.0
+        module, spent = TimestepEnsemble([network] * NUM_NETWORKS, router, torch.Tensor.long, weights), 0.0
         for path in paths:
             forget(path)
         for i, t in enumerate(range(10 * NUM_NETWORKS - 1, -1, -5)):

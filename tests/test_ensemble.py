@@ -292,7 +292,9 @@ def test_a_file_of_another_architecture_is_refused(tiny_base: Path, experts: lis
         load_ensemble(tiny_base, [experts[0], file])
     weights, same = [load_network(experts[0]), load_network(other)], make_unet()
     with pytest.raises(ValueError, match="network 1 doesn't fit the base"):
-        TimestepEnsemble([same, same], RangeRouter([TimestepRange(0, 20), TimestepRange(20, 40)], 40), weights)
+        TimestepEnsemble(
+            [same, same], RangeRouter([TimestepRange(0, 20), TimestepRange(20, 40)], 40), torch.Tensor.long, weights
+        )
 
 
 def test_wrong_numbers_of_experts_and_ranges_are_refused(tiny_base: Path, experts: list[Path]) -> None:

@@ -164,7 +164,7 @@ def test_the_first_step_is_the_noisiest_experts_and_a_step_on_an_edge_the_upper_
     networks = [new_network(base).requires_grad_(False).eval() for _ in range(2)]
     networks[1].conv_out.bias.fill_(100.0)  # type: ignore[union-attr, operator]
     ranges = [TimestepRange(0, 833.3333), TimestepRange(833.3333, 1000)]
-    ensemble = TimestepEnsemble(networks, RangeRouter(ranges, 1000), None, base.timestep_of)
+    ensemble = TimestepEnsemble(networks, RangeRouter(ranges, 1000), base.timestep_of)
     x = torch.zeros(1, 1, 8, 8)
 
     def is_noisiest(t: float) -> bool:

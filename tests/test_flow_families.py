@@ -1,6 +1,7 @@
 """Flow-matching transformers against their stock pipelines in diffusers, and the whole job on each."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,15 @@ def test_the_scheduler_visits_what_the_stock_pipeline_visits(kind: str, tmp_path
     # What the ensemble dispatches by: the first step, σ = 1, is in the noisiest range.
     assert all(0 <= float(base.timestep_of(one)[0]) < 1000 for one in given)
     assert isinstance(base.process, Flow)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_on_an_edge_stays_above_it_where_the_pipeline_rounds_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = load_base(str(KINDS["flux dev"](tmp_path / "base")))
+    for shift in (1.0, 3.0, math.exp(1.15)):
+        edges = [1000 * shift * u / (1 + (shift - 1) * u) for u in (0.25, 0.5, 0.75)]
+        seen = base.timestep_of((torch.tensor(edges) / 1000).to(dtype)).tolist()
+        assert all(edge <= t < edge * 1.01 for edge, t in zip(edges, seen, strict=True))
 
 
 def test_packing_is_that_of_the_stock_pipeline() -> None:

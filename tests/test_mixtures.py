@@ -17,6 +17,7 @@ from decouple_merge.diffusion.process import Flow
 from decouple_merge.diffusion.ranges import filled_ranges
 from decouple_merge.diffusion.routing import RangeRouter
 from decouple_merge.diffusion.timesteps import TimestepRange
+from decouple_merge.errors import UserError
 from decouple_merge.models import ensemble as ensembles
 from decouple_merge.models.base import load_base
 from decouple_merge.models.families import FAMILIES
@@ -225,6 +226,14 @@ def test_an_experts_record_says_its_schedule(tiny_base: Path, tmp_path: Path) ->
     write_json(folder / "expert.json", {"base": {"scheduler": record | {"beta_schedule": "scaled_linear"}}})
     with pytest.raises(ValueError, match="expert has another ᾱ_t than the base; expected networks for one schedule"):
         load_ensemble(tiny_base, [folder, "base"])
+
+
+@pytest.mark.parametrize(("ranges", "band"), [([(5, 2), (20, 40)], 0), ([(0, 20), (20, 40)], -1)])
+def test_ranges_and_bands_that_are_none_are_a_users_error(
+    tiny_base: Path, ranges: list[tuple[int, int]], band: int
+) -> None:
+    with pytest.raises(UserError, match=r"^load_ensemble"):
+        load_ensemble(tiny_base, ["base", "base"], ranges, band=band)
 
 
 ROWS = [(0, 20, "base"), (20, 40, "base")]

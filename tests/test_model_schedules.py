@@ -276,6 +276,8 @@ def test_a_sampler_that_can_leave_no_step_out_is_refused_before_anything_is_meas
         (Schedule, {"steps": [0, 0]}, "steps skips every step, expected at least one that runs"),
         (Zoo, {"schedule": {"shares": [0.5]}}, "expected numbers above 0 that rise to 1, the whole budget"),
         (Zoo, {"schedule": {"first_seed": 100}}, "that choose and 0 to 999 that report overlap"),
+        (Zoo, {"sample": {"num_steps": 20}}, "a schedule has steps of its own: set schedule.num_slots"),
+        (Zoo, {"sample": {"one_resident": True}}, "a zoo's networks are all held in memory: leave it out"),
         (Zoo, {"schedule": {"baselines": ["c"]}}, "schedule.baselines has 'c', expected one of a"),
     ],
 )

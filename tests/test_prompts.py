@@ -141,7 +141,7 @@ def test_the_ensemble_gives_the_texts_to_the_expert_of_each_step(base: Base) -> 
             lambda m, args, kwargs, i=index: calls.append((i, len(kwargs["encoder_hidden_states"]))), with_kwargs=True
         )
     router = RangeRouter([TimestepRange(0, 20), TimestepRange(20, 40)], 40)
-    both = denoiser(base, TimestepEnsemble(experts, router))
+    both = denoiser(base, TimestepEnsemble(experts, router, base.timestep_of))
     found = draw(base, [0, 1], ask(base), both, sampler="DDIM")
     # Steps at 31, 21, 11 and 1.
     assert calls == [(1, 4), (1, 4), (0, 4), (0, 4)]

@@ -176,7 +176,7 @@ def test_the_ensemble_runs_the_expert_whose_range_holds_t(base: Base, sampler: s
     draw(
         base,
         [0],
-        denoiser(base, TimestepEnsemble(experts, RangeRouter(RANGES, 40))),
+        denoiser(base, TimestepEnsemble(experts, RangeRouter(RANGES, 40), base.timestep_of)),
         sampler=sampler,
         num_steps=num_steps,
     )
@@ -188,7 +188,7 @@ def test_the_ensemble_runs_the_expert_whose_range_holds_t(base: Base, sampler: s
 def test_the_ensemble_does_not_dispatch_on_the_steps_index(base: Base) -> None:
     """Two steps visit t = 20 and 0: the middle and the first expert, and never the last."""
     experts = [Recorder(base.network) for _ in RANGES]
-    draw(base, [0], denoiser(base, TimestepEnsemble(experts, RangeRouter(RANGES, 40))), num_steps=2)
+    draw(base, [0], denoiser(base, TimestepEnsemble(experts, RangeRouter(RANGES, 40), base.timestep_of)), num_steps=2)
     assert [e.seen for e in experts] == [[0.0], [20.0], []]
 
 
@@ -198,7 +198,9 @@ def test_different_experts_make_a_different_image(base: Base) -> None:
     with torch.no_grad():
         for p in other.parameters():
             p += 0.1 * torch.randn_like(p)
-    both = TimestepEnsemble([base.network, other], RangeRouter([TimestepRange(0, 20), TimestepRange(20, 40)], 40))
+    both = TimestepEnsemble(
+        [base.network, other], RangeRouter([TimestepRange(0, 20), TimestepRange(20, 40)], 40), base.timestep_of
+    )
     mixed = draw(base, SEEDS, denoiser(base, both))
     assert not torch.equal(mixed, draw(base, SEEDS))
     assert not torch.equal(mixed, draw(base, SEEDS, denoiser(base, other)))
@@ -207,7 +209,12 @@ def test_different_experts_make_a_different_image(base: Base) -> None:
 @pytest.mark.parametrize("sampler", ["DDIM", "DDPM", "HeunDiscrete"])
 def test_an_ensemble_of_equal_experts_is_the_single_model_bit_for_bit(base: Base, sampler: str) -> None:
     copies = [sampling_copy(base.network, Sample(), CPU) for _ in RANGES]
-    found = draw(base, SEEDS, denoiser(base, TimestepEnsemble(copies, RangeRouter(RANGES, 40))), sampler=sampler)
+    found = draw(
+        base,
+        SEEDS,
+        denoiser(base, TimestepEnsemble(copies, RangeRouter(RANGES, 40), base.timestep_of)),
+        sampler=sampler,
+    )
     assert torch.equal(found, draw(base, SEEDS, sampler=sampler))
 
 
@@ -224,7 +231,7 @@ def test_an_ensemble_of_equal_experts_is_the_single_model_bit_for_bit(base: Base
 )
 def test_ranges_that_are_no_partition_are_refused(base: Base, ranges: list[TimestepRange], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TimestepEnsemble([base.network, base.network], RangeRouter(ranges, 40))
+        TimestepEnsemble([base.network, base.network], RangeRouter(ranges, 40), base.timestep_of)
 
 
 def test_a_timestep_outside_every_range_is_named() -> None:

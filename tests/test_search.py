@@ -1,6 +1,7 @@
 """The search on cheap objectives: its candidates, budgets, levels and workers, and that a kill leaves no trace."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -8,7 +9,13 @@ from typing import Any, get_args
 import pytest
 
 from decouple_merge.config import Config, Search
-from decouple_merge.searching.candidates import first_candidates, fixed_candidates, num_candidates, ranked
+from decouple_merge.searching.candidates import (
+    check_weights,
+    first_candidates,
+    fixed_candidates,
+    num_candidates,
+    ranked,
+)
 from decouple_merge.searching.levels import levels, search
 from decouple_merge.searching.strategies import Space, Weights
 from decouple_merge.searching.study import Study, open_storage, open_study, trials
@@ -286,6 +293,17 @@ def test_the_candidates_that_everyone_asks_for_are_scored_whatever_the_time(monk
     assert [t.weights for t in found] == first_candidates(asked.search, 2)
 
 
+def test_of_a_search_that_ended_early_one_in_three_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(30.0 * i for i in range(1000))
+    monkeypatch.setattr("decouple_merge.searching.study.time.monotonic", lambda: next(clock))
+    asked = config("random", num_trials=100, max_minutes=4, num_images=5, num_finalists=2, num_final_images=400)
+    found = Counter(t.level for t in search(in_memory(), asked, 2, objective))
+    assert [level.num_candidates for level in levels(asked, 2)] == [100, 34, 12, 4, 2]
+    num = found["screen"]
+    assert 5 <= num < 20
+    assert list(found.values()) == [num, -(-num // 3), 2, 2, 2]
+
+
 # -- the levels
 def halved(**changes: Any) -> Config:
     return config("random", num_trials=12, num_images=5, num_finalists=2, num_final_images=40, num_steps=4, **changes)
@@ -339,6 +357,14 @@ def test_an_interrupted_search_of_several_levels_ends_as_one_that_was_not() -> N
     assert plain(found) == plain(expected)
 
 
+@pytest.mark.parametrize(("low", "high"), [(-0.8, 1.4), (-1.0, 1.2), (-0.6, 0.5)])
+def test_a_setting_at_its_upper_bound_stays_within_the_space(low: float, high: float) -> None:
+    space = Space(low, high, (None,), tuned=((0.1, 1.0),))
+    assert space.free((0.0, 1.0)) == [0.0, high]
+    asked = config("gp", method="ties", density=1.0, low=low, high=high, tune={"density": None}, num_trials=6)
+    assert len(list(search(in_memory(), asked, 2, of(lambda w: abs(w[0] - w[2]))))) == 6
+
+
 # -- the grid: (0.5, 0.5) and its neighbours are inside, TARGET is nearest to (1.5, 0.5)
 GRID = {"low": -0.5, "high": 2.0, "grid_step": 0.5}
 AXIS = [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
@@ -373,6 +399,13 @@ def test_a_grid_interrupted_at_every_trial_ends_as_one_that_was_not() -> None:
     expected, open_level = list(search(in_memory(), asked, 2, objective)), in_memory()
     assert drive(lambda: open_level, asked) == len(expected)
     assert plain(trials(open_level("screen"))) == plain(expected)
+
+
+def test_a_grid_that_the_images_do_not_pay_for_is_refused() -> None:
+    asked = {"num_images": 10, "low": -0.5, "high": 1.5, "grid_step": 0.5}
+    check_weights(settings("grid", max_images=340, **asked), 2)
+    with pytest.raises(ValueError, match=r"has up to 34 candidates, and search.max_images pays for 33: raise it or"):
+        check_weights(settings("grid", max_images=339, **asked), 2)
 
 
 def test_the_fine_grid_stays_within_the_bounds() -> None:

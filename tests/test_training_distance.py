@@ -95,7 +95,7 @@ def test_the_distance_is_that_of_the_saved_expert_on_its_range_and_the_base_on_t
     trained = type(plan.base.network).from_config(plan.base.network.config)
     trained.load_state_dict(read_tensors(plan.run.expert(0) / "model.safetensors")[0])
     router = RangeRouter(plan.ranges, 40)
-    model = denoiser(plan.base, TimestepEnsemble([trained.eval(), plan.base.network.eval()], router))
+    model = denoiser(plan.base, TimestepEnsemble([trained.eval(), plan.base.network.eval()], router, torch.Tensor.long))
     compared = compared_of(plan, "effnetlite0")
 
     def scored(model: Any) -> float:

@@ -20,6 +20,8 @@ _PUBLIC = {
     "prepare": "experiment.plan",
     "merge": "merging.arithmetic",
     "merge_models": "merging.recipes",
+    "load_base": "models.base",
+    "RangeRouter": "diffusion.routing",
     "TimestepEnsemble": "models.ensemble",
     "load_ensemble": "models.mixture",
     "sample_images": "sampling.sampler",

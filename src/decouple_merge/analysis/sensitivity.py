@@ -16,8 +16,6 @@ CAPTIONS = {
     "training seeds, and bars reach from the smallest to the largest."
 }
 NEEDS = ("several runs",)
-# Records that differ in one of these can't be compared.
-SAME = ("extractor", "reference", "num_images", "sampler", "num_steps", "timestep_spacing", "precision", "prompts")
 
 
 def cost(subject: Subject) -> Cost:
@@ -47,7 +45,7 @@ def compute(subject: Subject) -> Generator[str, None, Finding]:
         of report seeds. The summary has the curves, and in which other settings the runs differ.
 
     Raises:
-        UserError: no setting is given, or none that the runs have; a run has no such metric, or none that compares.
+        UserError: no setting is given, or none that the runs have; or a run has no such metric.
     """
     over, runs = subject.settings.sensitivity.over, subject.runs
     if over is None:
@@ -55,7 +53,6 @@ def compute(subject: Subject) -> Generator[str, None, Finding]:
     values = [value_of(run.config, over) for run in runs]
     metric = subject.settings.sensitivity.metric or runs[0].config["evaluate"]["metrics"][0]
     rows = [row for run, value in zip(runs, values, strict=True) for row in _rows(run, value, metric)]
-    _check_comparable(runs, metric)
     others = _other_differences([run.config for run in runs], over)
     if others:
         yield f"the runs differ in other settings, too: {', '.join(others)}"
@@ -84,21 +81,6 @@ def _rows(run: RunResults, value: Any, metric: str) -> list[dict[str, Any]]:
         }
         for model, numbers in found.items()
     ]
-
-
-def _check_comparable(runs: list[RunResults], metric: str) -> None:
-    first: dict[str, Any] = {}
-    for run in runs:
-        for record in run.records:
-            if record["metric"] == metric:
-                own = {key: record.get(key) for key in SAME}
-                first = first or own
-                if different := [key for key in SAME if own[key] != first[key]]:
-                    key = different[0]
-                    raise UserError(
-                        f"{metric} of run {run.name} has {key} {own[key]!r}, of run {runs[0].name} {first[key]!r}, "
-                        "and such numbers don't compare: give runs that were evaluated alike"
-                    )
 
 
 def _other_differences(configs: list[dict[str, Any]], over: str) -> list[str]:

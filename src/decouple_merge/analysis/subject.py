@@ -86,7 +86,7 @@ class RunResults:
 
     Attributes:
         config: plain values, by section.
-        records: of its metrics.
+        records: of its metrics, of the models as they are now; those of one metric compare with other runs'.
     """
 
     name: str

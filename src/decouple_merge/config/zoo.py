@@ -78,7 +78,8 @@ class Zoo(Section):
         models: as of a mixture's ranges, by the names that the schedule's steps will have.
         reference: images that drawn ones are compared with, as ``data.source``.
         num_reference_images: of them, from the start; None takes all.
-        sample: how images are drawn; the budget is of a batch of ``sample.batch_size``.
+        sample: how images are drawn; the budget is of a batch of ``sample.batch_size``. The steps are
+            ``schedule.num_slots``, and all networks are held in memory.
         stats: the feature networks' weights, and the split of the reference.
     """
 
@@ -102,6 +103,10 @@ class Zoo(Section):
     def _known(self) -> "Zoo":
         if unknown := [name for name in self.schedule.baselines if name not in self.models]:
             raise UserError(f"schedule.baselines has {unknown[0]!r}, expected one of {', '.join(self.models)}")
+        if "num_steps" in self.sample.model_fields_set:
+            raise UserError("sample.num_steps is given, and a schedule has steps of its own: set schedule.num_slots")
+        if self.sample.one_resident:
+            raise UserError("sample.one_resident is true, and a zoo's networks are all held in memory: leave it out")
         return self
 
 

@@ -46,7 +46,9 @@ class Rows(EncodedSource):
 
     @property
     def identity(self) -> str:
-        return f"{self.name} {self.data.column} {self.images_only._fingerprint}"
+        # The fingerprint is of how the rows came about: made once more of other files, they have the same.
+        stamps = [file_stamp(Path(file["filename"])) for file in self.rows.cache_files]
+        return f"{self.name} {self.data.column} {self.images_only._fingerprint} {stamps}"
 
     @property
     def holds_jpeg(self) -> bool:

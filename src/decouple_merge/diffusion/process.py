@@ -191,9 +191,10 @@ class Flow:
     def visited(self, t: Tensor) -> Tensor:
         """Put T itself, where sampling starts, into the noisiest range, and a step on an edge into the one above.
 
-        Sampler and edges are rounded differently: what is within 0.001 of an edge lies on it.
+        Sampler and edges are rounded differently: what is within 0.001 of an edge lies on it. On the CPU, since the
+        number below T needs float64, which Apple's GPUs don't have.
         """
-        return (exact(t) + 1e-3).clamp(max=math.nextafter(self.num_train_timesteps, 0))
+        return (t.detach().cpu().double() + 1e-3).clamp(max=math.nextafter(self.num_train_timesteps, 0))
 
     def _sigma(self, t: Timesteps, like: Tensor) -> Tensor:
         return _as(exact(t) / self.num_train_timesteps, like)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..storage.files import read_records
-from .records import COMPARED_FIELDS, content_of
+from .records import COMPARED_FIELDS, measured_by
 
 Record = dict[str, Any]
 
@@ -90,16 +90,12 @@ def check_comparable(metric: str, records: list[Record], where: str) -> None:
         UserError: they differ in something that the number depends on, which is named.
     """
     for field in COMPARED_FIELDS:
-        values = list({_content(field, r): r.get(field) for r in records}.values())
+        values = list({measured_by(r)[field]: r.get(field) for r in records}.values())
         if len(values) > 1:
             raise UserError(
                 f"{where}: records of {metric} differ in {field} ({', '.join(map(str, values))}), expected the same: "
                 "they are not comparable; score both alike"
             )
-
-
-def _content(field: str, record: Record) -> Any:
-    return content_of(record.get(field)) if field == "reference" else record.get(field)
 
 
 def _by_seeds(records: list[Record]) -> dict[tuple[int, ...] | None, float]:

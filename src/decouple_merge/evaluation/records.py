@@ -67,6 +67,27 @@ def identity_of(record: dict[str, Any]) -> str:
     return json.dumps(kept | {"reference": content_of(record.get("reference"))}, sort_keys=True)
 
 
+def newest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pick the records that stand beside the last ones: of the models as they are now, and measured alike.
+
+    What a file has of an older merged model, or of another reference, is left out.
+    """
+    models = {r["model"]: r.get("model_sha256") for r in records}
+    measured = {r["metric"]: measured_by(r) for r in records}
+    current = [
+        r
+        for r in records
+        if r.get("model_sha256") == models[r["model"]] and measured_by(r) == measured[r["metric"]]
+    ]
+    return list({(r["model"], r["metric"], str(r.get("seeds"))): r for r in current}.values())
+
+
+def measured_by(record: dict[str, Any]) -> dict[str, Any]:
+    """Give what records of one metric must agree in to measure the same thing."""
+    found = {field: record.get(field) for field in COMPARED_FIELDS}
+    return found | {"reference": content_of(record.get("reference"))}
+
+
 def content_of(reference: str | None) -> str | None:
     """Reduce a reference, NAME:HASH or NAME:HASH:COUNT, to what doesn't depend on where its files lie."""
     return reference and re.sub(r"^.*:(?=[0-9a-f]{16}(:\d+)?$)", "", reference)

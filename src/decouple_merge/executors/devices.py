@@ -19,6 +19,12 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was told, before a time is taken; a CPU has done it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def memory_of(device: torch.device) -> int | None:
     """Count the bytes of a device's memory, all that it has; None where the system doesn't say."""
     if device.type == "cuda":

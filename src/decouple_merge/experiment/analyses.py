@@ -19,14 +19,16 @@ from ..config import Analyze, load_config
 from ..errors import UserError
 from ..executors import run_all
 from ..models.base import tensors_sha256
+from ..models.identity import base_parts
 from ..storage.files import atomic_path, write_json, write_text
 from ..storage.locks import enter, hold
 from ..storage.reading import AGAIN, read_record
 from ..storage.run_folder import Run
+from ..training.made_from import data_parts
 from .plan import prepare
 from .planned import Plan
 from .pretraining import open_pretrained
-from .subjects import HELD, subject_of
+from .subjects import FINISH, HELD, REMEDIES, subject_of
 
 
 def open_run(folder: Path) -> Plan:
@@ -107,7 +109,7 @@ def _choose(plan: Plan, only: Sequence[str], others: Sequence[Path]) -> tuple[di
         if needs := [need for need in module.NEEDS if not HELD[need](plan, others)]:
             line = f"{name} needs {' and '.join(needs)}, which {plan.run.folder} doesn't hold"
             if only:
-                raise UserError(f"{line}; finish the run first: give deme run its config again")
+                raise UserError(f"{line}; {REMEDIES.get(needs[0], FINISH)}")
             lines.append(f"{line}: left out")
             del chosen[name]
     return chosen, lines
@@ -117,8 +119,8 @@ def _depends_on(plan: Plan, subject: Subject, chosen: dict[str, Any]) -> dict[st
     """Say all that each finding depends on: settings, and hashes of what it was made from."""
     settings, found = subject.settings, {}
     common = {
-        "base_sha256": plan.base.sha256,
-        "data_sha256": plan.images.sha256,
+        "base": base_parts(plan.base),
+        "data": data_parts(plan.images, plan.config.data),
         "ranges": [[r.low, r.high] for r in subject.ranges],
     }
     # What no analysis needs isn't loaded.

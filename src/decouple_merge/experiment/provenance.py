@@ -20,7 +20,7 @@ from .trainings import distilled_training, expert_training, trainings
 
 SEARCH, MERGED = "search", "merged"
 # Settings of the search that say where it runs, or what its other entries say.
-UNSEEN = {"storage", "checkpoints", "num_final_images"}
+UNSEEN = {"checkpoints", "num_final_images"}
 # What a distilled model is made from besides, which is known once it is merged.
 FROM_MERGE = ("merged_sha256", "experts_sha256")
 

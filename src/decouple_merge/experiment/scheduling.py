@@ -184,7 +184,7 @@ def _learn(zoo: Zoo, opened: OpenedZoo, known: dict[Slots, float]) -> tuple[Pred
     worst = max(finite)
     schedules, values = list(known), [min(value, worst) for value in known.values()]
     settings = zoo.schedule
-    num = max(2, len(schedules) - max(2, round(settings.held_out * settings.num_schedules)))
+    num = max(2, len(schedules) - max(2, round(settings.held_out * len(schedules))))
     predictor = fit_predictor(schedules[:num], values[:num], len(opened.names), settings.num_updates, zoo.seed)
     held = schedules[num:]
     tau = kendall_tau(predict(predictor, held), values[num:]) if len(held) > 1 else math.nan

@@ -12,7 +12,7 @@ from ..data.batches import training_batches
 from ..data.latents import Latents
 from ..evaluation.extractors import load_extractor, weights_of
 from ..evaluation.metrics import extractors_of
-from ..executors.devices import default_device
+from ..executors.devices import default_device, synchronize
 from ..models.network import num_parameters
 from ..sampling.sampler import denoiser, sampling_copy
 from ..searching.levels import levels
@@ -182,6 +182,5 @@ def _seconds(work: Callable[[], object], times: int) -> float:
     started = time.monotonic()
     for _ in range(times):
         work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize(default_device())
     return (time.monotonic() - started) / times

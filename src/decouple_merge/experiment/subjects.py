@@ -16,6 +16,8 @@ from ..data.batches import Batch, training_batches
 from ..data.split import split
 from ..diffusion.weightings import weight_of
 from ..errors import UserError
+from ..evaluation.compare import check_comparable
+from ..evaluation.records import newest
 from ..executors.devices import default_device
 from ..merging.arithmetic import Tensors
 from ..models.base import tensors_sha256
@@ -41,6 +43,12 @@ HELD: dict[str, Callable[[Plan, Sequence[Path]], bool]] = {
         # The images of all are compared with its.
         "pretrained" in report_models(plan) and all(is_made(plan, model) for model in report_models(plan))
     ),
+}
+# What to do where it isn't held.
+FINISH = "finish the run first: give deme run its config again"
+REMEDIES = {
+    "several runs": "give the folders of other runs, too, and with --over the setting in which they differ",
+    "two experts": "it takes a run of two ranges or more",
 }
 
 
@@ -96,13 +104,13 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
     drawing = Drawing(plan)
     checkpoints = kept_checkpoints(plan.run.folder / "training") if "gradient-similarity" in needs else {}
     models = _others(plan, settings.loss_weights.run) if "loss-weights" in needs else {}
-    runs = [_results(folder) for folder in (plan.run.folder, *others)] if others else []
+    runs = _results_of((plan.run.folder, *others), settings.sensitivity.metric) if others else []
     metric, screened = _screened(plan)
     hashes = {
         "gradient-similarity": {f"checkpoint_{n}_sha256": file_sha256(path) for n, path in checkpoints.items()},
         "qualitative": _drawn_from(plan) if "qualitative" in needs else {},
         "loss-weights": {f"{name} sha256": tensors_sha256(tensors) for name, tensors in models.items()},
-        "sensitivity": {f"{run.name} sha256": _sha256(run) for run in runs},
+        "sensitivity": {f"{index} {run.name} sha256": _sha256(run) for index, run in enumerate(runs)},
     }
     return Subject(
         base=plan.base,
@@ -191,10 +199,21 @@ def _weights(path: Path) -> Tensors:
     return read_tensors(path)[0]
 
 
-def _results(folder: Path) -> RunResults:
-    """Read what a run says of itself."""
-    config = load_config(Run(folder).config).model_dump(mode="json")
-    return RunResults(folder.name, config, read_records(Run(folder).metrics, model=str, metric=str, seeds=list))
+def _results_of(folders: Sequence[Path], metric: str | None) -> list[RunResults]:
+    """Read what runs say of themselves.
+
+    Raises:
+        UserError: their numbers of the metric don't compare.
+    """
+    found = []
+    for folder in folders:
+        config = load_config(Run(folder).config).model_dump(mode="json")
+        records = newest(read_records(Run(folder).metrics, model=str, metric=str, value=(int, float), seeds=list))
+        found.append(RunResults(folder.name, config, records))
+    metric = metric or found[0].config["evaluate"]["metrics"][0]
+    compared = [record for run in found for record in run.records if record["metric"] == metric]
+    check_comparable(metric, compared, ", ".join(map(str, folders)))
+    return found
 
 
 def _sha256(run: RunResults) -> str:

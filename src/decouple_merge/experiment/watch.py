@@ -60,7 +60,7 @@ def training_distance(plan: Plan, own: TimestepRange, settings: Distance) -> Cal
         trained = sampling_network(base, weights, drawing, device)
         router = RangeRouter(ranges, base.num_train_timesteps, [int(r != own) for r in ranges])
         networks = [trained, others][: router.num_networks]
-        model = denoiser(base, TimestepEnsemble(networks, router, None, base.timestep_of))
+        model = denoiser(base, TimestepEnsemble(networks, router, base.timestep_of))
         seeds = config.distance_seeds[: settings.num_images]
         batches = sample_images(model, base, seeds, drawing, device, prompts=prompts)
         return score(batches, [settings.metric], [compared])[settings.metric]

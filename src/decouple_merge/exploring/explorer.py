@@ -44,7 +44,7 @@ class Explorer:
         num_steps: of the sampler; as the search's screening where not given.
 
     Attributes:
-        seeds: the run's first report seeds.
+        seeds: the run's first search seeds.
         bounds: of every weight, those of the search.
 
     Raises:
@@ -61,7 +61,8 @@ class Explorer:
         self.bounds, self.blocks = (search.low, search.high), search.blocks
         self.num_steps = num_steps or search.num_steps or self.config.sample.num_steps
         self.sample = self.config.sample.model_copy(update={"batch_size": NUM_IMAGES, "compile": False})
-        first = self.config.evaluate.first_seed
+        # Whoever chooses by them must not report on them.
+        first = search.first_seed
         self.seeds = range(first, first + NUM_IMAGES)
         prompts = run_prompts(self.run, self.base, Text(), self.config.text) if self.base.encoders is not None else []
         self.prompts = open_prompts(self.base, prompts, self.config.text, self.device)

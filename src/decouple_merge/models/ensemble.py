@@ -26,12 +26,11 @@ class TimestepEnsemble(nn.Module):
     Args:
         networks: by the router's numbers.
         router: says which networks run for a timestep, and with which shares.
+        timestep_of: maps what a network is given as ``timestep`` to one that the router knows, ``Base.timestep_of``.
         weights: by the same numbers, tensors with the network's keys, on the CPU or memory-mapped. Then one network is
             in memory at a time: another's weights are copied over it when t asks for that one. Networks of one
             architecture are to be the same module. A sampler goes through the ranges once, so that a batch of images
             costs as many copies as there are ranges. Meanwhile the next one's files are read into the system's cache.
-        timestep_of: maps what a network is given as ``timestep`` to a timestep that the router knows,
-            ``Base.timestep_of``; cuts fractions off where not given.
 
     Raises:
         UserError: there is another number of networks than the router names, or weights don't fit their network.
@@ -41,8 +40,8 @@ class TimestepEnsemble(nn.Module):
         self,
         networks: Sequence[nn.Module],
         router: Router,
+        timestep_of: Callable[[Tensor], Tensor],
         weights: Sequence[Mapping[str, Tensor]] | None = None,
-        timestep_of: Callable[[Tensor], Tensor] = Tensor.long,
     ) -> None:
         super().__init__()
         if not len(networks) == (len(networks) if weights is None else len(weights)) == router.num_networks:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Mixture as Settings
-from ..config import Schedule, load_mixture, load_schedule
-from ..config.mixture import MixtureRange
+from ..config import Schedule, load_mixture, load_schedule, validate
 from ..diffusion.ranges import end_of, filled_ranges, in_timesteps
 from ..diffusion.routing import RangeRouter, Router
 from ..diffusion.timesteps import TimestepRange
@@ -68,11 +67,11 @@ class Mixture:
                 made[kind] = made[kind] if kind in made else build(member)
                 networks.append(made[kind])
             weights = [m.weights for m in self.members]
-            return TimestepEnsemble(networks, self.router, weights, self.base.timestep_of)
+            return TimestepEnsemble(networks, self.router, self.base.timestep_of, weights)
         networks = [build(member) for member in self.members]
         for network, member in zip(networks, self.members, strict=True):
             fill(network, member)
-        return TimestepEnsemble(networks, self.router, None, self.base.timestep_of)
+        return TimestepEnsemble(networks, self.router, self.base.timestep_of)
 
 
 @torch.no_grad()
@@ -182,8 +181,9 @@ def _opened(
         pairs = [(own.low, own.high) for own in load_base(str(model)).process.split(len(models))]
     if len(pairs) != len(models):
         raise UserError(f"{len(models)} models for {len(pairs)} ranges, expected one each")
-    parts = [MixtureRange(low=low, high=high, model=str(m)) for (low, high), m in zip(pairs, models, strict=True)]
-    return open_mixture(Settings(base=str(model), ranges=parts, band=band))
+    parts = [{"low": low, "high": high, "model": str(m)} for (low, high), m in zip(pairs, models, strict=True)]
+    given = {"base": str(model), "ranges": parts, "band": band}
+    return open_mixture(validate(Settings, given, "load_ensemble"))
 
 
 def open_any(path: Path) -> Mixture:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import Config, load_config
 from ..errors import UserError
-from ..evaluation.records import COMPARED_FIELDS
+from ..evaluation.records import newest
 from ..storage.files import read_records
 from ..storage.reading import AGAIN, looked_for, read_record
 from ..storage.run_folder import Run
@@ -115,7 +115,7 @@ def read_run(folder: Path) -> Contents:
         run=run,
         config=load_config(run.config),
         manifest=_record(run.manifest),
-        metrics=_newest(records),
+        metrics=newest(records),
         trainings=list(_trainings(run)),
         trials=read_records(run.trials, level=str, weights=list, seconds=(int, float)),
         candidates=_record(run.candidates),
@@ -124,22 +124,6 @@ def read_run(folder: Path) -> Contents:
         analyses=[_analysis(run, path) for path in sorted(run.analysis("").glob("*.json"))],
         costs=read_records(run.costs, stage=str, seconds=(int, float)),
     )
-
-
-def _newest(records: list[Record]) -> list[Record]:
-    """Pick the records that stand beside the last ones: of the models as they are now, and measured alike.
-
-    What a file has of an older merged model, or of another reference, is left out.
-    """
-    models = {r["model"]: r.get("model_sha256") for r in records}
-    measured = {r["metric"]: r for r in records}
-    current = [
-        r
-        for r in records
-        if r.get("model_sha256") == models[r["model"]]
-        and all(r.get(field) == measured[r["metric"]].get(field) for field in COMPARED_FIELDS)
-    ]
-    return list({(r["model"], r["metric"], str(r.get("seeds"))): r for r in current}.values())
 
 
 def _record(path: Path) -> Record:

@@ -7,7 +7,7 @@ from ..config import Search, validate
 from ..errors import UserError
 from ..merging.rules import RULES, check_method
 from ..merging.rules.rule import Bounds
-from .strategies import Space, Weights, axis
+from .strategies import Space, Weights, num_grid
 from .trial import Trial
 
 # Of the learned weights: the loss knows their direction better than their length.
@@ -97,8 +97,7 @@ def num_candidates(settings: Search, num_experts: int) -> int:
     if settings.strategy == "uniform":
         return first
     if settings.strategy == "grid":
-        num_free = space_of(settings, num_experts).num_free
-        wanted = first + len(axis(space_of(settings, num_experts), settings.grid_step)) ** num_free + 3**num_free
+        wanted = first + num_grid(space_of(settings, num_experts), settings.grid_step)
     elif settings.strategy == "greedy":
         wanted = first + 2 * num_experts * len(settings.blocks) - 1
     elif settings.strategy == "gradient":
@@ -147,7 +146,14 @@ def check_weights(settings: Search, num_experts: int) -> None:
         _check_total(settings, settings.total, num_experts)
     if settings.tune and settings.strategy in ("greedy", "uniform", "gradient"):
         raise UserError(f"search.tune has {', '.join(settings.tune)}, and strategy {settings.strategy} tunes nothing")
-    space_of(settings, num_experts)
+    space = space_of(settings, num_experts)
+    # What it pays for would be one corner of the grid.
+    paid = math.inf if settings.max_images is None else settings.max_images // settings.num_images
+    if settings.strategy == "grid" and (num := num_grid(space, settings.grid_step)) > paid:
+        raise UserError(
+            f"search.strategy is grid, which has up to {num:,} candidates, and search.max_images pays for {paid:,}: "
+            "raise it or search.grid_step, or take another strategy"
+        )
 
 
 def _check_total(settings: Search, total: float, num_experts: int) -> None:

@@ -60,14 +60,17 @@ def search(
         return
     for study in studies:
         give_up_own(study)
-    for level, study in zip(every, studies, strict=True):
+    for place, (level, study) in enumerate(zip(every, studies, strict=True)):
         if level.name == "screen":
             batches = _proposals(settings, num_experts, config.seed, learned)
         else:
-            batches = _one_batch(promoted[: level.num_candidates])
+            batches = _one_batch(promoted)
         yield from _drive(study, batches, level, settings, objective, helper)
         found = trials(study)
-        promoted = [t.weights for t in ranked(found, settings)]
+        # A level may have ended early, so that fewer than planned go on.
+        num = max(math.ceil(len(found) / settings.halving), settings.num_finalists)
+        planned = every[place + 1].num_candidates if place + 1 < len(every) else num
+        promoted = [t.weights for t in ranked(found, settings)][: min(num, planned)]
         if not promoted:
             reason = next((t.failure for t in found if t.failure), "none has the weights that search asks for")
             raise UserError(f"search: no candidate of {len(found)} on level {level.name} may be chosen: {reason}")

@@ -13,6 +13,7 @@ from ..evaluation.extractors import Extractor
 from ..evaluation.references import Reference
 from ..evaluation.score import Features, extract, score_features
 from ..evaluation.shared_features import SharedFeatures
+from ..executors.devices import synchronize
 from ..merging.merger import Merger
 from ..models.base import Base
 from ..sampling.sampler import Denoiser, Prompts, blank_sampling_network, denoiser, sample_images
@@ -118,7 +119,9 @@ class Scorer:
         if self.prompts is not None:
             model = self.prompts.guide(model, seeds[:size])
         model(x, 0)
+        synchronize(self.device)
         started = time.monotonic()
         for _ in range(2):
             model(x, 0)
+        synchronize(self.device)
         return (time.monotonic() - started) / 2 / size

@@ -67,7 +67,8 @@ class Space:
         num, span = len(self.frozen), self.high - self.low
         chosen = [w for w, fixed in zip(weights[:num], self.frozen, strict=True) if fixed is None]
         shares = [(v - least) / (most - least) for v, (least, most) in zip(weights[num:], self.tuned, strict=True)]
-        return chosen + [self.low + share * span for share in shares]
+        # Rounding would put the upper bound beyond it.
+        return chosen + [min(self.low + share * span, self.high) for share in shares]
 
     def __contains__(self, weights: Weights) -> bool:
         # Candidates are rounded, but for those that everyone asks for: a third each is one of three experts.
@@ -117,6 +118,11 @@ def uniform_random(space: Space, seed: int) -> Strategy:
 def axis(space: Space, step: float) -> list[float]:
     """List the coordinates of the coarse grid along one weight."""
     return [round(space.low + i * step, 6) for i in range(int((space.high - space.low) / step + 1e-9) + 1)]
+
+
+def num_grid(space: Space, step: float) -> int:
+    """Count the candidates of a grid, and of the finer one around its best point."""
+    return len(axis(space, step)) ** space.num_free + 3**space.num_free
 
 
 def grid(space: Space, step: float) -> Strategy:

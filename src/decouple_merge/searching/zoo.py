@@ -16,7 +16,7 @@ from ..evaluation.extractors import Extractor, load_extractor, weights_of
 from ..evaluation.metrics import METRICS, check_is_distance, check_metrics, check_num_images
 from ..evaluation.references import Reference, make_reference
 from ..evaluation.score import score
-from ..executors.devices import default_device
+from ..executors.devices import default_device, synchronize
 from ..merging.keys import has_trunk
 from ..models.base import load_base
 from ..models.ensemble import TimestepEnsemble
@@ -85,7 +85,7 @@ class OpenedZoo:
         used = sorted({k for k in slots if k})
         router = step_router(self.base, [used.index(k) if k else None for k in slots])
         networks = [self.networks[k - 1] for k in used]
-        return denoiser(self.base, TimestepEnsemble(networks, router, None, self.base.timestep_of))
+        return denoiser(self.base, TimestepEnsemble(networks, router, self.base.timestep_of))
 
     def distance(self, slots: Slots, seeds: range) -> float:
         """Draw images by a schedule and score them; infinite where they aren't finite."""
@@ -126,6 +126,5 @@ class OpenedZoo:
 def _timed(call: Callable[..., object], x: Tensor, device: torch.device) -> float:
     started = time.perf_counter()
     call(x, 1)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started

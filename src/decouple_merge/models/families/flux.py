@@ -65,7 +65,9 @@ class Flux(SizedByVae):
         return unpack(output, height, width)
 
     def timestep_of(self, given: Tensor) -> Tensor:
-        return exact(given) * 1000
+        # Stock pipelines round it to the network's dtype. A step on an edge is to stay in the range above.
+        lost = torch.finfo(given.dtype).eps / 2 if given.dtype in (torch.bfloat16, torch.float16) else 0.0
+        return exact(given) * (1 + lost) * 1000
 
     def output_layers(self, network: Any) -> dict[str, Any]:
         """Find the last layer of each block: of its feed-forward branch, or of both branches at once."""
