@@ -141,6 +141,7 @@ def test_every_family_has_activations_and_gradients(family: Family, tmp_path: Pa
     ("key", "value", "message"),
     [
         ("blocks", ["up_blocks.9"], r"blocks has 'up_blocks.9', expected some of down_blocks.0, "),
+        ("timesteps", [20.5], r"timesteps has 20.5, expected whole numbers: the base's schedule is a table"),
         ("timesteps", [40], r"timesteps has 40, expected some within 0 to 40"),
     ],
 )

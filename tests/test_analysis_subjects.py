@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from decouple_merge.config import Config
+from decouple_merge.config import Config, dump_config
+from decouple_merge.errors import UserError
 from decouple_merge.experiment import subjects
 from decouple_merge.experiment.plan import check
 from decouple_merge.experiment.planned import Plan
-from decouple_merge.experiment.subjects import HELD, Drawing, subject_of
+from decouple_merge.experiment.subjects import HELD, Drawing, results_of, subject_of
 from decouple_merge.experiment.table_models import denoiser_of
 from decouple_merge.sampling.sampler import sample_images
+from decouple_merge.storage.files import write_records
 
 MakeConfig = Callable[..., Config]
 CPU = torch.device("cpu")
@@ -64,3 +66,30 @@ def test_images_of_a_bases_own_denoisers_have_no_pretrained_model_to_compare_wit
     monkeypatch.setattr(subjects, "is_made", lambda plan, model: True)
     monkeypatch.setattr(subjects, "report_models", lambda plan: ["ensemble", "merged"])
     assert not HELD["models"](plan, ())
+
+
+def test_the_numbers_of_compared_runs_are_of_the_models_as_they_are_now(
+    tmp_path: Path, tiny_config: MakeConfig
+) -> None:
+    def write(name: str, *records: dict[str, Any]) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(tiny_config()))
+        write_records(folder / "metrics.jsonl", records)
+        return folder
+
+    def record(value: float, **changes: Any) -> dict[str, Any]:
+        own = {"model": "merged", "model_sha256": "b", "metric": "fd_effnetlite0", "value": value, "seeds": [0, 9]}
+        return own | {"num_images": 10, "reference": "here:0123456789abcdef:9", "decoding": 2} | changes
+
+    older, other = record(100.0, model_sha256="a"), record(50.0, num_images=20)
+    first = write("a/run", older, other, record(10.0))
+    second = write("b/run", record(12.0, reference="there:0123456789abcdef:9"))
+    found = results_of([first, second], "fd_effnetlite0")
+    assert [[r["value"] for r in run.records] for run in found] == [[10.0], [12.0]]
+    for changes in ({"num_images": 20}, {"decoding": 1}, {"reference": "here:fedcba9876543210:9"}):
+        write("b/run", record(12.0, **changes))
+        with pytest.raises(
+            UserError, match=f"a/run, .*b/run: records of fd_effnetlite0 differ in {next(iter(changes))}"
+        ):
+            results_of([first, second], "fd_effnetlite0")

@@ -325,6 +325,21 @@ def test_a_damaged_image_in_a_data_set_is_refused_and_skipped_only_if_asked(tmp_
     assert torch.equal(images[0], decode(tmp_path / "pictures" / "00.png", 1, 8, "exact").pixels)
 
 
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_a_fault_of_the_machine_is_no_damage_of_an_image(
+    tmp_path: Path, fault: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any, **named: Any) -> Any:
+        raise fault
+
+    data = Data(source=str(write_pngs(tmp_path / "pictures", num=3)), skip_damaged=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fail)
+        with pytest.raises(type(fault)):
+            load_images(data, 1, 8)
+    assert len(load_images(data, 1, 8)) == 3
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"PK"])
 def test_damaged_reference_statistics_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "reference.npz").write_bytes(content)

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from decouple_merge.config import Data
-from decouple_merge.data import emoji
+from decouple_merge.data import emoji, fashion
 from decouple_merge.data.captions import load_captions
 from decouple_merge.data.sources import load_images, open_images
+from decouple_merge.errors import UserError
 
 TONES = list(emoji.SKIN_TONES)
 
@@ -121,10 +122,16 @@ def test_without_a_folder_it_is_downloaded_once_with_its_hash(tmp_path: Path, mo
     assert known_hash.startswith("sha256:")
 
 
-def test_without_a_network_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_without_a_network_or_the_right_bytes_the_error_says_what_to_do(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def retrieve(*args: Any, **places: Any) -> str:
-        raise OSError("no route")
+        raise kind("no route")
 
     monkeypatch.setattr(emoji.pooch, "retrieve", retrieve)
-    with pytest.raises(ValueError, match=r"can't be downloaded \(no route\); run npm pack .* and set data.path"):
+    with pytest.raises(UserError, match=r"can't be downloaded \(no route\); run npm pack .* and set data.path"):
         emoji.read_emoji(None)
+    monkeypatch.setattr(fashion, "FOLDER", Path("nowhere"))
+    with pytest.raises(UserError, match=r"neither in nowhere nor can it be downloaded \(no route\); install Debian's"):
+        fashion.FashionMnist(Data()).read()

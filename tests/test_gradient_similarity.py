@@ -296,3 +296,12 @@ def test_a_stride_that_leaves_one_timestep_is_refused_before_any_gradient() -> N
     process = VP(VELOCITY.alphas_cumprod, "epsilon")
     with pytest.raises(UserError, match="stride is 11, expected at most 10, half of the timesteps"):
         gradient_similarity.cost(subject_of(process, stride=11))
+
+
+def test_gradients_that_are_noise_are_told_to_be() -> None:
+    draws = generator("noise alone")
+    (grams,) = grams_of(torch.randn(6, 2, 5000, generator=draws), [5000])
+    usual, halves = (values.float().numpy() for values in (grams.usual(), grams.halves()))
+    found = gradient_similarity._statistics(usual, halves, np.array([0, 0, 0, 1, 1, 1]))
+    said = gradient_similarity._sentence(found | {"num_images": 8})
+    assert said.startswith("Most of these gradients is noise: one timestep's, from two halves of 8 images, have a mean")

@@ -1,12 +1,14 @@
 """Landscapes of a model whose loss is a parabola, and of a run that was killed."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import Tensor
@@ -143,8 +145,44 @@ def test_a_killed_landscape_goes_on_to_the_same_bytes(moved_plan: Plan) -> None:
 
 def test_a_run_that_is_not_finished_is_told_what_lacks(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
     plan = prepare(tiny_config(), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"landscape-task-vectors needs experts and merged, which .*run doesn't hold"):
+    with pytest.raises(ValueError, match=r"landscape-task-vectors needs experts and merged, which .* hold; finish"):
         next(analyze(plan, ["landscape-task-vectors"]))
+    with pytest.raises(ValueError, match=r"sensitivity needs several runs, which .* hold; give the folders of other"):
+        next(analyze(plan, ["sensitivity"]))
+
+
+def test_an_analysis_of_the_base_alone_depends_on_the_images_that_it_draws(moved_plan: Plan) -> None:
+    own = {"num_images": 4, "num_gradient_images": 4, "num_points": 3}
+    settings = Analyze.model_validate({"batch_size": 4, "landscape_ranges": own})
+    list(analyze(moved_plan, ["landscape-ranges"], settings))
+    assert next(analyze(moved_plan, ["landscape-ranges"], settings, dry_run=True)).startswith("landscape-ranges: done")
+    data = moved_plan.config.data
+    other = data.model_copy(update={"flip": not data.flip})
+    flipped = replace(moved_plan, config=moved_plan.config.model_copy(update={"data": other}))
+    assert not any("done" in line for line in analyze(flipped, ["landscape-ranges"], settings, dry_run=True))
+
+
+@pytest.mark.parametrize("far", [math.nan, math.inf])
+def test_losses_that_overflow_far_away_leave_a_figure(
+    far: float, moved_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Plane.losses
+
+    def losses(self: Plane, a: float, b: float) -> Tensor:
+        found = whole(self, a, b)
+        return torch.full_like(found, far) if a > 0 and b > 0 else found
+
+    monkeypatch.setattr(Plane, "losses", losses)
+    own = {"num_images": 8, "num_points": 3}
+    settings = Analyze.model_validate(
+        {"batch_size": 8, "landscape_task_vectors": own, "landscape_ranges": own | {"num_gradient_images": 8}}
+    )
+    names = {"landscape-task-vectors": landscape_task_vectors.NEEDS, "landscape-ranges": landscape_ranges.NEEDS}
+    subject = held(moved_plan, settings, names)
+    for module in (landscape_task_vectors, landscape_ranges):
+        finding = _result(module.compute(subject))
+        for figure in module.draw(finding).values():
+            plt.close(figure)
 
 
 def test_a_pair_that_is_none_is_refused(moved_plan: Plan) -> None:

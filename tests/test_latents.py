@@ -75,7 +75,7 @@ def test_captions_of_a_data_set_leave_out_its_damaged_images(tiny_captioned: Pat
     rows.save_to_disk(tmp_path / "rows")
     data = Data(source=f"datasets:{tmp_path / 'rows'}", skip_damaged=True)
     assert load_captions(load_images(data, 3, 16), data) == [CAPTIONS[0], *CAPTIONS[2:]]
-    with pytest.raises(ValueError, match=r"columns image, text, expected 'caption' for captions: set data\.caption_"):
+    with pytest.raises(ValueError, match=r"columns image, text, expected 'caption' for captions; set data\.caption_"):
         load_captions(load_images(data, 3, 16), data.model_copy(update={"caption_column": "caption"}))
 
 
@@ -85,6 +85,14 @@ def no_metadata(folder: Path) -> None:
 
 def one_too_many(folder: Path) -> None:
     shutil.copy(folder / "00.png", folder / "99.png")
+
+
+def last(line: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "metadata.jsonl"
+        path.write_text("\n".join([*path.read_text().splitlines()[:-1], line]))
+
+    return change
 
 
 def append(line: str) -> Callable[[Path], None]:
@@ -106,7 +114,11 @@ def latin1(folder: Path) -> None:
         (one_too_many, r"metadata.jsonl: 1 of 25 images have no caption, .*99.png among them"),
         (append("{bad"), r"metadata.jsonl, line 25, .*not JSON.* expected JSON with file_name and 'text'"),
         (append('{"file_name": "00.png", "caption": "x"}'), r"line 25: found .*'text'; set data.caption_column"),
-        (append('{"file_name": "03.png", "text": ["a", "b"]}'), r"1 of 24 captions are no text.*image 3: \['a', 'b'\]"),
+        (
+            append('{"file_name": "00.png", "text": "x"}'),
+            r"line 25: 00.png has a caption already, expected one",
+        ),
+        (last('{"file_name": "23.png", "text": ["a", "b"]}'), r"1 of 24 captions are no text.*image 23: \['a', 'b'\]"),
         (latin1, r"metadata.jsonl, line 1, is not UTF-8 \(byte 3: "),
     ],
 )

@@ -193,6 +193,11 @@ def test_a_projection_that_is_none_of_the_trunks_is_an_unknown_key(tmp_path: Pat
     trunk = saved(tmp_path / "t.safetensors", base | {"up_blocks.12.projection.weight": 3 * eye})
     run(sharded(tmp_path / "folder", base), [trunk], out, weights=[0.5])
     assert equal(load_file(out / "projections.safetensors"), {"up_blocks.12.projection.weight": 2 * eye})
+    record = json.loads((out / "merge.json").read_text())
+    assert record["projection"] == "trunk"
+    assert "projections.safetensors" in (out / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"m has projections.safetensors, layers .*; expected a stock model"):
+        run(out, [trunk], tmp_path / "again", weights=[0.5])
 
 
 def test_a_rule_of_the_users_own_merges_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,6 +375,9 @@ def refused_inputs(tmp_path: Path) -> dict[str, Path]:
         r"can't be added, scale \(F8_E4M3\)": saved(
             tmp_path / "fp8.safetensors", {**tensors, "scale": torch.ones(()).to(torch.float8_e4m3fn)}
         ),
+        r"scale is of I8, the base's of F32, and the two can't be added": saved(
+            tmp_path / "int8.safetensors", {**tensors, "scale": torch.ones((), dtype=torch.int8)}
+        ),
         "only pickles: model.bin": tmp_path / "pickled",
         "is a pickle, expected safetensors": tmp_path / "pickled/model.bin",
         "no whole safetensors file": half,
@@ -388,6 +396,24 @@ def test_experts_that_dont_fit_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             run(base, [path], tmp_path / "out.safetensors", weights=[1.0])
         assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
+    tensors = network(0) | {"head.weight": torch.ones(2, 4, dtype=torch.int8)}
+    base = saved(tmp_path / "b.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"b.safetensors: head.weight is of I8, expected weights that can be added"):
+        run(base, [base], tmp_path / "out.safetensors", weights=[1.0])
+
+
+@pytest.mark.parametrize("method", [name for name, rule in RULES.items() if rule.only_finite and not rule.needs])
+def test_a_rule_that_takes_finite_weights_alone_takes_no_others(tmp_path: Path, method: str) -> None:
+    base = saved(tmp_path / "b.safetensors", network(0))
+    for number in (math.nan, math.inf):
+        tensors = network(1)
+        tensors["head.weight"][0, 0] = number
+        expert = saved(tmp_path / "e.safetensors", tensors)
+        with pytest.raises(ValueError, match=f"has NaN or infinity; .* method {method} takes no others"):
+            run(base, [expert], tmp_path / "m.safetensors", weights=[1.0], method=method, allow_non_finite=True)
 
 
 def test_an_expert_of_another_base_is_refused_whatever_the_bases_dtype(tmp_path: Path) -> None:

@@ -126,6 +126,24 @@ def test_a_recipe_is_written_by_hand_with_paths_from_its_folder(
     assert torch.equal(
         found["blocks.0.weight"], merge(network(0), [network(1), network(2)], [1.0, 1.0])["blocks.0.weight"]
     )
+    # What it makes is a recipe itself, from where it lies.
+    list(repeat_merge(Path(name), Path("again.safetensors")))
+    assert contents(Path("again.safetensors")) == contents(Path(name))
+
+
+def test_a_setting_that_the_method_does_not_read_is_refused_in_a_recipe(tmp_path: Path) -> None:
+    given(tmp_path, "file")
+    recipe = {"base": "inputs/0.safetensors", "experts": ["inputs/1.safetensors"], "weights": [1], "density": 0.7}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match=r"density is set, and method linear doesn't read it"):
+        list(repeat_merge(tmp_path / "mine.yaml", tmp_path / "out.safetensors"))
+
+
+def test_a_path_of_any_characters_is_read_back(tmp_path: Path) -> None:
+    base, experts, name = given(tmp_path / "😀", "folder")
+    merged(base, experts, tmp_path / name)
+    list(repeat_merge(tmp_path / name, tmp_path / "again"))
+    assert contents(tmp_path / "again") == contents(tmp_path / name)
 
 
 def test_the_fields_of_merge_json_are_those_of_a_recipe_by_hand(tmp_path: Path) -> None:
@@ -152,6 +170,9 @@ def test_fisher_files_count_from_the_recipe_too(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir("/")
     list(repeat_merge(tmp_path / "made" / name, tmp_path / "a/b/c" / name))
     assert contents(tmp_path / "a/b/c" / name) == contents(tmp_path / "made" / name)
+    save_file({k: 2 * v.square() for k, v in network(7).items()}, fishers[0])
+    with pytest.raises(ValueError, match=r"fisher/0.safetensors is not what the recipe was made with"):
+        list(repeat_merge(tmp_path / "made" / name, tmp_path / "changed" / name))
 
 
 def test_an_input_that_is_another_one_or_gone_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
@@ -391,6 +412,10 @@ def write_config(folder: Path, name: str, **values: Any) -> None:
             lambda e: write_config(e / "vae", "config.json", scaling_factor=0.13),
             r"vae has scaling_factor 0.13 \(0.18 in",
         ),
+        (
+            lambda e: save_file({"w": torch.ones(2).to(torch.float8_e4m3fn)}, e / "vae" / NAME),
+            "vae has other weights than the base's, .*: it is not merged",
+        ),
         (lambda e: saved(e / "vae" / NAME, 6), "vae has other weights than the base's, .*: it is not merged"),
         (
             lambda e: pipeline(e, 1, **SCHEDULER, vae=["diffusers", "AsymmetricAutoencoderKL"]),
@@ -410,6 +435,14 @@ def test_parts_that_differ_are_told(tmp_path: Path, change: Callable[[Path], Any
     warnings = [line for line in merged(folders[0], folders[1:], tmp_path / "other") if "warning" in line]
     assert len(warnings) == 1
     assert re.search(message, warnings[0])
+
+
+def test_a_part_that_is_not_merged_may_be_of_a_kind_that_cannot_be_added(tmp_path: Path) -> None:
+    folders = [pipeline(tmp_path / name, i, **VAE) for i, name in enumerate(("base", "e"))]
+    for folder in folders:
+        write_config(folder / "vae", "config.json")
+        save_file({"w": torch.ones(2).to(torch.float8_e4m3fn)}, folder / "vae" / NAME)
+    assert not [line for line in merged(folders[0], folders[1:], tmp_path / "out") if "warning" in line]
 
 
 def test_a_networks_folder_is_compared_with_the_bases_network(tmp_path: Path) -> None:

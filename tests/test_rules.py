@@ -224,6 +224,28 @@ def test_half_precision_is_summed_in_float32() -> None:
     torch.testing.assert_close(found, base.float() + (expert.float() - base.float()) / 3, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if "normalize" in rule.params])
+def test_weights_that_cancel_but_for_rounding_divide_nothing(name: str) -> None:
+    draws = torch.Generator().manual_seed(0)
+    base = torch.randn(8, 8, generator=draws)
+    tensors = [base, *(base + 0.01 * torch.randn(8, 8, generator=draws) for _ in range(3))]
+    context = Context("layer", Settings(0.5, normalize="weights", min_tasks=1), [1, 2, 3])
+    weights = [0.1, 0.2, -0.3]
+    assert sum(weights) != 0
+    found = combine(tensors, RULES[name].answer(base, tensors[1:], weights, context))
+    assert 0 < float((found - base).abs().max()) < 0.2
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_a_tensor_that_nobody_changed_or_without_entries_stays(name: str) -> None:
+    base, weights = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), [0.3, 0.4]
+    for start in (base, -torch.zeros(2), torch.zeros(0, 3), torch.zeros(3, 0)):
+        experts = [start.clone() for _ in weights]
+        context = Context("layer", Settings(), [1, 2], [torch.ones_like(start)] * 2, [torch.eye(start.shape[-1])] * 2)
+        found = combine([start, *experts], RULES[name].answer(start, experts, weights, context))
+        assert torch.equal(found.view(torch.int32), start.view(torch.int32))
+
+
 def test_votes_that_cancel_but_for_the_rounding_of_a_rescale_elect_nobody() -> None:
     moves, weights = [3.25, -0.6875, 3.375], [1.5, -1.5, -1.75]
     assert sum(w * m for w, m in zip(weights, moves, strict=True)) == 0

@@ -273,6 +273,13 @@ def test_a_column_of_a_data_set_is_read_alone(tmp_path: Path) -> None:
     assert torch.equal(found.stack(range(12)), torch.from_numpy(PIXELS)[:, None])
     settings = Protocol(metrics=METRICS[:1], split="test", column="img")
     assert list(evaluate_model([torch.from_numpy(PIXELS)[:, None]], source, settings))
+    # The split of what is scored is another setting than the reference's.
+    settings = Protocol(metrics=METRICS[:1], split="test", column="img")
+    with pytest.raises(
+        ValueError, match=r"saved of split 'test', expected 'train': set .*of deme evaluate images_split"
+    ):
+        list(evaluate_model(source, source, settings))
+    assert list(evaluate_model(source, source, settings.model_copy(update={"images_split": "test"})))
 
 
 def test_a_first_image_that_is_left_out_says_nothing_of_the_files(tmp_path: Path) -> None:

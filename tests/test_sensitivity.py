@@ -88,7 +88,6 @@ def test_what_else_differs_is_said() -> None:
 @pytest.mark.parametrize(
     ("runs", "settings", "message"),
     [
-        ([*RUNS, run(8, 0, 11.0, num_images=20)], {}, r"run n8-0 has num_images 20, of run n4-0 10, and such numbers"),
         ([*RUNS, run(8, 0, 11.0, metric="kid")], {}, r"run n8-0 has no fd_effnetlite0, it has kid"),
         (RUNS, {"over": "finetune.num_range"}, r"--over finetune.num_range: no such setting"),
         (RUNS, {"over": None}, r"give --over"),

@@ -170,3 +170,16 @@ def test_a_model_that_is_told_how_images_were_cut_takes_no_arrays(tmp_path: Path
     np.save(tmp_path / "images.npy", np.zeros((2, 8, 8), np.uint8))
     with pytest.raises(UserError, match=r"is told how its images were cut \(SDXL\), which is known of files alone"):
         load_images(Data(source=str(tmp_path / "images.npy")), 1, 8).frames([0])
+
+
+def test_a_data_set_that_is_made_again_of_other_files_is_other_data(tmp_path: Path) -> None:
+    def build(level: int) -> str:
+        names = []
+        for index in range(3):
+            names.append(str(tmp_path / f"{index}.png"))
+            Image.new("L", (8, 8), level).save(names[-1])
+        rows = datasets.Dataset.from_dict({"image": names}).cast_column("image", datasets.Image())
+        rows.save_to_disk(tmp_path / "rows")
+        return open_images(f"datasets:{tmp_path / 'rows'}").sha256
+
+    assert build(0) != build(7)

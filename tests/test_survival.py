@@ -143,17 +143,17 @@ def test_the_command_prints_it_and_exits_with_2_where_too_little_is_left(tmp_pat
     assert isinstance(refused.exception, ValueError)
 
 
-@pytest.mark.parametrize("method", ["linear", "ties"])
-def test_a_runs_merge_in_half_precision_reports_what_files_would(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "density"), [("linear", 1.0), ("ties", 0.7)])
+def test_a_runs_merge_in_half_precision_reports_what_files_would(tmp_path: Path, method: str, density: float) -> None:
     base = {k: v.float() for k, v in network(torch.bfloat16).items()}
     experts = [moved(base, 0.02), moved(base, 1e-4, ("layer.1",))]
 
     def merger_of(dtype: torch.dtype) -> Merger:
-        context_of = partial(Context, settings=Settings(0.7))
+        context_of = partial(Context, settings=Settings(density))
         return Merger(base, experts, method=method, context_of=context_of, dtype=dtype, device=torch.device("cpu"))
 
     paths = [saved(tmp_path / f"{i}.safetensors", e) for i, e in enumerate(experts)]
-    given = Merge(weights=[0.5, 0.3], dtype="BF16", min_delta_cosine=-1, method=method, density=0.7)
+    given = Merge(weights=[0.5, 0.3], dtype="BF16", min_delta_cosine=-1, method=method, density=density)
     origin = saved(tmp_path / "base.safetensors", base)
     list(merge_models(str(origin), paths, given, tmp_path / "out.safetensors"))
     assert merger_of(torch.bfloat16).survival([0.5, 0.3]) == record_of(tmp_path / "out.safetensors")["delta"]

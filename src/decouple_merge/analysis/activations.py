@@ -43,6 +43,8 @@ def _timesteps(subject: Subject) -> list[float]:
     for t in chosen or ():
         if not any(t in own for own in subject.ranges):
             raise UserError(f"activations.timesteps has {t:g}, expected some within 0 to {subject.ranges[-1].high:g}")
+        if t != int(t) and not process.spread(subject.ranges[0], 1).is_floating_point():
+            raise UserError(f"activations.timesteps has {t:g}, expected whole numbers: the base's schedule is a table")
     return chosen or middles
 
 

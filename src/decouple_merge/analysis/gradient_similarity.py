@@ -33,6 +33,8 @@ NUM_BINS = 80
 # More rows can't be read.
 MAX_LAYERS = 60
 BASE = "base"
+# Below this cosine of a gradient with itself, from other images, nearly all of it is noise.
+LOUD = 0.1
 
 
 def _settings(subject: Subject) -> GradientSimilarity:
@@ -207,6 +209,13 @@ def _statistics(usual: np.ndarray, halves: np.ndarray, at: np.ndarray) -> dict[s
 
 
 def _sentence(summary: dict[str, Any]) -> str:
+    ceiling, undefined = summary["noise_ceiling"], summary["undefined_share"]
+    # A pair's cosine is that of its noise then, and the medians are of what happened to come out above 0.
+    if not ceiling >= LOUD or undefined > 0.5:
+        return (
+            f"Most of these gradients is noise: one timestep's, from two halves of {summary['num_images']} images, "
+            f"have a mean cosine of {ceiling:.2f}. Set gradient_similarity.num_images higher."
+        )
     inside, between, negative = (summary[k] for k in ("inside_ranges", "between_ranges", "negative_share"))
     if inside is None or between is None:
         return f"{(negative or 0):.0%} of the pairs of timesteps have gradients that conflict."

@@ -142,7 +142,10 @@ def draw(finding: Finding) -> dict[str, Any]:
         column: 100 * (np.array([row[column] for row in finding.rows]).reshape(side, side) / centre - 1)
         for column, centre in finding.summary["centre"].items()
     }
-    limit = max(float(np.quantile(np.abs(list(changes.values())), 0.5)), 1e-6)
+    # Far away a loss may overflow.
+    found = np.array(list(changes.values()))
+    limit = max(float(np.quantile(np.abs(found[np.isfinite(found)]), 0.5)), 1e-6)
+    changes = {column: np.ma.masked_invalid(change) for column, change in changes.items()}
     levels = np.linspace(-limit, limit, 25)
     for axis, column, name in zip(axes[0], columns, names, strict=True):
         image = axis.contourf(a, b, changes[column], levels=levels, cmap=SIGNED, extend="both")

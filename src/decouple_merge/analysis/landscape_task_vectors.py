@@ -141,7 +141,8 @@ def _points(axis: np.ndarray, losses: np.ndarray, shares: np.ndarray, gram: Tens
 def _describe(
     pair: tuple[int, int], rows: list[dict[str, Any]], start: np.ndarray, shares: np.ndarray, gram: Tensor
 ) -> dict[str, Any]:
-    lowest = min(rows, key=lambda row: row["loss"])
+    # Far away a loss may overflow; the base's own doesn't.
+    lowest = min((row for row in rows if np.isfinite(row["loss"])), key=lambda row: row["loss"])
     return {
         "first": pair[0],
         "second": pair[1],
@@ -196,13 +197,14 @@ def _draw_losses(finding: Finding, shown: list[tuple[dict[str, Any], tuple[str, 
         start = plane["base_losses"][column]
         change = 100 * (losses / start - 1)
         # The walls around the valley would hide it.
-        limit = max(3 * -float(change.min()), float(np.quantile(change, 0.75)), 1e-6)
+        change = np.ma.masked_invalid(change)
+        limit = max(3 * -float(change.min()), float(np.quantile(change.compressed(), 0.75)), 1e-6)
         levels = np.linspace(-limit, limit, 21)
         image = axis.contourf(x, y, change.clip(-limit, None), levels=levels, cmap=SIGNED, extend="max")
         axis.contour(x, y, change, levels=levels, colors="black", linewidths=0.3)
         bar = figure.colorbar(image, ax=axis, shrink=0.8, ticks=ticks_within(limit))
         bar.set_label("loss against θ, %")
-        lowest = np.unravel_index(losses.argmin(), losses.shape)
+        lowest = np.unravel_index(np.nanargmin(losses), losses.shape)
         _mark(axis, plane, (float(x[lowest]), float(y[lowest])))
         axis.set(title=_title(finding, column), aspect="equal")
     return figure

@@ -59,6 +59,8 @@ PATH_ERRORS = {
     errno.EEXIST: "give another path, or remove what is there",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "mend the link, which leads to itself",
+    errno.EIO: "the disk can't be read or written there; look at the system's log",
+    errno.ESTALE: "the server has lost it; run the same command again",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 # The status of what SIGINT ended.

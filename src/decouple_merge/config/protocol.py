@@ -24,6 +24,8 @@ class Protocol(Stats, Pieces):
     Attributes:
         metrics: of ``evaluation.metrics.METRICS``.
         num_images: drawn from a model, 5,000 where it isn't set; of images the first so many, all where it isn't.
+        images_split: of scored images, as ``data.split``.
+        caption_column: of scored images, as ``data.caption_column``, where metrics take texts.
         num_reference_images: that the reference must have, where it isn't statistics.
         seed: of the first image, which has the first prompt; of images the number of the first.
         sample: how a model draws.
@@ -32,6 +34,8 @@ class Protocol(Stats, Pieces):
 
     metrics: Metrics = ["fd_effnetlite0"]
     num_images: Integer | None = Field(None, ge=2)
+    images_split: str = "train"
+    caption_column: str = "text"
     num_reference_images: PositiveInt | None = None
     seed: NonNegativeInt = 0
     sample: Sample = Sample()

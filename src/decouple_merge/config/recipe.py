@@ -1,5 +1,6 @@
 """A recipe of a merge, as ``deme merge`` writes it in merge.json and as it is written by hand."""
 
+import json
 from typing import Any
 
 from pydantic import Field
@@ -29,6 +30,7 @@ class Recipe(Merge):
         base: a name, or a name with a hash. A path counts from the recipe's folder; any other name is the hub's.
         experts: paths, from the recipe's folder.
         experts_sha256: hashes of their tensors; none are compared where there are none.
+        statistics_sha256: the same of the files in ``fishers`` and ``grams``.
         ranges, search, text, pipeline, projection: what a run says of its merge.
         delta, merged_sha256, files, decouple_merge: of the merge that was made; a new one has its own.
     """
@@ -36,6 +38,7 @@ class Recipe(Merge):
     base: str | Origin
     experts: list[str] = Field(min_length=1)
     experts_sha256: list[str] = []
+    statistics_sha256: list[str] = []
     ranges: list[Any] | None = None
     search: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
@@ -64,9 +67,23 @@ def parse_recipe(text: str, where: str) -> Recipe:
             the experts; the message starts with ``where``.
     """
     try:
-        return _recipe(parse(text, where), where)
+        return _recipe(_plain_json(text) or parse(text, where), where)
     except UserError as error:
         raise UserError(f"{error}; {ADVICE}") from error
+
+
+def _plain_json(text: str) -> Any:
+    """Read JSON as such: YAML doesn't join the halves of a character that JSON may write in two. None of other text."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key is given twice, which YAML's reader names")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _recipe(values: Any, where: str) -> Recipe:
@@ -78,9 +95,13 @@ def _recipe(values: Any, where: str) -> Recipe:
     if twice := [key for key in settings if key in values and values[key] != settings[key]]:
         raise UserError(f"{where}: {twice[0]} and settings.{twice[0]} differ, expected one value")
     recipe = validate(Recipe, settings | values, where)
-    if recipe.experts_sha256 and len(recipe.experts_sha256) != len(recipe.experts):
-        raise UserError(
-            f"{where}: experts_sha256 has {len(recipe.experts_sha256)} hashes for {len(recipe.experts)} experts, "
-            "expected one each, or none"
-        )
+    for name, hashes, files in (
+        ("experts_sha256", recipe.experts_sha256, recipe.experts),
+        ("statistics_sha256", recipe.statistics_sha256, recipe.statistics),
+    ):
+        if hashes and len(hashes) != len(files):
+            what = name.removesuffix("_sha256")
+            raise UserError(
+                f"{where}: {name} has {len(hashes)} hashes for {len(files)} {what}, expected one each, or none"
+            )
     return recipe

@@ -52,7 +52,7 @@ def captions_as_prompts(captions: Sequence[str]) -> list[str]:
     return [captions[i] for i in order]
 
 
-def texts_of(images: Images, source: str, prompts: list[str], first: int) -> list[str]:
+def texts_of(images: Images, data: Data, prompts: list[str], first: int) -> list[str]:
     """Say what images are to show: their prompts, or where there are none their captions.
 
     Where files are numbered, as ``deme sample`` names them, the prompt of image n is number n - first; otherwise that
@@ -62,7 +62,7 @@ def texts_of(images: Images, source: str, prompts: list[str], first: int) -> lis
         UserError: a number is missing, or as ``load_captions``.
     """
     if not prompts:
-        return load_captions(images, Data(source=source))
+        return load_captions(images, data)
     names = images.source.names
     stems = [names[i].stem for i in images.kept] if names else []
     places = list(range(len(images)))
@@ -71,7 +71,7 @@ def texts_of(images: Images, source: str, prompts: list[str], first: int) -> lis
         places = [int(stem) - first for stem in stems]
         if sorted(places) != list(range(len(images))):
             raise UserError(
-                f"{source}: found {len(places)} images numbered {first + min(places)} to {first + max(places)}, "
+                f"{data.source}: found {len(places)} images numbered {first + min(places)} to {first + max(places)}, "
                 f"expected every number from {first} to {first + len(places) - 1}: give the number of the image of the "
                 "first prompt as --set seed=…, and draw or rename what is missing"
             )

@@ -1,5 +1,6 @@
 """From a file, or a picture of Pillow's, to the 8-bit pixels that a viewer shows."""
 
+import errno
 import threading
 import warnings
 from collections.abc import Iterator
@@ -130,12 +131,18 @@ def _reading(item: Any) -> Iterator[Image.Image]:
         with image:
             yield image
     except Exception as error:  # Pillow raises a dozen kinds, and what its plugins stumble on
-        if is_ours(error):
+        if is_ours(error) or _is_of_machine(error):
             raise
         raise DamagedError(
             f"{_name(item)}: can't be decoded ({error}); mend or remove it, or set data.skip_damaged (skip_damaged of "
             "deme stats and evaluate)"
         ) from error
+
+
+def _is_of_machine(error: Exception) -> bool:
+    """Say whether it is the machine's fault: the next start may read the image. Pillow's own have no number."""
+    lasting = (None, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in lasting)
 
 
 def _name(item: Any) -> str:

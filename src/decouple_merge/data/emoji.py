@@ -107,7 +107,7 @@ def _find(folder: Path | None) -> Path:
         # Processes that start together would each download it.
         with lock_of(cache_folder() / FILE):
             return Path(pooch.retrieve(URL, SHA256, fname=FILE, path=cache_folder()))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # of other bytes than expected, pooch says the latter
         raise UserError(
             f"Noto emoji can't be downloaded ({error}); run npm pack emoji-datasource-google@16.0.0 elsewhere and set "
             f"data.path to the folder with {FILE}"

@@ -51,7 +51,7 @@ class FashionMnist(ArraySource):
         try:
             with lock_of(cache_folder() / name):
                 return Path(pooch.retrieve(URL + name, MD5[name], path=cache_folder()))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # of other bytes than expected, pooch says the latter
             raise UserError(
                 f"Fashion-MNIST is neither in {FOLDER} nor can it be downloaded ({error}); "
                 "install Debian's dataset-fashion-mnist, or set data.path to a folder that has it"

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..models.parts import num_classes
 from ..storage.reading import parse_json
 from .decoded import EncodedSource
+from .images import OTHER_NAME
 from .names import IMAGE_SUFFIXES, PassedOver, has_suffix, is_hidden, no_images
 from .prompts import read_lines
 
@@ -63,7 +64,7 @@ class Folder(EncodedSource):
                 f'as {{"file_name": "{self.files[0].name}", "{field}": "…"}}'
             )
         captions = {}
-        advice = f"expected JSON with file_name and {field!r}; set data.caption_column where captions have another name"
+        advice = f"expected JSON with file_name and {field!r}; {OTHER_NAME}"
         for number, line in enumerate(read_lines(path), start=1):
             if not line:
                 continue
@@ -72,6 +73,11 @@ class Folder(EncodedSource):
             name = record.get("file_name") if isinstance(record, dict) else None
             if not isinstance(name, str) or field not in record:
                 raise UserError(f"{place}: found {line[:80]!r}; {advice}")
+            if self.path / name in captions:
+                raise UserError(
+                    f"{place}: {name} has a caption already, expected one for each image: keep one, or give each "
+                    "caption a copy of the image"
+                )
             captions[self.path / name] = record[field]
         if missing := [file for file in self.files if file not in captions]:
             raise UserError(

@@ -8,6 +8,7 @@ from ..errors import UserError, is_ours, not_installed
 from .archives import Member
 from .decoded import EncodedSource
 from .decoding import DamagedError, is_jpeg
+from .images import OTHER_NAME, file_stamp
 
 PREFIX = "datasets:"
 
@@ -59,7 +60,7 @@ class Rows(EncodedSource):
         if field not in self.rows.column_names:
             raise UserError(
                 f"data set {self.data.source!r} has columns {', '.join(self.rows.column_names)}, expected {field!r} "
-                "for captions: set data.caption_column"
+                f"for captions; {OTHER_NAME}"
             )
         return list(self.rows[field])
 
@@ -86,7 +87,10 @@ def _open_rows(name: str, split: str) -> Any:
 def _of_split(rows: Any, name: str, split: str) -> Any:
     """Require that what was saved is of the split that is asked for, where it says which it is."""
     if rows.split is not None and str(rows.split) != split:
-        raise UserError(f"data set {name!r} was saved of split {str(rows.split)!r}, expected {split!r}: set data.split")
+        raise UserError(
+            f"data set {name!r} was saved of split {str(rows.split)!r}, expected {split!r}: set "
+            "data.split (split of deme stats; of deme evaluate images_split, or split of the reference)"
+        )
     return rows
 
 

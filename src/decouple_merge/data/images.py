@@ -15,6 +15,9 @@ from ..config import Data
 from ..errors import UserError
 from .names import JPEG_SUFFIXES, has_suffix
 
+# What to do where captions aren't found by the name that is asked for.
+OTHER_NAME = "set data.caption_column (caption_column of deme evaluate) where captions have another name"
+
 
 class Source:
     """A place with images, opened but not decoded; each kind of place is a class in a file of its own.

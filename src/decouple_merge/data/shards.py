@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..storage.reading import parse_json
 from .archives import Archive, Member
 from .decoded import EncodedSource
-from .images import file_stamp
+from .images import OTHER_NAME, file_stamp
 from .names import IMAGE_SUFFIXES, is_hidden, no_images
 
 PREFIX = "webdataset:"
@@ -92,7 +92,7 @@ def _caption(content: bytes, field: str, name: str, is_json: bool) -> Any:
         raise UserError(f"{name} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from error
     if not is_json:
         return text.strip()
-    advice = f"expected JSON with the caption in {field!r}; set data.caption_column where captions have another name"
+    advice = f"expected JSON with the caption in {field!r}; {OTHER_NAME}"
     found = parse_json(text, name, advice)
     if not isinstance(found, dict) or field not in found:
         raise UserError(f"{name}: found {text[:80]!r}; {advice}")

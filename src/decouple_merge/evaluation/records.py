@@ -75,9 +75,7 @@ def newest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     models = {r["model"]: r.get("model_sha256") for r in records}
     measured = {r["metric"]: measured_by(r) for r in records}
     current = [
-        r
-        for r in records
-        if r.get("model_sha256") == models[r["model"]] and measured_by(r) == measured[r["metric"]]
+        r for r in records if r.get("model_sha256") == models[r["model"]] and measured_by(r) == measured[r["metric"]]
     ]
     return list({(r["model"], r["metric"], str(r.get("seeds"))): r for r in current}.values())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import Protocol
+from ..config import Data, Protocol
 from ..data.captions import texts_of
 from ..data.decoding import RESIZE, resize_images
 from ..data.prompts import load_prompts
@@ -133,7 +133,7 @@ def _open_drawn(name: str, settings: Protocol) -> Scored:
 
 
 def _open_files(name: str, settings: Protocol, with_texts: bool) -> Scored:
-    images = open_images(name, settings.image_size, skip_damaged=settings.skip_damaged, column=settings.column)
+    images = open_images(name, settings.image_size, None, settings.skip_damaged, settings.images_split, settings.column)
     num = settings.num_images or len(images)
     if num > len(images):
         raise UserError(f"{name}: found {len(images)} images, expected at least --num-images {num}")
@@ -149,7 +149,7 @@ def _open_files(name: str, settings: Protocol, with_texts: bool) -> Scored:
     )
     if with_texts:
         given = load_prompts(settings.text)
-        texts = texts_of(images, name, given, settings.seed)
+        texts = texts_of(images, Data(source=name, caption_column=settings.caption_column), given, settings.seed)
         scored.prompts, scored.texts = given or texts, texts[:num]
     return scored
 

@@ -15,6 +15,7 @@ from ..storage.files import read_tensors, write_tensors
 from ..storage.hub import pipeline_folder
 from ..storage.made_from import digest_of
 from ..storage.reading import AGAIN, read_record
+from ..storage.tensors import TensorFiles
 from .combined import are_adapters, combined_names
 from .planned import Plan
 from .provenance import search_record
@@ -63,10 +64,17 @@ def export_record(plan: Plan, experts_sha256: list[str], level: Level, winner: T
             "seeds": [level.seeds.start, level.seeds.stop - 1],
             "made_from": digest_of(search_record(plan, experts_sha256, rule_records(plan))),
         },
+        **_statistics(plan),
         **({"text": plan.config.text.model_dump(mode="json")} if plan.prompts else {}),
         pipeline=type(plan.base.pipeline).__name__,
         projection=plan.config.finetune.projection.placement if search.over == "experts" else "none",
     )
+
+
+def _statistics(plan: Plan) -> dict[str, Any]:
+    """Hash the files that the rule needs beside the experts, if it needs any."""
+    found = [TensorFiles([path]).sha256() for files in rule_files(plan).values() for path in files]
+    return {"statistics_sha256": found} if found else {}
 
 
 def _rule_of(plan: Plan) -> dict[str, Any]:

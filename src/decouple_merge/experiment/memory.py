@@ -108,7 +108,7 @@ def _merging(
     """
     num, rule, (network, drawn) = config.num_combined, RULES[config.search.method], next(iter(drawing.items()))
     # Of the largest tensor the models' versions, their task vectors, votes and the rule's own. A CPU works in chunks.
-    one = (2 * num + 4 + rule.num_tensors) * 4 * max(map(math.prod, shapes))
+    one = (2 * num + 4 + rule.num_tensors) * 4 * max(map(math.prod, shapes)) + max(map(rule.work, shapes))
     kept = 4 * sum(rule.kept(shape, num) for shape in shapes)
     searching = drawing | {"merging a tensor": one, f"what {config.search.method} keeps": kept}
     written = {"merge as it is written": sum(map(math.prod, shapes)) * stored.itemsize}

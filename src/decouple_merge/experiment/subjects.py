@@ -104,7 +104,7 @@ def subject_of(plan: Plan, settings: Analyze, needs: dict[str, Sequence[str]], o
     drawing = Drawing(plan)
     checkpoints = kept_checkpoints(plan.run.folder / "training") if "gradient-similarity" in needs else {}
     models = _others(plan, settings.loss_weights.run) if "loss-weights" in needs else {}
-    runs = _results_of((plan.run.folder, *others), settings.sensitivity.metric) if others else []
+    runs = results_of((plan.run.folder, *others), settings.sensitivity.metric) if others else []
     metric, screened = _screened(plan)
     hashes = {
         "gradient-similarity": {f"checkpoint_{n}_sha256": file_sha256(path) for n, path in checkpoints.items()},
@@ -199,7 +199,7 @@ def _weights(path: Path) -> Tensors:
     return read_tensors(path)[0]
 
 
-def _results_of(folders: Sequence[Path], metric: str | None) -> list[RunResults]:
+def results_of(folders: Sequence[Path], metric: str | None) -> list[RunResults]:
     """Read what runs say of themselves.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UserError
 from ..storage.layouts import weight_files
-from ..storage.reading import read_record
+from ..storage.reading import file_sha256, read_record
 from ..storage.tensors import TensorFiles
 from .sources import Sources
 
@@ -76,7 +76,11 @@ def _have_other_weights(base: Path, expert: Path) -> bool:
         return False
     if [p.resolve() for p in files[0]] == [p.resolve() for p in files[1]]:
         return False
-    one, two = (TensorFiles(f) for f in files)
+    try:
+        one, two = (TensorFiles(f) for f in files)
+    except UserError:
+        # Of a kind that can't be added, which these aren't to be.
+        return [file_sha256(p) for p in files[0]] != [file_sha256(p) for p in files[1]]
     if {k: e.shape for k, e in one.entries.items()} != {k: e.shape for k, e in two.entries.items()}:
         return True
     return not all(torch.equal(one[k].float(), two[k].float()) for k in one.entries)

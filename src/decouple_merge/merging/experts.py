@@ -8,7 +8,7 @@ from torch import Tensor
 from ..config import Merge
 from ..errors import UserError
 from ..storage.layouts import PROJECTIONS_FILE, denoisers, files_of_parts, weight_files
-from ..storage.tensors import Entry, TensorFiles
+from ..storage.tensors import NAMES, Entry, TensorFiles
 from .adapter_keys import is_adapter
 from .keys import compare_keys, describe
 from .lora import Lora
@@ -43,6 +43,12 @@ class Checkpoint:
             UserError: names the keys that are missing, unknown or of another shape.
         """
         problems = self._compare(base, name, component)
+        for key, own in self.files.entries.items():
+            if key in base and own.dtype.is_floating_point != base[key].dtype.is_floating_point:
+                raise UserError(
+                    f"{name}: {key} is of {NAMES[own.dtype]}, the base's of {NAMES[base[key].dtype]}, and the two "
+                    "can't be added: take the model before it was quantised"
+                )
         hints = list[str]()
         for kind, option, choice, others in (
             ("missing", "--missing-keys", settings.missing_keys, "base"),

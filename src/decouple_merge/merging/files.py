@@ -75,7 +75,8 @@ def merge_files(
                 yield Progress(done, total)
         first, *tensors = [found.result() for found in hashes]
         whole = [expert.whole_sha256(found) for expert, found in zip(sources.experts, tensors, strict=True)]
-        record = _with_hashes(record, [first, *whole])
+        statistics = [files.sha256() for files in sources.statistics]
+        record = _with_hashes(record, [first, *whole], statistics)
         if sources.changes:
             record["delta"] = survival_record(sources.changes)
             dtypes = {NAMES[sources.output[k][0]] for k in sources.changes if k in sources.output}
@@ -91,15 +92,16 @@ def merge_files(
             (temporary / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _with_hashes(record: dict[str, Any], found: list[str]) -> dict[str, Any]:
-    return {**record, "base": {**record["base"], "sha256": found[0]}, "experts_sha256": found[1:]}
+def _with_hashes(record: dict[str, Any], found: list[str], statistics: list[str]) -> dict[str, Any]:
+    record = {**record, "base": {**record["base"], "sha256": found[0]}, "experts_sha256": found[1:]}
+    return {**record, "statistics_sha256": statistics} if statistics else record
 
 
 def _unfinished(record: dict[str, Any], sources: Sources) -> dict[str, Any]:
     """Make a record no shorter than the one that will be: with hashes, and the tensors of the longest names."""
     longest = {"cosine": -0.1234, "unchanged": 0.1234}
     keys = sorted(sources.output, key=lambda key: len(json.dumps(key)))[-NUM_WORST:]
-    record = _with_hashes(record, ["0" * 64] * (1 + len(sources.experts)))
+    record = _with_hashes(record, ["0" * 64] * (1 + len(sources.experts)), ["0" * 64] * len(sources.statistics))
     return {**record, "delta": {**longest, "worst": dict.fromkeys(keys, longest)}}
 
 

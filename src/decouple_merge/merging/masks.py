@@ -132,7 +132,7 @@ def write_masks(merged: Path, out: Path, pattern: Pattern = "mask") -> Iterator[
         UserError: the merge has no record, an input is gone or isn't what was merged, the experts have no ranges,
             ranges that overlap, or trunk projections, or ``out`` is there.
     """
-    found = read_recipe(merged)
+    found = read_recipe(merged, merged)
     ranges = found.record["ranges"]
     if not ranges or not all(ranges):
         raise UserError(f"{merged} was merged from experts without ranges of timesteps, expected those of a run")

@@ -73,9 +73,9 @@ class Repeat:
 
     Attributes:
         settings: with paths where they are.
-        expected_sha256: of the base and of each expert; None where the recipe doesn't say.
-        record: what the new model's record says of its inputs: what the recipe says, word for word, so that a
-            repeated merge has the same bytes.
+        expected_sha256: of the base, of each expert and of each file of statistics; None where the recipe doesn't say.
+        record: what the new model's record says of its inputs. Of another record it is what that says, word for word,
+            so that a repeated merge has the same bytes.
     """
 
     base: str
@@ -85,8 +85,11 @@ class Repeat:
     record: dict[str, Any]
 
 
-def read_recipe(path: Path) -> Repeat:
+def read_recipe(path: Path, out: Path) -> Repeat:
     """Read a recipe: a merge.json or the folder that holds it, a merged .safetensors file, or YAML.
+
+    Args:
+        out: the folder of the new record, from which the names of a recipe written by hand will count.
 
     Raises:
         UserError: it is none, can't be read, or an input is gone.
@@ -104,15 +107,20 @@ def read_recipe(path: Path) -> Repeat:
                 f"{path}: there is no {name} from {place.resolve()} on, expected an input of the merge: paths in a "
                 "recipe count from its folder, so put it back where it was made, or mend the path"
             )
-    known = {"name": origin.name} | ({} if origin.sha256 is None else {"sha256": origin.sha256})
+    names, stated, name = recipe.experts, settings, origin.name
+    if recipe.decouple_merge is None:
+        names, name = [name_from(out, found) for found in experts], name_from(out, base)
+        stated = located.with_statistics(lambda found: Path(name_from(out, found)))
+    known = {"name": name} | ({} if origin.sha256 is None else {"sha256": origin.sha256})
     hashes: list[str | None] = [*recipe.experts_sha256] or [None] * len(experts)
+    measured: list[str | None] = [*recipe.statistics_sha256] or [None] * len(located.statistics)
     fields = {name: value for name in CARRIED if (value := getattr(recipe, name)) is not None}
     return Repeat(
         base,
         experts,
         located,
-        [origin.sha256, *hashes],
-        merge_record(settings, known, recipe.experts, [], recipe.ranges, **fields),
+        [origin.sha256, *hashes, *measured],
+        merge_record(stated, known, names, [], recipe.ranges, **fields),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import Merge
 from ..errors import UserError
 from ..seeds import stream_seed
-from ..storage.layouts import chosen_part, denoisers, parts_like, weight_files
+from ..storage.layouts import PROJECTIONS_FILE, chosen_part, denoisers, parts_like, weight_files
 from ..storage.reading import read_record
 from ..storage.tensors import DTYPES, NAMES, Layout, TensorFiles, hash_tensors, is_finite
 from .experts import Checkpoint, open_expert, open_parts
@@ -20,6 +20,9 @@ from .keys import is_trunk_projection
 from .rules import RULES, check_weights
 from .rules.rule import Context, Rule, Settings, merge_tensor
 from .survival import Change, change_of
+
+# What quantised weights are of.
+BYTES = (torch.int8, torch.uint8)
 
 
 class Sources:
@@ -48,9 +51,19 @@ class Sources:
         self.joined = joined_denoisers(base, experts) if component is None else {}
         if self.joined:
             self.parts = dict([next(iter(self.joined.items()))])
+        if (base / PROJECTIONS_FILE).is_file() and not chosen:
+            raise UserError(
+                f"{base} has {PROJECTIONS_FILE}, layers that stock pipelines don't read and that aren't merged; "
+                "expected a stock model: merge into the base that it was made from"
+            )
         self.base = open_parts(self.parts)
         if not self.base.entries:
             raise UserError(f"{base} holds no tensors, expected the weights of a model; fetch or copy it again")
+        if quantised := [k for k, e in self.base.entries.items() if e.dtype in BYTES and len(e.shape) > 1]:
+            raise UserError(
+                f"{base}: {quantised[0]} is of {NAMES[self.base.entries[quantised[0]].dtype]}, expected weights that "
+                "can be added: take the model before it was quantised"
+            )
         self.experts = [open_expert(path, self._parts_of(path)) for path in experts]
         self.rule: Rule = RULES[settings.method]
         self.rule_settings = Settings(**settings.rule_settings())
@@ -91,12 +104,13 @@ class Sources:
         ]
 
     def check_sha256(self, names: Sequence[str | Path], expected_sha256: Sequence[str | None]) -> None:
-        """Require that base and experts, in this order, are what a recipe was made with, as far as it says.
+        """Require that base, experts and statistics, in this order, are what a recipe was made with, as far as it says.
 
         Raises:
             UserError: one isn't.
         """
-        inputs = zip(names, [Checkpoint(self.base), *self.experts], strict=True)
+        statistics = [Checkpoint(files) for files in self.statistics]
+        inputs = zip(names, [Checkpoint(self.base), *self.experts, *statistics], strict=True)
         for (name, model), expected in zip(inputs, expected_sha256, strict=True):
             if expected is None or (found := model.whole_sha256(model.files.sha256())) == expected:
                 continue
@@ -105,6 +119,11 @@ class Sources:
                 raise UserError(
                     f"{name} is not what the recipe was made with: found {found[:16]}, expected {expected[:16]}"
                 )
+
+    @property
+    def statistics(self) -> list[TensorFiles]:
+        """The files that the rule needs beside the models."""
+        return [*self.fishers, *self.grams]
 
     def _parts_of(self, expert: Path) -> dict[str, Path]:
         """Find in an expert the parts that are merged; a run writes those of several denoisers into one file."""
@@ -194,8 +213,9 @@ class Sources:
         records = [(p, p / "expert.json" if p.is_dir() else p.parent / "expert.json") for p in experts]
         origins = [
             (p, read_record(r, "remove it, or make the expert again", base_sha256=str)["base_sha256"])
-            for p, r in records
-            if r.is_file()
+            for (p, r), expert in zip(records, self.experts, strict=True)
+            # In another layout the base has other keys, and so another hash, than where the expert was made.
+            if r.is_file() and getattr(expert, "pairs", None) is None
         ]
         if not origins:
             return
@@ -230,9 +250,9 @@ class Sources:
             if not torch.equal(versions[i].to(base.dtype), base):
                 self.idle.discard(i)
         fishers, grams = self._read_fishers(key), self._read_grams(key)
-        if not self.settings.allow_non_finite:
+        if self.rule.only_finite or not self.settings.allow_non_finite:
             for version in [base, *versions]:
-                _check_finite(key, version)
+                _check_finite(key, version, self.settings.method if self.settings.allow_non_finite else None)
         seeds = [stream_seed(self.settings.seed, sha256, key) for sha256 in self.identities]
         context = Context(key, self.rule_settings, seeds, fishers, grams)
         merged = merge_tensor(self.rule, base, versions, self.weights_of(key), context)
@@ -256,6 +276,7 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _check_finite(key: str, tensor: Tensor) -> None:
+def _check_finite(key: str, tensor: Tensor, method: str | None) -> None:
     if not is_finite(tensor):
-        raise UserError(f"{key} has NaN or infinity; expected finite weights: mend the model, or allow it")
+        other = "or allow it" if method is None else f"since method {method} takes no others"
+        raise UserError(f"{key} has NaN or infinity; expected finite weights: mend the model, {other}")

@@ -14,11 +14,12 @@ A rule of your own is a function of the same arguments, added to ``RULES`` under
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ...errors import UserError
 from . import averages, elections, regression, selecting, sparsifiers, spectral
-from .rule import Bounds, Rule
+from .rule import Bounds, Rule, Settings
 
 DENSITY: dict[str, Bounds | None] = {"density": (0.1, 1.0)}
 SUM: dict[str, Bounds | None] = {"normalize": None, "scale": None}
@@ -43,13 +44,28 @@ RULES: dict[str, Rule] = {
     "consensus": Rule(elections.consensus, TASKS | SUM, requires=elections.enough_tasks),
     "emr": Rule(elections.emr, SCALE),
     "sce": Rule(selecting.sce, DENSITY | SCALE, num_tensors=5),
-    "iso_c": Rule(spectral.iso_c, SCALE, num_tensors=9),
-    "tsv_m": Rule(spectral.tsv_m, SCALE, measure=spectral.leading_factors, kept=spectral.num_leading, num_tensors=12),
-    "model_stock": Rule(averages.model_stock),
-    "geometric_median": Rule(averages.geometric_median, low=0.0),
-    "karcher": Rule(averages.karcher, low=0.0),
+    "iso_c": Rule(spectral.iso_c, SCALE, only_finite=True, num_tensors=9),
+    "tsv_m": Rule(
+        spectral.tsv_m,
+        SCALE,
+        measure=spectral.leading_factors,
+        kept=spectral.num_leading,
+        only_finite=True,
+        num_tensors=12,
+    ),
+    "model_stock": Rule(averages.model_stock, only_finite=True),
+    "geometric_median": Rule(averages.geometric_median, low=0.0, only_finite=True),
+    "karcher": Rule(averages.karcher, low=0.0, only_finite=True),
     "fisher": Rule(averages.fisher, needs=["fishers"], low=0.0),
-    "regmean": Rule(regression.regmean, SCALE | {"off_diagonal": (0.5, 1.0)}, ["grams"], low=0.0, num_tensors=16),
+    "regmean": Rule(
+        regression.regmean,
+        SCALE | {"off_diagonal": (0.5, 1.0)},
+        ["grams"],
+        low=0.0,
+        only_finite=True,
+        num_tensors=16,
+        work=regression.num_bytes,
+    ),
     "slerp": Rule(averages.slerp, requires=averages.one_or_two),
 }
 
@@ -80,8 +96,18 @@ def check_read(name: str, given: Sequence[str]) -> None:
         if need in every - own:
             readers = [method for method, rule in RULES.items() if need in (*rule.params, *rule.needs)]
             raise UserError(
-                f"{key} is set, and method {name} doesn't read it; expected --method {' or '.join(readers)}"
+                f"{key} is set, and method {name} doesn't read it; leave it out, or take method {' or '.join(readers)}"
             )
+
+
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Require that a rule reads the settings that a config or a recipe changes from their defaults.
+
+    Raises:
+        UserError: as ``check_read``.
+    """
+    defaults = Settings()
+    check_read(name, [key for key, value in settings.items() if value != getattr(defaults, key)])
 
 
 def check_weights(weights: Sequence[float], num_experts: int) -> None:

@@ -37,7 +37,9 @@ def add(
 
 def _factor(weights: list[float], context: Context) -> float:
     """Say what a sum of all experts is multiplied by."""
-    divisors = {"none": 1.0, "count": float(len(weights)), "weights": math.fsum(weights) or 1.0}
+    total, size = math.fsum(weights), math.fsum(map(abs, weights))
+    # Weights such as 0.1, 0.2 and -0.3 add up to a rounding.
+    divisors = {"none": 1.0, "count": float(len(weights)), "weights": total if abs(total) > ROUNDED_TIE * size else 1.0}
     return context.settings.scale / divisors[context.settings.normalize or "none"]
 
 
@@ -99,9 +101,11 @@ def sum_agreeing(
         counts: what an expert counts, times the sign of its weight.
 
     Returns:
-        Σ_A w_i·v_i·γ, and what it is divided by, 1 where there is nobody.
+        Σ_A w_i·v_i·γ, and what it is divided by, 1 where there is nobody or the counts cancel but for rounding.
     """
     total, count = torch.zeros_like(elected), torch.zeros_like(elected)
+    counted = [math.copysign(1.0, w) * c for w, c in zip(weights, counts, strict=True)]
+    size = torch.zeros_like(elected) if min(counted) < 0 < max(counted) else None
     for vector, weight, each in zip(vectors, weights, counts, strict=True):
         if weight != 0:
             # w·v·γ > 0 where the expert agrees, of which the sign of w is left for the sum.
@@ -109,7 +113,10 @@ def sum_agreeing(
             agreeing = vector.clamp_(min=0) if weight > 0 else vector.clamp_(max=0)
             total.add_(agreeing, alpha=weight)
             count.add_(agreeing.sign_(), alpha=each)
-    return total, count.add_(count == 0)
+            if size is not None:
+                size.add_(agreeing.abs_(), alpha=abs(each))
+    nobody = count == 0 if size is None else count.abs() <= ROUNDED_TIE * size
+    return total, count.masked_fill_(nobody, 1)
 
 
 def ties(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Pointwise:

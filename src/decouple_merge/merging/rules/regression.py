@@ -1,6 +1,7 @@
 """RegMean: the layer whose outputs are nearest to those of every expert on the inputs that it sees."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ from .sums import Coefficients, exact_dtype, task_vector, wide_dtype
 
 # What the diagonal gets, of its mean: inputs that no expert saw say nothing, and leave the mean of the experts.
 RIDGE = 1e-6
+
+
+def num_bytes(shape: Sequence[int]) -> int:
+    """Count the bytes of what is solved for a layer: four matrices of its inputs in float64."""
+    return 4 * 8 * math.prod(shape[1:]) ** 2 if len(shape) > 1 else 0
 
 
 def regmean(base: Tensor, experts: list[Tensor], weights: list[float], context: Context) -> Coefficients | Tensor:

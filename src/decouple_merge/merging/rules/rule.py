@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ...errors import UserError
@@ -102,7 +103,9 @@ class Rule:
         measure: what it needs to know of an expert whatever the weights, of base, experts, context and the expert's
             place. Where the same experts are merged again and again, it is computed once.
         kept: how many numbers that is, of a tensor's shape and the number of experts; ends of intervals don't count.
+        only_finite: it takes no NaN and no infinity, whatever a merge allows.
         num_tensors: how many float32 tensors of the parameter's size a merge holds, the result and its cast included.
+        work: bytes that it takes besides for a tensor, of its shape.
     """
 
     merge: Callable[[Tensor, list[Tensor], list[float], Context], Answer]
@@ -112,7 +115,9 @@ class Rule:
     requires: Callable[[Sequence[float], Settings], None] | None = None
     measure: Callable[[Tensor, Sequence[Tensor], Context, int], Any] | None = None
     kept: Callable[[Sequence[int], int], int] = lambda shape, num: 0
+    only_finite: bool = False
     num_tensors: int = 3
+    work: Callable[[Sequence[int]], int] = lambda shape: 0
 
     def check(self, weights: Sequence[float], settings: Settings) -> None:
         """Require that the rule takes a weight for each expert, and settings.
@@ -133,16 +138,21 @@ class Rule:
         return replace(context, statistics=[self.measure(base, experts, context, i) for i in range(len(experts))])
 
     def answer(self, base: Tensor, experts: list[Tensor], weights: Sequence[float], context: Context) -> Answer:
-        """Apply the rule to experts in the order of their sum. All weights 0 give the base, whatever the rule.
+        """Apply the rule to experts in the order of their sum. All weights 0 give the base, whatever the
+        rule, and so do experts that are the base.
 
         Raises:
             UserError: as ``check``.
         """
         self.check(weights, context.settings)
-        if not any(weights):
-            # Not a change of 0: that makes 0 of -0.
+        if not any(weights) or base.numel() == 0 or all(_is_same(e, base) for e in experts):
+            # Not a change of 0: that makes 0 of -0. Nor (1 - Σw)·θ + Σw·θ, which rounds what nobody trained.
             return [1.0, *(0.0 for _ in weights)]
         return self.merge(base, experts, [float(w) for w in weights], self.measured(base, experts, context))
+
+
+def _is_same(expert: Tensor, base: Tensor) -> bool:
+    return expert is base or (expert.dtype == base.dtype and torch.equal(expert, base))
 
 
 def merge_tensor(rule: Rule, base: Tensor, experts: list[Tensor], weights: Sequence[float], context: Context) -> Tensor:
