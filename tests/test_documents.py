@@ -129,7 +129,7 @@ def test_numbers_beyond_what_they_mean_are_refused(tmp_path: Path, text: str) ->
 def test_numbers_are_read_as_yaml_1_2_has_them(tmp_path: Path) -> None:
     text = (
         "finetune: {learning_rate: 1e-3, eps: 1E-10, num_updates: 20_000, weight_decay: -0.0,"
-        " floor: .5, max_grad_norm: 2}"
+        " schedule: cosine, floor: .5, max_grad_norm: 2}"
     )
     finetune = load_config(write(tmp_path, text)).finetune
     assert (finetune.learning_rate, finetune.eps, finetune.num_updates) == (1e-3, 1e-10, 20_000)

@@ -1,6 +1,7 @@
 """Merging files out of core: layouts, laws, LoRAs, recipes, and what is refused."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -67,8 +67,7 @@ def cost(subject: Subject) -> Cost:
     """Count the gradients, and the bytes of those that are compared."""
     num, num_networks = len(_timesteps(subject)), 1 + len(subject.checkpoints)
     num_bytes = 2 * 4 * num * _width(subject, _sketch(subject))
-    images = _settings(subject).num_images // 2 * 2
-    return Cost(num_backward=num * images * num_networks, num_bytes=num_bytes)
+    return Cost(num_backward=num * num_networks * (_settings(subject).num_images // 2 * 2), num_bytes=num_bytes)
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,10 @@ def compute(subject: Subject) -> Generator[str | Progress, None, Finding]:
         layers = maps.grams if len(sketch.groups) > 1 else {}
         for layer, grams in {"all": maps.whole, **layers}.items():
             rows += [{"network": name, "layer": layer, **row} for row in _pairs(subject, grams, places)]
-        arrays |= {f"usual-{name}": _array(maps.whole.usual()), f"halves-{name}": _array(maps.whole.halves())}
+        usual, halves = (found.float().numpy() for found in (maps.whole.usual(), maps.whole.halves()))
+        arrays |= {f"usual-{name}": usual, f"halves-{name}": halves}
         if layers:
-            arrays[f"layers-{name}"] = np.stack([_array(grams.usual()) for grams in layers.values()])
+            arrays[f"layers-{name}"] = np.stack([grams.usual().float().numpy() for grams in layers.values()])
         arrays[f"histograms-{name}"] = _histograms(maps.whole.usual(), places, len(subject.ranges))
     summary = {
         "ranges": [[r.low, r.high] for r in subject.ranges],
@@ -152,10 +152,6 @@ def _maps(
     found = torch.stack([maps.whole.aa.diagonal(), maps.whole.bb.diagonal()], 1)
     error = (found / torch.cat(norms).clamp(min=1e-300) - 1).square().mean().sqrt()
     return _Maps(grams, float(error))
-
-
-def _array(values: Tensor) -> np.ndarray:
-    return values.float().numpy()
 
 
 def _pairs(subject: Subject, grams: Grams, places: list[int]) -> Iterator[dict[str, Any]]:
@@ -209,12 +205,11 @@ def _statistics(usual: np.ndarray, halves: np.ndarray, at: np.ndarray) -> dict[s
 
 
 def _sentence(summary: dict[str, Any]) -> str:
-    ceiling, undefined = summary["noise_ceiling"], summary["undefined_share"]
     # A pair's cosine is that of its noise then, and the medians are of what happened to come out above 0.
-    if not ceiling >= LOUD or undefined > 0.5:
+    if not summary["noise_ceiling"] >= LOUD or summary["undefined_share"] > 0.5:
         return (
             f"Most of these gradients is noise: one timestep's, from two halves of {summary['num_images']} images, "
-            f"have a mean cosine of {ceiling:.2f}. Set gradient_similarity.num_images higher."
+            f"have a mean cosine of {summary['noise_ceiling']:.2f}. Set gradient_similarity.num_images higher."
         )
     inside, between, negative = (summary[k] for k in ("inside_ranges", "between_ranges", "negative_share"))
     if inside is None or between is None:
@@ -258,12 +253,10 @@ def _draw_maps(finding: Finding) -> Any:
     left.set(ylabel="timestep")
     figure.colorbar(image, ax=[left, middle], shrink=0.8)
     counts = finding.arrays[f"histograms-{BASE}"]
-    edges = np.linspace(-1, 1, NUM_BINS + 1)
     names = ["all timesteps", *(range_label(*r) for r in summary["ranges"])]
-    colours = ["black", *range_colours(len(counts) - 1)]
-    for place, (count, colour) in enumerate(zip(counts, colours, strict=True)):
+    for place, (count, colour) in enumerate(zip(counts, ["black", *range_colours(len(counts) - 1)], strict=True)):
         heights = place - 0.85 * count / max(1, count.max())
-        right.stairs(heights, edges, baseline=place, color=colour, fill=True)
+        right.stairs(heights, np.linspace(-1, 1, NUM_BINS + 1), baseline=place, color=colour, fill=True)
     right.axvline(0, color="0.6", linewidth=0.8)
     right.set(xlabel="cosine", xlim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
     right.set(ylim=(len(names) - 0.9, -1), yticks=range(len(names)), yticklabels=names)

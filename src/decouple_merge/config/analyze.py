@@ -62,6 +62,7 @@ class Activations(Section):
     """What blocks write before and after.
 
     Attributes:
+        num_images: that blocks see, at each timestep.
         timesteps: None takes the middle of each range.
         blocks: by name; None takes all.
     """

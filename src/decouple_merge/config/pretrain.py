@@ -15,6 +15,9 @@ class PartTraining(Section):
     """Training of a part that stands around the denoiser of a text-to-image base.
 
     The rate rises over the first twentieth of the updates and falls to zero by a cosine.
+
+    Attributes:
+        num_updates, batch_size, learning_rate, weight_decay, checkpoint_every: as of any training.
     """
 
     num_updates: PositiveInt = 4000

@@ -21,6 +21,7 @@ class Config(Pieces):
     """A whole run; its pieces are trainings, candidates, models to score and analyses.
 
     Attributes:
+        seed: of the trainings and of the search's proposals; images have seeds of their own.
         base: a pipeline folder, the name of a base that we ship, or a hub name.
         distil: pull the merged model towards the experts after the search; ``{}`` with the section's own settings, None
             leaves it as it is.

@@ -17,6 +17,9 @@ class Sample(Section):
     Attributes:
         sampler: a diffusers scheduler by name, with or without ``Scheduler``; built from the base's own config. None is
             DDIM, and for a flow, which DDIM can't sample, the kind that the base itself has.
+        num_steps: of the sampler.
+        batch_size: images that are drawn at once.
+        compile: the network, by torch.compile.
         timestep_spacing: leading, trailing or linspace; None keeps what the base's config says.
         precision: of the network while sampling; noise and scheduler stay in float32.
         one_resident: hold one expert of an ensemble in memory at a time, the others in their files; a batch of images

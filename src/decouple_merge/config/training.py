@@ -11,7 +11,12 @@ from .section import Precision, Section
 
 
 class Ema(Section):
-    """Exponential moving average of the weights, decay at update s: min(max_decay, 1 - (1 + s)^-power)."""
+    """Exponential moving average of the weights, decay at update s: min(max_decay, 1 - (1 + s)^-power).
+
+    Attributes:
+        max_decay: what is kept of the average at an update, at most.
+        power: how fast the decay rises.
+    """
 
     max_decay: Decay = 0.9999
     power: PositiveFloat = 0.75
@@ -25,6 +30,8 @@ class Distance(Section):
 
     Attributes:
         every: updates; a multiple of ``validate_every``, since it is logged with the validation. Also after the last.
+        metric: a distance.
+        num_images: drawn each time.
         num_steps: of the sampler of ``sample``.
     """
 
@@ -51,14 +58,24 @@ class Training(Section):
     """One training run: an expert, the baseline or a base model. Updates are optimiser updates.
 
     Attributes:
+        num_updates: after which it ends.
         batch_size: images per process and micro-batch; an update sees processes × batch_size × accumulation.
         num_ranks: processes that train one model together, each on batches of its own, on one machine and its GPUs;
             where torchrun started several, those do.
         sharding: ``none``, every process holds the network, its averages and AdamW's moments; or ``full``, each holds a
             part of every tensor (FSDP2), for networks that one GPU can't hold.
+        learning_rate: the highest of the training.
+        num_warmup_updates: in which the rate rises from 0, whatever the schedule.
         schedule: the rate over the updates: ``constant``; ``cosine`` and ``linear`` fall to
             learning_rate × floor, which they reach after ``decay_fraction`` of the updates.
         optimizer: ``adamw``, torch's, fused; or ``adamw8bit``, bitsandbytes', whose moments take a quarter of that.
+        betas, weight_decay, eps: of the optimiser; DeMe's where not given.
+        max_grad_norm: longer gradients are made as long.
+        antithetic: draw timesteps in pairs that mirror each other in their range, which makes the loss less noisy.
+        mixed_precision: of the network while it is trained; its weights, averages and moments stay in float32.
+        compile: the network, by torch.compile; a check of its gradients comes first.
+        validate_every: updates after which the loss on held-out images is logged, range by range.
+        checkpoint_every: updates after which all is written that a training goes on from.
         gradient_checkpointing: compute activations again for the backward pass: less memory, a third more compute.
         density: of a flow's timesteps; None is the logit-normal of mean 0 and deviation 1. Others have no density.
         weighting: of the loss over timesteps, a name of ``diffusion.weightings`` such as ``min_snr``; or a table w(t)

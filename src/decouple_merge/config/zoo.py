@@ -76,6 +76,7 @@ class Zoo(Section):
     Attributes:
         base: as of a mixture.
         models: as of a mixture's ranges, by the names that the schedule's steps will have.
+        seed: of the random schedules and of the evolution.
         reference: images that drawn ones are compared with, as ``data.source``.
         num_reference_images: of them, from the start; None takes all.
         sample: how images are drawn; the budget is of a batch of ``sample.batch_size``. The steps are

@@ -51,19 +51,8 @@ class Sources:
         self.joined = joined_denoisers(base, experts) if component is None else {}
         if self.joined:
             self.parts = dict([next(iter(self.joined.items()))])
-        if (base / PROJECTIONS_FILE).is_file() and not chosen:
-            raise UserError(
-                f"{base} has {PROJECTIONS_FILE}, layers that stock pipelines don't read and that aren't merged; "
-                "expected a stock model: merge into the base that it was made from"
-            )
         self.base = open_parts(self.parts)
-        if not self.base.entries:
-            raise UserError(f"{base} holds no tensors, expected the weights of a model; fetch or copy it again")
-        if quantised := [k for k, e in self.base.entries.items() if e.dtype in BYTES and len(e.shape) > 1]:
-            raise UserError(
-                f"{base}: {quantised[0]} is of {NAMES[self.base.entries[quantised[0]].dtype]}, expected weights that "
-                "can be added: take the model before it was quantised"
-            )
+        _check_base(base, self.base, chosen)
         self.experts = [open_expert(path, self._parts_of(path)) for path in experts]
         self.rule: Rule = RULES[settings.method]
         self.rule_settings = Settings(**settings.rule_settings())
@@ -274,6 +263,21 @@ def widened_sha256(files: TensorFiles) -> str:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _check_base(base: Path, files: TensorFiles, is_part: bool) -> None:
+    if (base / PROJECTIONS_FILE).is_file() and not is_part:
+        raise UserError(
+            f"{base} has {PROJECTIONS_FILE}, layers that stock pipelines don't read and that aren't merged; expected a "
+            "stock model: merge into the base that it was made from"
+        )
+    if not files.entries:
+        raise UserError(f"{base} holds no tensors, expected the weights of a model; fetch or copy it again")
+    if quantised := [k for k, e in files.entries.items() if e.dtype in BYTES and len(e.shape) > 1]:
+        raise UserError(
+            f"{base}: {quantised[0]} is of {NAMES[files.entries[quantised[0]].dtype]}, expected weights that can be "
+            "added: take the model before it was quantised"
+        )
 
 
 def _check_finite(key: str, tensor: Tensor, method: str | None) -> None:
