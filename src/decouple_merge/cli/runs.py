@@ -9,7 +9,7 @@ from .console import console, show
 from .options import Address, Executor, chosen
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, or the name of one that we ship")]
-Out = Annotated[Path | None, typer.Option(help="Run folder; runs/<config name> where not given")]
+Out = Annotated[Path | None, typer.Option(help="Run folder; runs/NAME of the config where not given")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait until no other process works on the folder")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the config")]
 
@@ -196,7 +196,7 @@ def analyze(
 
 def study(
     study_file: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML study, or the name of one that we ship")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the study; runs/<study name> where not given")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study; runs/NAME of its file where not given")] = None,
     overrides: Set = None,
     executor: Executor = None,
     address: Address = None,
