@@ -437,6 +437,13 @@ def test_parts_that_differ_are_told(tmp_path: Path, change: Callable[[Path], Any
     assert re.search(message, warnings[0])
 
 
+def test_weights_in_a_folder_do_not_carry_the_record_of_the_merge_that_made_the_base(tmp_path: Path) -> None:
+    base, expert = (pipeline(tmp_path / name, i) for i, name in enumerate(("base", "e")))
+    saved(base / "unet" / NAME, 0, merge="{}", more="kept")
+    merged(base, [expert], tmp_path / "out")
+    assert TensorFiles([tmp_path / "out/unet" / NAME]).metadata == {"format": "pt", "more": "kept"}
+
+
 def test_a_part_that_is_not_merged_may_be_of_a_kind_that_cannot_be_added(tmp_path: Path) -> None:
     folders = [pipeline(tmp_path / name, i, **VAE) for i, name in enumerate(("base", "e"))]
     for folder in folders:

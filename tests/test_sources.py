@@ -183,3 +183,20 @@ def test_a_data_set_that_is_made_again_of_other_files_is_other_data(tmp_path: Pa
         return open_images(f"datasets:{tmp_path / 'rows'}").sha256
 
     assert build(0) != build(7)
+
+
+@pytest.mark.parametrize("kind", ["npz", "npy"])
+def test_the_size_of_an_array_is_known_without_its_pixels(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shape, expected in (((3, 5, 7), (1, 5)), ((3, 5, 7, 3), (3, 5)), ((3, 5, 7, 4), (3, 5)), ((3,), (1, 1))):
+        path = tmp_path / f"images.{kind}"
+        if kind == "npz":
+            np.savez(path, labels=np.zeros(3), arr_0=np.zeros(shape, np.uint8))
+        else:
+            np.save(path, np.zeros(shape, np.uint8))
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "load", None)
+            assert open_source(Data(source=str(path))).natural_shape() == expected
+    with pytest.raises(UserError, match=r"found uint8 of shape \(3,\), expected uint8 \[N, H, W\]"):
+        open_images(str(path))

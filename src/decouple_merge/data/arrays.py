@@ -1,5 +1,6 @@
 """Images in npz and npy files, and whatever else is read into memory whole."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from jaxtyping import UInt8
 
 from ..errors import UserError
-from ..storage.arrays import open_arrays
+from ..storage.arrays import open_arrays, shapes
 from .decoding import resize_images
 from .images import ArrayImages, Source, file_stamp
 
@@ -66,8 +67,10 @@ class ArrayFile(ArraySource):
         return read_array(self.path())
 
     def natural_shape(self) -> tuple[int, int]:
-        channels, height = self.read().shape[1:3]
-        return min(channels, 3), height
+        # By the header: the pixels are gigabytes, and who reads them refuses what are no images.
+        found = shapes(self.path())
+        shape = found[_of_images(self.path(), found)]
+        return min(shape[3], 3) if len(shape) > 3 else 1, shape[1] if len(shape) > 1 else 1
 
 
 def read_array(path: Path) -> UInt8[np.ndarray, "n c h w"]:
@@ -77,11 +80,7 @@ def read_array(path: Path) -> UInt8[np.ndarray, "n c h w"]:
         UserError: as ``open_arrays``, or the array is not uint8 [N, H, W] or [N, H, W, C] of 1, 3 or 4 channels.
     """
     with open_arrays(path) as arrays:
-        # Where ADM's files have images, they are arr_0; the others are labels or statistics.
-        name = "arr_0" if "arr_0" in arrays else next(iter(arrays), None)
-        if name is None:
-            raise UserError(f"{path}: holds no arrays")
-        pixels = arrays[name]
+        pixels = arrays[_of_images(path, arrays)]
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,), (4,)):
         raise UserError(
             f"{path}: found {pixels.dtype} of shape {pixels.shape}, expected uint8 [N, H, W] or [N, H, W, C] with 1, 3 "
@@ -90,3 +89,11 @@ def read_array(path: Path) -> UInt8[np.ndarray, "n c h w"]:
     if 0 in pixels.shape[1:3]:
         raise UserError(f"{path}: found images of shape {pixels.shape[1:]}, which have no pixels; make it again")
     return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+
+
+def _of_images(path: Path, arrays: Iterable[str]) -> str:
+    """Name the array of images: where ADM's files have some, they are arr_0, and the others labels or statistics."""
+    names = list(arrays)
+    if not names:
+        raise UserError(f"{path}: holds no arrays")
+    return "arr_0" if "arr_0" in names else names[0]

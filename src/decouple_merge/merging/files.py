@@ -61,7 +61,8 @@ def merge_files(
             change.
     """
     total, done = sum(num_bytes_of(*tensor) for tensor in sources.output.values()), 0
-    metadata = {"format": "pt", **sources.base.metadata}
+    # That of a merged base would tell of its experts.
+    metadata = {k: v for k, v in {"format": "pt", **sources.base.metadata}.items() if k != "merge"}
     with atomic_path(out) as temporary, _hashing(sources) as hashes:
         if not base.is_dir():
             files = {temporary: ("", shards(sources.output, total)[0])}
