@@ -194,7 +194,15 @@ def test_a_finished_search_is_not_begun_again_because_its_statistics_are_others(
 def test_a_search_by_any_rule_makes_what_it_needs_and_its_record_repeats_it(
     method: str, plan: Plan, tmp_path: Path
 ) -> None:
-    chosen = {"method": method, "density": 0.6, "low": 0.0, "strategy": "random", "num_trials": 4, "num_finalists": 0}
+    density = 0.6 if "density" in RULES[method].params else 1.0
+    chosen = {
+        "method": method,
+        "density": density,
+        "low": 0.0,
+        "strategy": "random",
+        "num_trials": 4,
+        "num_finalists": 0,
+    }
     search = Search.model_validate(plan.config.search.model_dump() | chosen)
     plan = prepare(plan.config.model_copy(update={"search": search}), plan.run.folder)
     lines = [event for event in search_weights(plan) if isinstance(event, str)]
