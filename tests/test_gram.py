@@ -194,15 +194,7 @@ def test_a_finished_search_is_not_begun_again_because_its_statistics_are_others(
 def test_a_search_by_any_rule_makes_what_it_needs_and_its_record_repeats_it(
     method: str, plan: Plan, tmp_path: Path
 ) -> None:
-    density = 0.6 if "density" in RULES[method].params else 1.0
-    chosen = {
-        "method": method,
-        "density": density,
-        "low": 0.0,
-        "strategy": "random",
-        "num_trials": 4,
-        "num_finalists": 0,
-    }
+    chosen = {"method": method, "density": 0.6, "low": 0.0, "strategy": "random", "num_trials": 4, "num_finalists": 0}
     search = Search.model_validate(plan.config.search.model_dump() | chosen)
     plan = prepare(plan.config.model_copy(update={"search": search}), plan.run.folder)
     lines = [event for event in search_weights(plan) if isinstance(event, str)]
@@ -210,6 +202,8 @@ def test_a_search_by_any_rule_makes_what_it_needs_and_its_record_repeats_it(
     assert plan.run.fisher(1).exists() == (method == "fisher")
     record = json.loads((plan.run.merged / "merge.json").read_text())
     assert record["method"] == method
+    # What the method doesn't read is not in the record of how it merged.
+    assert (record["settings"]["density"] == 0.6) == ("density" in RULES[method].params)
     # The best candidate may be the base, which all rules give alike.
     trial = next(t for t in reversed(trials_of(plan)) if sum(t["weights"]) > 0)
     recipe = {**record, "weights": trial["weights"], "experts_sha256": []}

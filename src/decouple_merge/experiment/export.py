@@ -6,6 +6,7 @@ from ..config import Merge
 from ..merging.card import Usage, model_card
 from ..merging.merger import Merger
 from ..merging.record import merge_record
+from ..merging.rules import RULES
 from ..merging.usage import inherited
 from ..models.export import export_pipeline
 from ..models.lora import FILE, merge_factors
@@ -80,7 +81,9 @@ def _statistics(plan: Plan) -> dict[str, Any]:
 def _rule_of(plan: Plan) -> dict[str, Any]:
     search = plan.config.search
     files = {need: [f"../{p.relative_to(plan.run.folder)}" for p in each] for need, each in rule_files(plan).items()}
-    return {"method": search.method, "seed": search.seed, **search.rule_settings(), **files}
+    # A config may be another method's but for the method's name; what this one doesn't read isn't how it merged.
+    read = {k: v for k, v in search.rule_settings().items() if k in RULES[search.method].params}
+    return {"method": search.method, "seed": search.seed, **read, **files}
 
 
 def _is_one_lora(plan: Plan) -> bool:

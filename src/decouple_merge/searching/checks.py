@@ -8,7 +8,7 @@ from typing import Any
 from ..config import Search
 from ..errors import UserError
 from ..merging.keys import group_keys
-from ..merging.rules import RULES, check_method, check_settings
+from ..merging.rules import RULES, check_method
 from ..merging.rules.rule import Settings
 from ..models.base import Base
 from .candidates import check_weights, space_of
@@ -40,7 +40,6 @@ def _rows(settings: Search, num_combined: int) -> Iterator[list[float]]:
 def _check_rule(settings: Search, num_combined: int) -> None:
     """Require that the rule takes so many models, such weights, and finds what it needs."""
     check_method(settings.method)
-    check_settings(settings.method, settings.rule_settings())
     rule, chosen = RULES[settings.method], Settings(**settings.rule_settings())
     if settings.low < rule.low:
         raise UserError(
