@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 
 from decouple_merge.config import Config
 from decouple_merge.evaluation.records import with_value
-from decouple_merge.experiment import study, study_plan
+from decouple_merge.experiment import sharing, study, study_plan
 from decouple_merge.experiment.plan import check, prepare
 from decouple_merge.experiment.planned import BASELINE, Plan
 from decouple_merge.experiment.results import wanted_records
@@ -19,6 +19,7 @@ from decouple_merge.experiment.study_results import current_records
 from decouple_merge.experiment.trainings import trainings
 from decouple_merge.models.families.wan import save_wan
 from decouple_merge.storage.files import write_records
+from decouple_merge.storage.locks import hold
 from decouple_merge.storage.run_folder import Run
 from decouple_merge.storage.study_folder import StudyFolder
 from decouple_merge.training.made_from import is_finished
@@ -107,3 +108,21 @@ def test_numbers_of_an_older_model_are_not_in_the_tables(tiny_config: MakeConfig
     write_records(plan.run.metrics, [*now, *others])
     assert current_records(plan) == now
     assert current_records(dataclasses.replace(plan, run=Run(tmp_path / "empty"))) == []
+
+
+def test_what_another_run_scores_just_now_is_asked_for_last(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, folder, scored = check(tiny_config(), tmp_path / "run"), StudyFolder(tmp_path / "study"), list[str]()
+
+    def evaluate(plan: Plan, wanted: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        scored.append(wanted[0]["model"])
+        yield from wanted
+
+    monkeypatch.setattr(sharing, "evaluate_models", evaluate)
+    monkeypatch.setattr(sharing, "wanted_records", lambda plan, models: [{"model": model} for model in models])
+    monkeypatch.setattr(sharing, "drawing_key", lambda plan, model: None if model == "merged" else f"key of {model}")
+    list(sharing.evaluate_shared(plan, folder))
+    with hold(folder.lock("key of pretrained"), "another"):
+        list(sharing.evaluate_shared(plan, folder))
+    assert scored == ["pretrained", BASELINE, "ensemble", BASELINE, "ensemble", "pretrained"]

@@ -10,7 +10,7 @@ from ..config import Finetune
 from ..evaluation.records import identity_of
 from ..models.identity import base_parts
 from ..storage.files import atomic_path, read_records, write_records
-from ..storage.locks import hold
+from ..storage.locks import hold, is_held
 from ..storage.made_from import digest_of
 from ..storage.study_folder import StudyFolder
 from ..training.made_from import is_finished, training_record
@@ -93,9 +93,10 @@ def _link(source: str, target: str) -> None:
 
 def evaluate_shared(plan: Plan, study: StudyFolder) -> Iterator[Record]:
     """Score those models of a run that other runs of the study have too, where none of these has; yields records."""
-    for model in report_models(plan):
-        if (key := drawing_key(plan, model)) is None:
-            continue
+    keys = {model: key for model in report_models(plan) if (key := drawing_key(plan, model)) is not None}
+    # What another run is scoring just now is asked for last: by then it may be there.
+    for model in sorted(keys, key=lambda model: is_held(study.lock(keys[model]))):
+        key = keys[model]
         shared = study.records(key)
         with hold(study.lock(key), f"deme study: {plan.run.folder.name}, images of {model}", wait=True):
             own = read_records(plan.run.metrics)

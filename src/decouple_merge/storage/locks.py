@@ -95,12 +95,15 @@ def holders(folder: Path) -> dict[str, dict[str, str]]:
     Args:
         folder: of the locks. It may be one that can't be written; then a holder is believed.
     """
-    return {path.stem: _holder(path) for path in sorted(folder.glob("*.lock")) if _is_held(path)}
+    return {path.stem: _holder(path) for path in sorted(folder.glob("*.lock")) if is_held(path)}
 
 
-def _is_held(path: Path) -> bool:
+def is_held(path: Path) -> bool:
+    """Say whether somebody holds a lock now, this process included."""
     if path.resolve() in _held:
         return True
+    if not path.exists():
+        return False
     try:
         with FileLock(path).acquire(timeout=0):
             return False
