@@ -490,11 +490,11 @@ def test_the_command_refuses_overlapping_seeds_in_one_line(refused: Command, con
 
 def test_the_command_refuses_a_range_that_does_not_exist_in_one_line(refused: Command, config_file: Path) -> None:
     text = refused("finetune", config_file, "--range", "2", "--out", config_file.parent / "run")
-    assert "range 2 doesn't exist, expected 0 to 1" in text
+    assert "--range is 2, and the range doesn't exist: expected 0 to 1" in text
 
 
 def test_the_command_refuses_a_folder_that_is_no_run_in_one_line(refused: Command, tmp_path: Path) -> None:
-    assert "config.yaml: No such file" in refused("search", tmp_path)
+    assert "has no config.yaml, expected a run folder" in refused("search", tmp_path)
 
 
 def test_the_command_refuses_weights_that_do_not_fit_in_one_line(

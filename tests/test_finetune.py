@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from conftest import make_unet
 from decouple_merge.config import Config, Training
+from decouple_merge.config.training import Density
 from decouple_merge.data.batches import held_out_images
 from decouple_merge.data.sources import load_images
 from decouple_merge.diffusion.timesteps import split_timesteps
@@ -23,7 +24,7 @@ from decouple_merge.models.base import load_base, tensors_sha256
 from decouple_merge.models.projection import folded_state_dict
 from decouple_merge.seeds import generator
 from decouple_merge.storage.files import read_records, read_tensors
-from decouple_merge.training import ema, loop, parametrisation, trainer
+from decouple_merge.training import ema, loop, parametrisation, trainer, validation
 from decouple_merge.training.compilation import differing_gradients
 from decouple_merge.training.ema import ema_decay
 from decouple_merge.training.loop import train
@@ -334,9 +335,29 @@ def test_validation_covers_every_range_and_uses_the_averaged_weights(
     base.network.load_state_dict(read_tensors(tmp_path / "out/model.safetensors")[0])
     ranges = tuple(split_timesteps(40, 4))
     held_out = held_out_images(images, config.data)
-    again = VALIDATION(base.network, held_out, base, ranges, torch.device("cpu"))
+    again = VALIDATION(base.network, held_out, base, ranges, torch.device("cpu"), 128)
     assert records[-1].validation == pytest.approx(again, rel=1e-5)
     assert len(again) == 4
+
+
+def test_validation_takes_no_more_images_at_once_than_training(
+    tmp_path: Path, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def predict(base: Any, network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr(validation, "predict", predict)
+    finish(tiny_config(finetune={"batch_size": 3}), tmp_path / "out")
+    assert max(sizes) == 3
+
+
+def test_a_uniform_density_has_no_mean_and_no_deviation() -> None:
+    assert Training(density="uniform").density == Density(name="uniform")
+    with pytest.raises(ValueError, match=r"density is uniform, and has mean 1.0 and std 1.0: leave both out"):
+        Training(density={"name": "uniform", "mean": 1.0})
 
 
 def test_learning_rate_is_constant_after_warm_up() -> None:

@@ -209,6 +209,14 @@ def test_modules_that_the_base_lacks_are_refused_before_any_compute(text_config:
         check(config, tmp_path / "run")
 
 
+@pytest.mark.parametrize("target", ["attn1", "norm1", "to_out"])
+def test_modules_that_take_no_adapter_are_refused_by_their_class(target: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"target_modules has {target}, and .*{target} is a \w+: give linear"
+    ):
+        check_lora(make_text_unet(), Lora(target_modules=[target]))
+
+
 def test_adapters_without_peft_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"finetune.lora needs peft, which isn't installed: pip install"):

@@ -330,7 +330,7 @@ def test_one_range_alone_is_finetuned_as_in_the_whole_run(done: Finished, tmp_pa
 
 
 def test_a_range_that_does_not_exist_is_refused(done: Finished) -> None:
-    with pytest.raises(ValueError, match="range 3 doesn't exist, expected 0 to 2"):
+    with pytest.raises(ValueError, match="--range is 3, and the range doesn't exist: expected 0 to 2"):
         list(finetuning.finetune_experts(check(done.config, done.folder), 3))
 
 

@@ -29,8 +29,10 @@ def check_seeds(seeds: Sequence[int]) -> None:
     Raises:
         UserError: as said.
     """
-    if len(seeds) and max(seeds) >= NUM_SEEDS:
-        raise UserError(f"the last seed is {max(seeds)}, expected less than 2**32: the noise of seed 0 comes again")
+    # Of a range without walking it: it may be of any length.
+    last = max(seeds[0], seeds[-1]) if isinstance(seeds, range) and seeds else max(seeds, default=0)
+    if last >= NUM_SEEDS:
+        raise UserError(f"the last seed is {last}, expected less than 2**32: the noise of seed 0 comes again")
 
 
 def check_disjoint(search: range, report: range) -> None:

@@ -19,7 +19,14 @@ NEEDS = ("several runs",)
 
 
 def cost(subject: Subject) -> Cost:
-    """Say that only results are read."""
+    """Say that only results are read.
+
+    Raises:
+        UserError: there is no such setting.
+    """
+    if (over := subject.settings.sensitivity.over) is not None:
+        for run in subject.runs:
+            value_of(run.config, over)
     return Cost()
 
 

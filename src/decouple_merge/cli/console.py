@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0")) if NUM_PROCESSES > 1 else 0
 # Without a terminal a console is 80 columns wide, too few for the result table.
-WIDTH = None if sys.stdout.isatty() else 110
+WIDTH = None if sys.stdout is not None and sys.stdout.isatty() else 110
 # Brackets are those of paths and patterns, not of markup.
 console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True, width=WIDTH, quiet=RANK > 0)
 

@@ -65,6 +65,7 @@ def merge(
     With other weights in a part of the network, in half precision: add `--block 'up_blocks.*=1,0' --set dtype=F16`
     """
     from ..merging import recipes
+    from ..storage.shipped import find_model
 
     if recipe is not None:
         if base or weights or method or blocks or component or extra_keys or missing_keys or overrides:
@@ -75,7 +76,8 @@ def merge(
     else:
         named = {"method": method, "component": component, "extra_keys": extra_keys, "missing_keys": missing_keys}
         settings = _settings(named, weights, blocks or [], overrides)
-        show_bytes(recipes.merge_models(base, experts, settings, out, dry_run))
+        found = [find_model(str(expert)) or expert for expert in experts]
+        show_bytes(recipes.merge_models(base, found, settings, out, dry_run))
     if not dry_run:
         console.print(f"merged model: {out}")
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import UserError
 from .console import console, show
 from .options import Address, Executor, chosen
 
@@ -30,10 +31,11 @@ def run(
 
     Example: `deme run fashion-quick`
     """
+    settings, folder = _load(config, out, chosen(overrides, executor, address))
+    # A mistake in the config is told before seconds of imports.
     from ..experiment import workflow
     from ..experiment.dry_run import describe
 
-    settings, folder = _load(config, out, chosen(overrides, executor, address))
     if dry_run:
         show(describe(settings, folder))
         return
@@ -55,10 +57,12 @@ def finetune(
 
     Example: `deme finetune fashion-quick --range 2`
     """
+    settings, folder = _load(config, out, chosen(overrides, executor, address))
     from ..experiment import finetuning, plan
 
-    settings, folder = _load(config, out, chosen(overrides, executor, address))
-    show(finetuning.finetune_experts(plan.prepare(settings, folder, wait), only, wait), folder)
+    checked = plan.check(settings, folder)
+    finetuning.check_range(checked, only)
+    show(finetuning.finetune_experts(plan.begin(checked, wait), only, wait), folder)
 
 
 def prune(
@@ -92,10 +96,10 @@ def search(
 
     Example: `deme search runs/fashion-quick`
     """
-    from ..config import load_config
+    config = _config_of(run_folder)
     from ..experiment import plan, selection
 
-    opened = plan.prepare(load_config(run_folder / "config.yaml"), run_folder)
+    opened = plan.prepare(config, run_folder)
     if worker:
         show(selection.help_search(opened))
         return
@@ -114,15 +118,14 @@ def distil(
 
     Example: `deme distil runs/fashion-quick --set num_updates=300`
     """
-    from ..config import load_config
+    first = [] if _config_of(run_folder).distil else ["distil={}"]
+    # The whole config is checked: it is what the run folder will hold.
+    config = _config_of(run_folder, [*first, *(f"distil.{override}" for override in overrides or [])])
     from ..experiment import distilling, plan
 
-    path = run_folder / "config.yaml"
-    first = [] if load_config(path).distil else ["distil={}"]
-    # The whole config is checked: it is what the run folder will hold.
-    config = load_config(path, [*first, *(f"distil.{override}" for override in overrides or [])])
-    opened = plan.prepare(config, run_folder)
-    show(distilling.distil(opened, wait), run_folder)
+    checked = plan.check(config, run_folder)
+    distilling.check_merged(checked)
+    show(distilling.distil(plan.begin(checked), wait), run_folder)
     console.print(f"distilled model: {run_folder / 'distilled'}")
 
 
@@ -135,11 +138,11 @@ def fisher(
 
     Example: `deme fisher runs/fashion-quick`
     """
-    from ..config import load_config
+    config = _config_of(run_folder)
     from ..experiment import plan
     from ..experiment.fisher import write_fishers
 
-    show(write_fishers(plan.prepare(load_config(run_folder / "config.yaml"), run_folder), num_batches, wait))
+    show(write_fishers(plan.prepare(config, run_folder), num_batches, wait))
 
 
 def gram(
@@ -151,11 +154,11 @@ def gram(
 
     Example: `deme gram runs/fashion-quick`
     """
-    from ..config import load_config
+    config = _config_of(run_folder)
     from ..experiment import plan
     from ..experiment.gram import write_grams
 
-    show(write_grams(plan.prepare(load_config(run_folder / "config.yaml"), run_folder), num_batches, wait))
+    show(write_grams(plan.prepare(config, run_folder), num_batches, wait))
 
 
 def analyze(
@@ -179,14 +182,16 @@ def analyze(
     Example: `deme analyze runs/fashion-quick --only task-vectors`
     """
     from ..config import Analyze, validate
-    from ..errors import UserError
-    from ..experiment import analyses
 
     folder, *others = run_folders
     if bool(others) != (over is not None):
         found = f"{len(run_folders)} runs and {'no ' if over is None else ''}--over"
         raise UserError(f"found {found}: several runs are compared over a setting; give one run alone, or both")
-    opened = analyses.open_run(folder)
+    for each in run_folders:
+        _config_of(each)
+    from ..experiment import analyses
+
+    opened = analyses.open_run(folder, dry_run)
     values = opened.config.analyze.model_dump(exclude_unset=True)
     chosen = [*(overrides or []), *([f"sensitivity.over={over}"] if over else [])]
     settings = validate(Analyze, values, "--set of deme analyze", chosen)
@@ -210,10 +215,11 @@ def study(
     Example: `deme study study-fashion --dry-run`
     """
     from ..config import load_study
+
+    settings = load_study(study_file, chosen(overrides, executor, address))
     from ..experiment.study import run_study
     from ..experiment.study_plan import describe_study
 
-    settings = load_study(study_file, chosen(overrides, executor, address))
     folder = out or Path("runs") / study_file.stem
     show(describe_study(settings, folder) if dry_run else run_study(settings, folder, wait))
 
@@ -223,10 +229,18 @@ def pretrain(config: ConfigFile, out: Out = None, overrides: Set = None, wait: W
 
     Example: `deme pretrain fashion-base`
     """
+    settings, folder = _load(config, out, overrides)
     from ..experiment import pretraining
 
-    settings, folder = _load(config, out, overrides)
     show(pretraining.pretrain(settings, folder, wait), folder)
+
+
+def _config_of(run_folder: Path, overrides: list[str] | None = None) -> Any:
+    from ..config import load_config
+    from ..storage.run_folder import Run, check_run
+
+    check_run(run_folder)
+    return load_config(Run(run_folder).config, overrides)
 
 
 def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Path]:

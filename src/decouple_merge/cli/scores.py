@@ -51,7 +51,7 @@ def evaluate(
     if compare and not (model or reference):
         from ..evaluation.compare import compare as compare_records
 
-        show(compare_records(*compare))
+        show(map(str, compare_records(*compare)))
         return
     if compare or model is None:
         raise UserError("expected MODEL_OR_IMAGES, or --compare A B, one of them")
@@ -59,7 +59,7 @@ def evaluate(
     from ..evaluation.evaluate import evaluate_model
 
     given = {
-        "metrics": metrics.split(",") if metrics else None,
+        "metrics": None if metrics is None else [metric.strip() for metric in metrics.split(",")],
         "num_images": num_images,
         "text": {"prompts": prompts},
     }

@@ -24,7 +24,10 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         UserError: the file is missing, empty or not YAML, a key is unknown (the nearest valid one is named) or stands
             twice, or a value has the wrong type or range.
     """
-    return validate(Config, read_document(find_config(path)), f"config {path}", overrides)
+    values = read_document(find_config(path))
+    if {"arms", "config"} <= values.keys():
+        raise UserError(f"config {path} is a study, with arms: give it to deme study")
+    return validate(Config, values, f"config {path}", overrides)
 
 
 def dump_config(config: Config) -> str:

@@ -59,7 +59,10 @@ def load_study(path: Path, overrides: list[str] | None = None) -> Study:
         UserError: as ``load_config``; the config of the study is read by ``arm_configs``.
     """
     path = find_config(path)
-    study = validate(Study, read_document(path), f"study {path}", overrides)
+    values = read_document(path)
+    if "arms" not in values and values.keys() & Config.model_fields.keys() - Study.model_fields.keys():
+        raise UserError(f"study {path} is the config of a run, without arms: give it to deme run")
+    study = validate(Study, values, f"study {path}", overrides)
     return study.model_copy(update={"config": find_config(study.config, path.parent).absolute()})
 
 

@@ -53,6 +53,12 @@ class Density(Section):
     mean: Number = 0.0
     std: PositiveFloat = 1.0
 
+    @model_validator(mode="after")
+    def _read_by_its_name(self) -> "Density":
+        if self.name == "uniform" and (self.mean, self.std) != (0, 1):
+            raise UserError(f"density is uniform, and has mean {self.mean} and std {self.std}: leave both out")
+        return self
+
 
 class Training(Section):
     """One training run: an expert, the baseline or a base model. Updates are optimiser updates.

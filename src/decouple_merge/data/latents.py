@@ -69,10 +69,11 @@ class CachedRows:
             yield f"{self.kind}: {last:,} of {self.num_rows:,} computed"
 
     def _compute(self, opened: Callable[[], Callable[[Sequence[int]], Rows]], indices: range) -> None:
-        encode = opened()
-        found = [encode(i.tolist()) for i in torch.tensor(indices).split(ENCODED_AT_ONCE)]
-        dtype = DTYPES[self.precision]
-        rows = {name: torch.cat([part[name].to("cpu", dtype) for part in found]) for name in found[0]}
+        encode, dtype, found = opened(), DTYPES[self.precision], list[Rows]()
+        for i in torch.tensor(indices).split(ENCODED_AT_ONCE):
+            # Off the device at once, where the encoders leave little room.
+            found.append({name: value.to("cpu", dtype) for name, value in encode(i.tolist()).items()})
+        rows = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         write_tensors(self._path(indices.start), rows, {"made_from": self.identity})
 
     def read(self, indices: Sequence[int]) -> Rows:

@@ -89,7 +89,7 @@ def cluster_ranges(
         nearest = (t.double()[:, None] - known).abs().argmin(1)
         distance = -similarity[1].double()[nearest][:, nearest]
     else:
-        place = t.double() if cost == "timestep" else log_snr(process, t).double()
+        place = t.double() if cost == "timestep" else log_snr(process, t).double().cpu()
         distance = (place - place[:, None]).abs()
     inner = interval_edges(distance, num_clusters)[1:-1]
     edges = [own.low, *(own.low + (e if is_table else e * width / num) for e in inner), own.high]

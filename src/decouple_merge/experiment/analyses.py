@@ -5,6 +5,7 @@ import hashlib
 import io
 import shutil
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,25 @@ from ..storage.locks import enter, hold
 from ..storage.reading import AGAIN, read_record
 from ..storage.run_folder import Run
 from ..training.made_from import data_parts
-from .plan import prepare
+from .plan import check, prepare
 from .planned import Plan
 from .pretraining import open_pretrained
 from .subjects import FINISH, HELD, REMEDIES, subject_of
 
 
-def open_run(folder: Path) -> Plan:
+def open_run(folder: Path, dry_run: bool = False) -> Plan:
     """Open a run, or the training of a base, which has no experts.
+
+    Args:
+        dry_run: write nothing into it.
 
     Raises:
         UserError: as ``prepare``.
     """
     config = load_config(Run(folder).config)
-    return open_pretrained(config, folder) if (folder / "pipeline").is_dir() else prepare(config, folder)
+    if (folder / "pipeline").is_dir():
+        return open_pretrained(config, folder)
+    return check(config, folder) if dry_run else prepare(config, folder)
 
 
 def analyze(
@@ -70,8 +76,9 @@ def analyze(
     yield from left_out
     subject = subject_of(plan, settings, {name: module.NEEDS for name, module in chosen.items()}, others)
     lock = plan.run.lock("analyze")
-    yield from enter(lock, wait)
-    with hold(lock, "deme analyze", wait):
+    if not dry_run:
+        yield from enter(lock, wait)
+    with nullcontext() if dry_run else hold(lock, "deme analyze", wait):
         depends_on, waiting = _depends_on(plan, subject, chosen), []
         for name in chosen:
             if _is_done(plan, name, depends_on[name]):
@@ -81,7 +88,9 @@ def analyze(
         costs = {name: chosen[name].cost(subject) for name in waiting}
         if any(cost.is_any for cost in costs.values()):
             speed = measure_speed(subject)
-            yield from (describe(name, cost, speed) for name, cost in costs.items())
+            yield from (describe(name, cost, speed) for name, cost in costs.items() if cost.is_any)
+        if dry_run:
+            yield from (f"{name}: reads what is there" for name, cost in costs.items() if not cost.is_any)
         if not dry_run:
             del subject
             yield from _analyze_each(plan, settings, others, {name: depends_on[name] for name in waiting})

@@ -35,8 +35,7 @@ def distil(plan: Plan, wait: bool = False) -> Iterator[str | StepRecord]:
     training = distilled_training(plan)
     if training is None:
         return
-    if not plan.run.merged.exists():
-        raise UserError(f"{plan.run.merged} is missing: distil begins with the merged model; run deme search first")
+    check_merged(plan)
     yield from enter(plan.run.lock("run"), wait)
     with hold(plan.run.lock("run"), "deme distil", wait):
         check_claimed(plan.run, plan.config)
@@ -45,6 +44,16 @@ def distil(plan: Plan, wait: bool = False) -> Iterator[str | StepRecord]:
             yield f"distil: the merged model is pulled towards {len(plan.ranges)} experts; {global_batch(settings)}"
         yield from timed(plan.run, "distil", train_watched(plan, task, settings, folder))
         _export(plan)
+
+
+def check_merged(plan: Plan) -> None:
+    """Require the model that distilling begins with, before anything is written.
+
+    Raises:
+        UserError: it is missing.
+    """
+    if not plan.run.merged.exists():
+        raise UserError(f"{plan.run.merged} is missing: distil begins with the merged model; run deme search first")
 
 
 def _export(plan: Plan) -> None:

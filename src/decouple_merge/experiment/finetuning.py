@@ -36,12 +36,10 @@ def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) ->
     Raises:
         UserError: there is no range of that index, or another process works on the same.
     """
-    settings, num = plan.config.finetune, len(plan.ranges)
-    if settings.experts == "denoisers":
+    if plan.config.finetune.experts == "denoisers":
         yield from write_given(plan)
         return
-    if only is not None and not 0 <= only < num:
-        raise UserError(f"range {only} doesn't exist, expected 0 to {num - 1}")
+    check_range(plan, only)
     wanted = trainings(plan) if only is None else [expert_training(plan, only)]
     calls = [(plan, *training) for training in wanted]
     locks = [plan.run.lock("run")] if only is None else []
@@ -52,6 +50,16 @@ def finetune_experts(plan: Plan, only: int | None = None, wait: bool = False) ->
             held.enter_context(hold(lock, "deme finetune", wait))
         check_claimed(plan.run, plan.config)
         yield from timed(plan.run, "finetune", _finetune(plan, calls))
+
+
+def check_range(plan: Plan, only: int | None) -> None:
+    """Require that there is a range of an index, before anything is written.
+
+    Raises:
+        UserError: there is none.
+    """
+    if only is not None and not 0 <= only < len(plan.ranges):
+        raise UserError(f"--range is {only}, and the range doesn't exist: expected 0 to {len(plan.ranges) - 1}")
 
 
 def fill_caches(plan: Plan) -> Iterator[str]:

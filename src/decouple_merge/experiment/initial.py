@@ -1,6 +1,7 @@
 """A config that runs, written for a base and its data: both are asked what they are; settings fit the base's size."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def write_config(base: str, source: str, out: Path | None = None, overrides: lis
     title = f"# Finetune and merge experts of {base} on {source}. Written by deme init; every value may be changed.\n"
     written = config.model_dump(mode="json", exclude_unset=True)
     write_text(out, title + dump_commented(written, _comments(asked, len(images))))
-    yield f"config: {out}; deme run {out} --dry-run says what it will do and what memory it needs"
+    yield f"config: {out}; deme run {shlex.quote(str(out))} --dry-run says what it will do and what memory it needs"
 
 
 def _stem(source: str) -> str:
@@ -117,7 +118,9 @@ def _stem(source: str) -> str:
 def _ask(name: str) -> _Asked:
     folder = pipeline_folder(name)
     index = read_index(folder)
-    kind = str(index.get("_class_name"))
+    if "_class_name" not in index:
+        raise UserError(f"base {name!r} has no model_index.json with a pipeline's class; supported is {SUPPORTED}")
+    kind = str(index["_class_name"])
     if kind not in FAMILIES:
         raise UserError(f"base {name!r} is a {kind}; supported is {SUPPORTED}")
     family, network = FAMILIES[kind], empty_network(folder)

@@ -131,7 +131,11 @@ def prepare(config: Config, out: Path, wait: bool = False) -> Plan:
     Raises:
         UserError: as ``check``, or a stage that the folder holds was made from something else.
     """
-    plan = check(config, out)
+    return begin(check(config, out), wait)
+
+
+def begin(plan: Plan, wait: bool = False) -> Plan:
+    """Make the run folder of what was checked; arguments and errors as of ``prepare``."""
     distributed.join()
     check_stages(plan)
     with distributed.first_goes_first():

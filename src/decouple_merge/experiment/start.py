@@ -15,7 +15,7 @@ from ..searching.strategies import Weights
 from ..seeds import stream_seed
 from ..storage.files import write_json
 from ..storage.reading import AGAIN, read_record
-from ..training.validation import validation_losses
+from ..training.validation import MAX_VALIDATED, validation_losses
 from .planned import Plan
 
 
@@ -45,7 +45,8 @@ def _loss_scale(plan: Plan) -> Float[Tensor, " T"]:
     """Compute one over the square root of the base's loss on the range of each timestep."""
     base, device = plan.base, default_device()
     network = copy.deepcopy(base.network).to(device).eval()
-    losses = validation_losses(network, held_out_images(plan.images, plan.config.data), base, plan.ranges, device)
+    held_out, size = held_out_images(plan.images, plan.config.data), min(MAX_VALIDATED, plan.config.finetune.batch_size)
+    losses = validation_losses(network, held_out, base, plan.ranges, device, size)
     # Of a flow's timesteps, which are real numbers, an entry is for those from one integer to the next.
     middles = (torch.arange(base.num_train_timesteps) + 0.5).tolist()
     return torch.tensor([losses[range_index(list(plan.ranges), t)] ** -0.5 for t in middles])

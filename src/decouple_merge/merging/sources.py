@@ -29,6 +29,7 @@ class Sources:
     """The opened and checked inputs of a merge.
 
     Attributes:
+        names: of base and experts, for messages.
         parts: where what is merged lies in the base, by name.
         joined: denoisers of the base, by name, that become one; the first of them is what is merged.
         output: key to dtype and shape of what will be written, without projections.
@@ -40,7 +41,7 @@ class Sources:
     def __init__(
         self, base: Path, experts: list[Path], settings: Merge, experts_sha256: Sequence[str | None] = ()
     ) -> None:
-        self.settings = settings
+        self.settings, self.names = settings, [base, *experts]
         self.changes: dict[str, Change] = {}
         self.idle = set(range(len(experts)))
         component = settings.component
@@ -141,9 +142,9 @@ class Sources:
         lacking = [k for f in self.fishers for k in expected if k not in f.entries]
         if lacking or ("fishers" in self.rule.needs and len(self.fishers) != len(self.experts)):
             raise UserError(
-                f"{len(self.fishers)} Fisher files for {len(self.experts)} experts, "
+                f"fishers names {len(self.fishers)} files for {len(self.experts)} experts, "
                 f"without {', '.join(lacking[:3]) or 'gaps'}; expected one for each expert, "
-                "with every key of the network"
+                "with every key of the network, as deme fisher writes them"
             )
         for path, found in zip(self.settings.fishers, self.fishers, strict=True):
             if unlike := [k for k, shape in expected.items() if found.entries[k].shape != shape]:
@@ -240,8 +241,9 @@ class Sources:
                 self.idle.discard(i)
         fishers, grams = self._read_fishers(key), self._read_grams(key)
         if self.rule.only_finite or not self.settings.allow_non_finite:
-            for version in [base, *versions]:
-                _check_finite(key, version, self.settings.method if self.settings.allow_non_finite else None)
+            method = self.settings.method if self.settings.allow_non_finite else None
+            for name, version in zip(self.names, [base, *versions], strict=True):
+                _check_finite(f"{name}: {key}", version, method)
         seeds = [stream_seed(self.settings.seed, sha256, key) for sha256 in self.identities]
         context = Context(key, self.rule_settings, seeds, fishers, grams)
         merged = merge_tensor(self.rule, base, versions, self.weights_of(key), context)
@@ -282,5 +284,5 @@ def _check_base(base: Path, files: TensorFiles, is_part: bool) -> None:
 
 def _check_finite(key: str, tensor: Tensor, method: str | None) -> None:
     if not is_finite(tensor):
-        other = "or allow it" if method is None else f"since method {method} takes no others"
+        other = "or --set allow_non_finite=true" if method is None else f"since method {method} takes no others"
         raise UserError(f"{key} has NaN or infinity; expected finite weights: mend the model, {other}")

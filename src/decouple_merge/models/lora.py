@@ -29,13 +29,22 @@ def check_lora(network: nn.Module, settings: Lora) -> None:
     """
     if find_spec("peft") is None:
         raise not_installed("finetune.lora", "peft", "lora")
-    names = [name for name, _ in network.named_modules()]
+    modules = dict(network.named_modules())
+    names = list(modules)
     missing = [t for t in settings.target_modules if not any(f".{name}".endswith(f".{t}") for name in names)]
     if missing:
         raise UserError(
             f"finetune.lora.target_modules: the base has no module {', '.join(missing)}; its attention layers are "
             f"called {', '.join(sorted({n.rpartition('.')[2] for n in names if n.endswith(('to_q', 'to_k', 'to_v'))}))}"
         )
+
+    for target in settings.target_modules:
+        for name, module in modules.items():
+            if f".{name}".endswith(f".{target}") and not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+                raise UserError(
+                    f"finetune.lora.target_modules has {target}, and {name} is a {type(module).__name__}: give linear "
+                    "layers or convolutions, such as to_out.0"
+                )
 
 
 def attach_lora(network: nn.Module, settings: Lora, *key: int | str) -> None:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, load_config
-from ..errors import UserError
 from ..evaluation.records import newest
 from ..storage.files import read_records
-from ..storage.reading import AGAIN, looked_for, read_record
-from ..storage.run_folder import Run
+from ..storage.reading import AGAIN, read_record
+from ..storage.run_folder import Run, check_run
 
 Record = dict[str, Any]
 
@@ -105,11 +104,7 @@ def read_run(folder: Path) -> Contents:
         UserError: it is no run folder, or a file of it is damaged.
     """
     run = Run(folder)
-    if not run.config.is_file():
-        raise UserError(
-            f"{folder}{looked_for(folder)} has no config.yaml, expected a run folder: give the folder that deme run "
-            "wrote"
-        )
+    check_run(folder)
     records = read_records(run.metrics, model=str, metric=str, value=(int, float))
     return Contents(
         run=run,

@@ -4,10 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..storage.locks import holders
 from ..storage.reading import AGAIN, MAX_LINES_BYTES, parse_json, read_record, read_text
-from ..storage.run_folder import LOCKS, Run
+from ..storage.run_folder import LOCKS, Run, check_run
 from ..storage.study_folder import StudyFolder
 from .job import Job, Record
 
@@ -120,8 +119,7 @@ def read_status(folder: Path) -> Status:
         UserError: it is no run folder, or a file of it is damaged.
     """
     run = Run(folder)
-    if not run.config.is_file():
-        raise UserError(f"{folder} has no config.yaml, expected a run folder: give the folder that deme run wrote")
+    check_run(folder)
     held = holders(folder / LOCKS)
     # Whoever trains the parts around a denoiser hasn't counted its work yet.
     job = Job({}) if held and not run.work.exists() else read_job(run)

@@ -79,7 +79,8 @@ def _of_folder(path: Path) -> Path:
     if not found and len(others) == 1:
         return path / others[0]
     candidates = ", ".join(found.values() if found else others)
-    reason = f"which of {candidates} is meant?" if candidates else f"no weights{looked_for(path)}"
+    nothing = "no weights" if path.exists() else "there is no such file or folder"
+    reason = f"which of {candidates} is meant?" if candidates else f"{nothing}{looked_for(path)}"
     if pickles and not candidates:
         reason = f"only pickles: {', '.join(pickles)}"
     raise UserError(

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import UserError
+from .reading import looked_for
+
 LOCKS = "locks"
 
 
@@ -125,3 +128,16 @@ def kept_checkpoints(training: Path) -> dict[int, Path]:
     """List the averaged weights that a training kept, by their updates, the first one first."""
     found = {int(path.stem): path for path in (training / "checkpoints").glob("*.safetensors") if path.stem.isdigit()}
     return dict(sorted(found.items()))
+
+
+def check_run(folder: Path) -> None:
+    """Require that a folder is a run's.
+
+    Raises:
+        UserError: it has no config.
+    """
+    if not Run(folder).config.is_file():
+        raise UserError(
+            f"{folder}{looked_for(folder)} has no config.yaml, expected a run folder: give the folder that deme run "
+            "wrote"
+        )

@@ -34,7 +34,7 @@ from .parametrisation import parametrisation_of
 from .precision import autocast, grad_scaler
 from .schedule import learning_rate_at
 from .state import Part, load_state, save_state
-from .validation import validation_losses
+from .validation import MAX_VALIDATED, validation_losses
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,9 @@ class Trainer:
         """Compute the validation losses of the averaged weights; the network's own are untouched."""
         self.network.eval()
         with self.ema.swapped_in(), autocast(self.settings.mixed_precision, self.device):
-            losses = validation_losses(self.network, held_out, self.base, self.task.ranges, self.device)
+            # No more at once than an update sees, which is what memory was found to be enough for.
+            size = min(MAX_VALIDATED, self.settings.batch_size)
+            losses = validation_losses(self.network, held_out, self.base, self.task.ranges, self.device, size)
         self.network.train()
         return losses
 

@@ -10,6 +10,9 @@ from ..models.base import Base
 from ..models.network import predict
 from ..seeds import generator
 
+# Images at once, where there is memory for them.
+MAX_VALIDATED = 128
+
 
 @torch.no_grad()
 def validation_losses(
@@ -18,7 +21,7 @@ def validation_losses(
     base: Base,
     ranges: tuple[TimestepRange, ...],
     device: torch.device,
-    batch_size: int = 128,
+    batch_size: int,
 ) -> list[float]:
     """Compute the denoising loss on each range, always on the same noise and on evenly spread timesteps.
 
