@@ -211,9 +211,7 @@ def test_modules_that_the_base_lacks_are_refused_before_any_compute(text_config:
 
 @pytest.mark.parametrize("target", ["attn1", "norm1", "to_out"])
 def test_modules_that_take_no_adapter_are_refused_by_their_class(target: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"target_modules has {target}, and .*{target} is a \w+: give linear"
-    ):
+    with pytest.raises(ValueError, match=rf"target_modules has {target}, and .*{target} is a \w+: give linear"):
         check_lora(make_text_unet(), Lora(target_modules=[target]))
 
 
