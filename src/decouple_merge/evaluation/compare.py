@@ -89,8 +89,9 @@ def check_comparable(metric: str, records: list[Record], where: str) -> None:
     Raises:
         UserError: they differ in something that the number depends on, which is named.
     """
+    measured = [measured_by(r) for r in records]
     for field in COMPARED_FIELDS:
-        values = list({measured_by(r)[field]: r.get(field) for r in records}.values())
+        values = list({own[field]: r.get(field) for own, r in zip(measured, records, strict=True)}.values())
         if len(values) > 1:
             raise UserError(
                 f"{where}: records of {metric} differ in {field} ({', '.join(map(str, values))}), expected the same: "

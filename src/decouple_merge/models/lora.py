@@ -31,19 +31,19 @@ def check_lora(network: nn.Module, settings: Lora) -> None:
         raise not_installed("finetune.lora", "peft", "lora")
     modules = dict(network.named_modules())
     names = list(modules)
-    missing = [t for t in settings.target_modules if not any(f".{name}".endswith(f".{t}") for name in names)]
-    if missing:
+    matching = {t: [name for name in names if f".{name}".endswith(f".{t}")] for t in settings.target_modules}
+    if missing := [target for target, found in matching.items() if not found]:
         raise UserError(
             f"finetune.lora.target_modules: the base has no module {', '.join(missing)}; its attention layers are "
             f"called {', '.join(sorted({n.rpartition('.')[2] for n in names if n.endswith(('to_q', 'to_k', 'to_v'))}))}"
         )
 
-    for target in settings.target_modules:
-        for name, module in modules.items():
-            if f".{name}".endswith(f".{target}") and not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+    for target, found in matching.items():
+        for name in found:
+            if not isinstance(modules[name], nn.Linear | nn.Conv2d | nn.Conv3d):
                 raise UserError(
-                    f"finetune.lora.target_modules has {target}, and {name} is a {type(module).__name__}: give linear "
-                    "layers or convolutions, such as to_out.0"
+                    f"finetune.lora.target_modules has {target}, and {name} is a {type(modules[name]).__name__}: give "
+                    "linear layers or convolutions, such as to_out.0"
                 )
 
 
